@@ -1,0 +1,27 @@
+"""Mistakes that a person can mend, told in one line: what, where, what was expected, the nearest thing that would work."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake in a recipe, an option or the data. The command line prints its message alone and exits with status 2."""
+
+
+def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
+    """A sentence with the known names closest to `name`, or all of them when none is close and they are few.
+
+    >>> nearest("Gatd", ["Gated", "Concat", "LogitMean"])
+    'Did you mean Gated?'
+    >>> nearest("xyz", ["Gated", "Concat"])
+    'Known: Concat, Gated.'
+    """
+    known = sorted(set(known))
+    folded = {candidate.lower(): candidate for candidate in known}
+    close = [folded[match] for match in get_close_matches(name.lower(), folded, n=most, cutoff=0.6)]
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    if not known:
+        return "None is known."
+    shown = ", ".join(known[:20])
+    return f"Known: {shown}." if len(known) <= 20 else f"Known: {shown} and {len(known) - 20} more."
