@@ -1,0 +1,73 @@
+"""What a modality hands to a fusion head: tokens, which of them are real, and one pooled vector.
+
+Presence travels in the mask: a sample without a modality has an all-False row, and nothing downstream may depend on
+the values that stand under a False mask.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """One modality of a batch.
+
+    Shapes: tokens (B, N, D) float; mask (B, N) bool, True where a token is real; pooled (B, D) float.
+    A NamedTuple, so that pytrees, DDP, `torch.compile` and `torch.export` see through it.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        """(B,) bool: which samples have this modality."""
+        return self.mask.any(dim=1)
+
+    @property
+    def dim(self) -> int:
+        """The width D."""
+        return self.tokens.shape[-1]
+
+
+def promote(x: Features | Tensor) -> Features:
+    """Features as they are, or made from a plain tensor of which every row is real.
+
+    A tensor (B, N, D) is taken as tokens, pooled by their mean; (B, D) as one token that is also the pooled vector.
+
+    >>> promote(torch.ones(2, 5, 8)).pooled.shape
+    torch.Size([2, 8])
+    """
+    if isinstance(x, Features):
+        return x
+    if x.dim() == 2:
+        return Features(x[:, None], torch.ones(x.shape[0], 1, dtype=torch.bool, device=x.device), x)
+    if x.dim() == 3:
+        return Features(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), x.mean(dim=1))
+    raise ValueError(f"expected tokens (B, N, D) or pooled (B, D), got a tensor of shape {tuple(x.shape)}")
+
+
+def zero_masked(features: Features) -> Features:
+    """The same features with exact zeros under every False mask, so that noise, inf or NaN there reach no output and no gradient."""
+    tokens = keep(features.tokens, features.mask)
+    return Features(tokens, features.mask, keep(features.pooled, features.present))
+
+
+def keep(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` (*mask.shape, D) where `mask` is True, else zero. `where`, since a product would keep NaN alive (NaN * 0 = NaN)."""
+    return torch.where(mask.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the real tokens, (B, N, D) and (B, N) to (B, D); zero for a sample that has none."""
+    return keep(tokens, mask).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1).to(tokens.dtype)
+
+
+def masked_softmax(scores: Tensor, mask: Tensor, dim: int) -> Tensor:
+    """Softmax over the entries of `dim` where `mask` (broadcast to `scores`) is True; the others, and rows without any, get exactly 0."""
+    mask = mask.expand_as(scores)
+    # A row that is all -inf would make NaN in value and gradient: such rows get zeros for scores, and are zeroed after.
+    allowed = scores.masked_fill(~mask, float("-inf")).masked_fill(~mask.any(dim=dim, keepdim=True), 0.0)
+    return torch.where(mask, allowed.softmax(dim=dim), torch.zeros((), dtype=scores.dtype, device=scores.device))

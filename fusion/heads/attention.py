@@ -1,0 +1,122 @@
+"""Attention with masks, and the residual layers that the attention-based heads are built of.
+
+B batch, N tokens that ask, K tokens that answer, D width, H attention heads.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from fusion.features import keep
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al., 2017) of tokens x (B, N, D) over a context (B, K, D) with its mask (B, K).
+
+    A sample whose context has no real token gets zeros (softmax over nothing would be NaN). Gives (B, N, D).
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        present = mask.any(dim=1)
+        # Rows with nothing to read attend everywhere, over zeros, and are zeroed below.
+        allowed = mask | ~present[:, None]
+        key, value = self.key_value(context).chunk(2, dim=-1)
+        y = scaled_dot_product_attention(
+            self.split(self.query(x)),
+            self.split(key),
+            self.split(value),
+            attn_mask=allowed[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        y = self.out(y.transpose(1, 2).flatten(2))
+        return torch.where(present[:, None, None], y, torch.zeros((), dtype=y.dtype, device=y.device))
+
+    def split(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, H, N, D/H)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Sequential):
+    """Two linear maps with a GELU between them, on each token by itself."""
+
+    def __init__(self, dim: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
+        hidden = int(dim * mlp_ratio)
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout))
+
+
+class SelfAttentionLayer(nn.Module):
+    """x + attention(x, x), then x + feed-forward(x), each on normalised input (pre-norm)."""
+
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(dim)
+        self.attention = Attention(dim, num_heads, dropout=dropout)
+        self.norm_feed_forward = nn.LayerNorm(dim)
+        self.feed_forward = FeedForward(dim, mlp_ratio=mlp_ratio, dropout=dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, N, D), (B, N) -> (B, N, D)
+        normed = self.norm_attention(x)
+        x = x + self.attention(normed, normed, mask)
+        return x + self.feed_forward(self.norm_feed_forward(x))
+
+
+class CrossAttentionLayer(nn.Module):
+    """x reads itself (if `self_attention`), then another modality, then passes a feed-forward map; all three residual and pre-norm.
+
+    With `tanh_gate` what is read from the other modality, and the feed-forward map after it, enter through tanh(g), g = 0 at the
+    start (Flamingo, Alayrac et al., 2022): training begins from the modality that asks, alone.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        self_attention: bool = True,
+        tanh_gate: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm_self = nn.LayerNorm(dim) if self_attention else None
+        self.self_attention = Attention(dim, num_heads, dropout=dropout) if self_attention else None
+        self.norm_query = nn.LayerNorm(dim)
+        self.norm_context = nn.LayerNorm(dim)
+        self.cross_attention = Attention(dim, num_heads, dropout=dropout)
+        self.norm_feed_forward = nn.LayerNorm(dim)
+        self.feed_forward = FeedForward(dim, mlp_ratio=mlp_ratio, dropout=dropout)
+        self.gate_attention = nn.Parameter(torch.zeros(())) if tanh_gate else None
+        self.gate_feed_forward = nn.Parameter(torch.zeros(())) if tanh_gate else None
+
+    def forward(self, x: Tensor, mask: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+        """x (B, N, D) with mask (B, N) reads context (B, K, D) with context_mask (B, K); gives (B, N, D)."""
+        if self.self_attention is not None and self.norm_self is not None:
+            normed = self.norm_self(x)
+            x = x + self.self_attention(normed, normed, mask)
+        x = x + gated(self.cross_attention(self.norm_query(x), self.norm_context(context), context_mask), self.gate_attention)
+        return x + gated(self.feed_forward(self.norm_feed_forward(x)), self.gate_feed_forward)
+
+
+def gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    return x if gate is None else x * gate.tanh().to(x.dtype)
+
+
+class Projection(nn.Module):
+    """A modality's tokens brought to the head's width: LayerNorm, then a linear map; zero under a False mask."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(in_dim)
+        self.linear = nn.Linear(in_dim, dim)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:  # (B, N, in_dim), (B, N) -> (B, N, dim)
+        return keep(self.linear(self.norm(tokens)), mask)

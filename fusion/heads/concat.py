@@ -1,0 +1,43 @@
+"""Intermediate fusion: pooled features side by side."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fusion.features import Features, keep
+from fusion.heads.base import FusionHead
+
+
+class Concat(FusionHead):
+    """Put the pooled features side by side and let a small network mix them.
+
+        y = dropout(GELU(W [norm(x_1); ...; norm(x_M)] + b))
+
+    The plainest intermediate fusion and the baseline of most papers; an absent modality fills its place with zeros.
+    Reads pooled features (B, D_m). Cost: sum(D_m) * dim parameters and multiply-adds per sample.
+
+    >>> head = Concat({"text": 8, "image": 16}, 3, dim=32)
+    >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 49, 16)}).output.shape
+    torch.Size([4, 3])
+    """
+
+    stage = "pooled"
+    family = "intermediate"
+
+    def __init__(
+        self, dims: Mapping[str, int], out_dim: int, *, dim: int = 256, depth: int = 1, dropout: float = 0.0, unimodal: bool = False
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"Concat: depth is {depth}; expected at least 1 hidden layer")
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        self.norm = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in dims.items()})
+        widths = [sum(dims.values()), *[dim] * depth]
+        layers: list[nn.Module] = []
+        for wide, narrow in pairwise(widths):
+            layers += [nn.Linear(wide, narrow), nn.GELU(), nn.Dropout(dropout)]
+        self.mix = nn.Sequential(*layers)
+
+    def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
+        return self.mix(torch.cat([keep(self.norm[name](f.pooled), f.present) for name, f in features.items()], dim=-1))

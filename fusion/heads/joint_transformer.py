@@ -1,0 +1,73 @@
+"""Early fusion: patches and words in one transformer, from the first layer."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fusion.features import Features
+from fusion.heads.attention import Projection, SelfAttentionLayer
+from fusion.heads.base import FusionHead
+
+
+class JointTransformer(FusionHead):
+    """One stream: every patch and every word attends to all others from the first layer on.
+
+        t_m = W_m norm(x_m) + position + type_m            y = norm(Transformer([class; t_1; ...; t_M]))_class
+
+    As VisualBERT (Li et al., 2019) and ViLT (Kim et al., 2021): modality-type embeddings, positions (sinusoidal, Vaswani et
+    al., 2017, so for any length; `positions=False` where the tokens carry their own), a class token of its own, pre-norm layers.
+    It reads embeddings before any encoder layer; the encoders' bodies are then not built.
+    Reads tokens (B, N_m, D_m), N = 1 + sum(N_m).
+    Cost: 12 * depth * dim^2 parameters; depth * (12 * N * dim^2 + 2 * N^2 * dim) multiply-adds.
+
+    >>> head = JointTransformer({"text": 8, "image": 16}, 3, dim=32, depth=2)
+    >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
+    torch.Size([4, 3])
+    """
+
+    stage = "embeddings"
+    family = "early"
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        out_dim: int,
+        *,
+        dim: int = 256,
+        depth: int = 4,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        positions: bool = True,
+        unimodal: bool = False,
+    ) -> None:
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        self.positions = positions
+        self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})
+        self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(dim)) for name in dims})
+        self.class_token = nn.Parameter(0.02 * torch.randn(dim))
+        self.layers = nn.ModuleList(SelfAttentionLayer(dim, num_heads, mlp_ratio=mlp_ratio, dropout=dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
+        first = next(iter(features.values()))
+        tokens = [self.class_token.expand(first.tokens.shape[0], 1, -1)]
+        masks = [torch.ones_like(first.mask[:, :1])]
+        for name, f in features.items():
+            t = self.project[name](f.tokens, f.mask) + self.modality[name]
+            tokens.append(t + sinusoid(t) if self.positions else t)
+            masks.append(f.mask)
+        x, mask = torch.cat(tokens, dim=1), torch.cat(masks, dim=1)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.norm(x[:, 0])
+
+
+def sinusoid(tokens: Tensor) -> Tensor:
+    """(N, D) sines and cosines of the position of each of the tokens (B, N, D) (Vaswani et al., 2017)."""
+    _, length, dim = tokens.shape
+    position = torch.arange(length, device=tokens.device, dtype=torch.float32)[:, None]
+    rate = torch.exp(torch.arange(0, dim, 2, device=tokens.device, dtype=torch.float32) * (-math.log(10000.0) / dim))
+    return torch.stack([(position * rate).sin(), (position * rate).cos()], dim=-1).flatten(1)[:, :dim].to(tokens.dtype)

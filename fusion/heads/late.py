@@ -1,0 +1,40 @@
+"""What the late heads share: one classifier a modality, and decisions combined over the modalities that are there."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fusion.features import Features
+from fusion.heads.base import FusionHead, FusionOutput
+
+
+class LateHead(FusionHead):
+    """Base of the heads that combine decisions: implements everything but `combine`.
+
+    Each modality is classified alone from its pooled features: LayerNorm, hidden layer of width `dim` with GELU (none if
+    `dim` is 0), linear. `by_modality` always holds these predictions.
+    """
+
+    stage = "pooled"
+    family = "late"
+
+    def __init__(self, dims: Mapping[str, int], out_dim: int, *, dim: int = 256, dropout: float = 0.0) -> None:
+        super().__init__(dims, out_dim, width=None)
+        self.decide = nn.ModuleDict({name: classifier(width, out_dim, dim, dropout) for name, width in dims.items()})
+
+    def forward(self, features: Mapping[str, Features | Tensor]) -> FusionOutput:
+        clean = self.read(features)
+        alone = {name: self.decide[name](f.pooled) for name, f in clean.items()}
+        present = torch.stack([f.present for f in clean.values()], dim=1)
+        return FusionOutput(self.combine(torch.stack(list(alone.values()), dim=1), present), alone)
+
+    def combine(self, logits: Tensor, present: Tensor) -> Tensor:
+        """(B, out_dim) from the decisions (B, M, out_dim) of the modalities that are present (B, M)."""
+        raise NotImplementedError
+
+
+def classifier(width: int, out_dim: int, dim: int, dropout: float) -> nn.Sequential:
+    """LayerNorm, a hidden layer of width `dim` with GELU (none if 0), and a linear map to `out_dim`."""
+    hidden = [nn.Linear(width, dim), nn.GELU()] if dim else []
+    return nn.Sequential(nn.LayerNorm(width), *hidden, nn.Dropout(dropout), nn.Linear(dim or width, out_dim))

@@ -1,0 +1,24 @@
+"""Late fusion: the mean of the modalities' logits."""
+
+from torch import Tensor
+
+from fusion.features import keep
+from fusion.heads.late import LateHead
+
+
+class LogitMean(LateHead):
+    """Classify each modality alone and average the logits of those that are there.
+
+        y = mean over present m of f_m(x_m)
+
+    The simplest late fusion (a product of experts up to scale: Hinton, 2002). Additive in the modalities: it cannot learn what
+    only their interaction tells (XOR stays at chance).
+    Reads pooled features (B, D_m). Cost: sum(D_m) * dim + M * dim * out_dim parameters.
+
+    >>> import torch
+    >>> LogitMean({"text": 8, "image": 16}, 3)({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape
+    torch.Size([4, 3])
+    """
+
+    def combine(self, logits: Tensor, present: Tensor) -> Tensor:
+        return keep(logits, present).sum(dim=1) / present.sum(dim=1, keepdim=True).clamp(min=1).to(logits.dtype)

@@ -1,0 +1,68 @@
+"""What each head can learn: XOR of two modalities is told by neither alone, and by no sum of what each says."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fusion.heads import Concat, CrossAttention, FusionHead, Gated, JointTransformer, LogitMean, WeightedLogits
+
+WIDTH = 4
+DIMS = {"text": WIDTH, "image": WIDTH}
+
+
+def xor(count: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """One sign a modality, in its first feature, with noise around it and in the others; two tokens a modality, the sign in both."""
+    bits = torch.randint(0, 2, (count, 2), generator=generator)
+    features = {}
+    for column, name in enumerate(DIMS):
+        tokens = 0.2 * torch.randn(count, 2, WIDTH, generator=generator)
+        tokens[..., 0] += 2.0 * bits[:, column, None] - 1
+        features[name] = tokens
+    return features, bits[:, 0] ^ bits[:, 1]
+
+
+def after_training(head: FusionHead, updates: int = 150, *, seed: int = 0, lr: float = 3e-3) -> tuple[float, float]:
+    """Accuracy and cross-entropy on samples it has not seen."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr)
+    for _ in range(updates):
+        features, label = xor(128, generator)
+        optimizer.zero_grad()
+        cross_entropy(head(features).output, label).backward()
+        optimizer.step()
+    features, label = xor(1000, generator)
+    with torch.no_grad():
+        output = head.eval()(features).output
+    return float((output.argmax(dim=1) == label).float().mean()), float(cross_entropy(output, label))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(Concat, dim=32),
+        partial(Gated, dim=32),
+        partial(CrossAttention, dim=16, depth=1, num_heads=2),
+        partial(CrossAttention, dim=16, depth=1, num_heads=2, direction="text_to_image", tanh_gate=True),
+        partial(JointTransformer, dim=16, depth=2, num_heads=2),
+    ],
+    ids=["Concat", "Gated", "CrossAttention", "CrossAttention tanh_gate", "JointTransformer"],
+)
+def test_heads_that_mix_learn_xor_of_two_modalities(make: partial[FusionHead]) -> None:
+    torch.manual_seed(0)
+    accuracy, _ = after_training(make(DIMS, 2))
+    assert accuracy >= 0.99
+
+
+@pytest.mark.parametrize("make", [partial(LogitMean, dim=32), partial(WeightedLogits, dim=32)], ids=["LogitMean", "WeightedLogits"])
+def test_late_heads_stay_at_chance_on_xor_of_two_modalities(make: partial[FusionHead]) -> None:
+    """f(a) + g(b) can put at most three of the four corners on their side, and its best loss is that of guessing, log 2."""
+    torch.manual_seed(0)
+    outcomes = [after_training(make(DIMS, 2), seed=seed) for seed in range(5)]
+    accuracies, losses = zip(*outcomes, strict=True)
+    assert 0.40 <= sum(accuracies) / len(accuracies) <= 0.65
+    assert max(accuracies) <= 0.80
+    assert min(losses) >= math.log(2) - 0.02

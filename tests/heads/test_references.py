@@ -1,0 +1,209 @@
+"""Heads against the published formulas, in float64 NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import multi_head_attention_forward
+
+from fusion.features import Features
+from fusion.heads import Concat, Gated, JointTransformer, LogitMean, WeightedLogits
+from fusion.heads.attention import Attention
+from fusion.heads.joint_transformer import sinusoid
+
+Array = NDArray[np.float64]
+DIMS = {"a": 4, "b": 6}
+
+
+def linear(layer: torch.nn.Linear, x: Array) -> Array:
+    return x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+
+
+def normalised(x: Array, epsilon: float = 1e-5) -> Array:
+    return (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + epsilon)
+
+
+def gelu(x: Array) -> Array:
+    return np.array([value / 2 * (1 + float(torch.erf(torch.tensor(value / np.sqrt(2))))) for value in x.flat]).reshape(x.shape)
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def pooled(size: int = 5) -> dict[str, Array]:
+    generator = np.random.default_rng(0)
+    return {name: generator.normal(size=(size, dim)) for name, dim in DIMS.items()}
+
+
+def as_features(x: dict[str, Array], present: dict[str, list[bool]]) -> dict[str, Features]:
+    tensors = {name: torch.from_numpy(value) for name, value in x.items()}
+    return {name: Features(t[:, None], torch.tensor(present[name])[:, None], t) for name, t in tensors.items()}
+
+
+def test_gated_with_two_modalities_is_the_sigmoid_unit_of_arevalo_and_others() -> None:
+    """h = z * tanh(W_a x_a) + (1 - z) * tanh(W_b x_b) with z = sigmoid(W_z [x_a; x_b]): W_z is the difference of the two gates."""
+    torch.manual_seed(0)
+    head = Gated(DIMS, 3, dim=7).double().eval()
+    x = pooled()
+
+    gate_a, gate_b = head.gate["a"], head.gate["b"]
+    w_z = (gate_a.weight - gate_b.weight).detach().numpy()
+    b_z = (gate_a.bias - gate_b.bias).detach().numpy()
+    z = sigmoid(np.concatenate([x["a"], x["b"]], axis=-1) @ w_z.T + b_z)
+    h = z * np.tanh(linear(head.candidate["a"], x["a"])) + (1 - z) * np.tanh(linear(head.candidate["b"], x["b"]))
+
+    output = head({name: torch.from_numpy(value) for name, value in x.items()}).output
+    np.testing.assert_allclose(output.detach().numpy(), linear(head.classifier, h), rtol=1e-12)
+
+
+def test_gated_keeps_the_only_modality_that_is_there_whole() -> None:
+    torch.manual_seed(0)
+    head = Gated(DIMS, 3, dim=7).double().eval()
+    x = pooled(1)
+    output = head(as_features(x, {"a": [False], "b": [True]})).output
+    expected = linear(head.classifier, np.tanh(linear(head.candidate["b"], x["b"])))
+    np.testing.assert_allclose(output.detach().numpy(), expected, rtol=1e-12)
+
+
+def test_concat_mixes_normalised_features_side_by_side() -> None:
+    torch.manual_seed(0)
+    head = Concat(DIMS, 3, dim=7).double().eval()
+    x = pooled()
+    present = {"a": [True, True, False, True, True], "b": [True, False, True, True, True]}
+    for layer in head.norm.values():  # a shift, which an absent modality must not bring in
+        torch.nn.init.normal_(layer.bias)
+    shift = {name: head.norm[name].bias.detach().numpy() for name in DIMS}
+    side_by_side = [(normalised(x[name]) + shift[name]) * np.array(present[name])[:, None] for name in DIMS]
+    expected = linear(head.classifier, gelu(linear(head.mix[0], np.concatenate(side_by_side, axis=-1))))
+    np.testing.assert_allclose(head(as_features(x, present)).output.detach().numpy(), expected, atol=1e-12)
+
+
+def attention_reference(layer: Attention, x: Array, context: Array, mask: NDArray[np.bool_]) -> Array:
+    """concat_h(softmax(Q_h K_h' / sqrt(D/H)) V_h) W_o, sample by sample over its real tokens only; zeros without any."""
+    dim, heads = x.shape[-1], layer.num_heads
+    width = dim // heads
+    results = np.zeros_like(x)
+    for sample in range(len(x)):
+        real = context[sample][mask[sample]]
+        if not len(real):
+            continue
+        query = linear(layer.query, x[sample])
+        key, value = np.split(linear(layer.key_value, real), 2, axis=-1)
+        parts = []
+        for head in range(heads):
+            columns = slice(head * width, (head + 1) * width)
+            weights = softmax(query[:, columns] @ key[:, columns].T / np.sqrt(width))
+            parts.append(weights @ value[:, columns])
+        results[sample] = linear(layer.out, np.concatenate(parts, axis=-1))
+    return results
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_is_softmax_attention_over_the_real_tokens(heads: int) -> None:
+    torch.manual_seed(0)
+    layer = Attention(8, heads).double().eval()
+    x, context = torch.randn(4, 3, 8, dtype=torch.float64), torch.randn(4, 5, 8, dtype=torch.float64)
+    mask = torch.rand(4, 5) > 0.4
+    mask[2] = False
+    expected = attention_reference(layer, x.numpy(), context.numpy(), mask.numpy())
+    np.testing.assert_allclose(layer(x, context, mask).detach().numpy(), expected, atol=1e-12)
+    assert (expected[2] == 0).all()
+    assert (np.abs(expected[0]) > 0).any()
+
+
+def test_attention_agrees_with_that_of_torch() -> None:
+    torch.manual_seed(0)
+    layer = Attention(8, 2).double().eval()
+    x, context = torch.randn(4, 3, 8, dtype=torch.float64), torch.randn(4, 5, 8, dtype=torch.float64)
+    mask = torch.arange(5)[None] < torch.tensor([5, 3, 1, 4])[:, None]
+    expected, _ = multi_head_attention_forward(
+        x.transpose(0, 1),
+        context.transpose(0, 1),
+        context.transpose(0, 1),
+        embed_dim_to_check=8,
+        num_heads=2,
+        in_proj_weight=torch.cat([layer.query.weight, layer.key_value.weight]),
+        in_proj_bias=torch.cat([layer.query.bias, layer.key_value.bias]),
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=layer.out.weight,
+        out_proj_bias=layer.out.bias,
+        training=False,
+        key_padding_mask=~mask,
+    )
+    torch.testing.assert_close(layer(x, context, mask), expected.transpose(0, 1), atol=1e-12, rtol=0)
+
+
+def test_logit_mean_is_the_mean_of_the_decisions_of_the_modalities_that_are_there() -> None:
+    torch.manual_seed(0)
+    head = LogitMean(DIMS, 3, dim=0).double().eval()
+    x = pooled(4)
+    present = {"a": [True, False, True, False], "b": [True, True, False, False]}
+    output, by_modality = head(as_features(x, present))
+    logits = {name: linear(head.decide[name][-1], normalised(x[name])) for name in DIMS}  # LayerNorm, then linear
+    expected = [(logits["a"][0] + logits["b"][0]) / 2, logits["b"][1], logits["a"][2], np.zeros(3)]
+    np.testing.assert_allclose(output.detach().numpy(), np.stack(expected), atol=1e-12)
+    for name, row in (("a", 0), ("b", 1)):
+        np.testing.assert_allclose(by_modality[name][row].detach().numpy(), logits[name][row], atol=1e-12)
+
+
+def test_given_weights_count_in_proportion_among_the_modalities_that_are_there() -> None:
+    torch.manual_seed(0)
+    head = WeightedLogits(DIMS, 3, weights={"b": 1.0, "a": 3.0}, dim=0).double().eval()
+    x = pooled(3)
+    output = head(as_features(x, {"a": [True, False, True], "b": [True, True, False]})).output
+    logits = {name: linear(head.decide[name][-1], normalised(x[name])) for name in DIMS}
+    expected = [0.75 * logits["a"][0] + 0.25 * logits["b"][0], logits["b"][1], logits["a"][2]]
+    np.testing.assert_allclose(output.detach().numpy(), np.stack(expected), atol=1e-6)  # the weights are kept in float32
+
+
+def test_learned_weights_are_a_softmax_over_the_modalities_that_are_there() -> None:
+    torch.manual_seed(0)
+    dims = DIMS | {"c": 2}
+    head = WeightedLogits(dims, 3, dim=0).double().eval()
+    np.testing.assert_allclose(head.weights.numpy(), [1 / 3] * 3)
+    with torch.no_grad():
+        head.log_weights.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    x = pooled(1) | {"c": np.array([[0.3, -0.2]])}
+    output = head(as_features(x, {"a": [True], "b": [False], "c": [True]})).output
+    share = np.exp(0.5) / (np.exp(0.5) + np.exp(2.0))
+    logits = {name: linear(head.decide[name][-1], normalised(x[name])) for name in dims}
+    np.testing.assert_allclose(output.detach().numpy(), share * logits["a"] + (1 - share) * logits["c"], atol=1e-12)
+
+
+def test_learned_weights_move_towards_the_modality_that_knows_the_answer() -> None:
+    torch.manual_seed(0)
+    head = WeightedLogits({"a": 2, "b": 2}, 2, dim=8)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
+    for _ in range(100):
+        features = {"a": torch.randn(64, 2), "b": torch.randn(64, 2)}
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(features).output, (features["b"][:, 0] > features["b"][:, 1]).long()).backward()
+        optimizer.step()
+    assert head.weights[1] > head.weights[0]
+
+
+@pytest.mark.parametrize("dim", [8, 7])
+def test_the_sinusoid_is_that_of_vaswani_and_others(dim: int) -> None:
+    """PE(position, 2i) = sin(position / 10000^(2i / D)), PE(position, 2i + 1) = cos of the same."""
+    expected = np.zeros((50, dim))
+    for position in range(50):
+        for column in range(dim):
+            angle = position / 10000 ** (2 * (column // 2) / dim)
+            expected[position, column] = np.cos(angle) if column % 2 else np.sin(angle)
+    np.testing.assert_allclose(sinusoid(torch.zeros(2, 50, dim, dtype=torch.float64)).numpy(), expected, atol=1e-5)  # made in float32
+
+
+def test_a_joint_transformer_without_layers_gives_its_normalised_class_token() -> None:
+    head = JointTransformer(DIMS, 3, dim=8, depth=0).double().eval()
+    expected = linear(head.classifier, normalised(head.class_token.detach().numpy()))
+    output = head({name: torch.from_numpy(value) for name, value in pooled(2).items()}).output
+    np.testing.assert_allclose(output.detach().numpy(), np.stack([expected, expected]), atol=1e-12)
