@@ -1,0 +1,120 @@
+"""What goes into an encoder, and the contract that every encoder keeps."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusion.features import Features
+
+Reading = Literal["embeddings", "tokens", "pooled"]
+
+
+class Images(NamedTuple):
+    """A batch of images, RGB: pixels (B, 3, H, W), uint8 in 0..255 or float in 0..1; present (B,) bool, False where a sample has none.
+
+    With `picture` (B,) int64, pixels (U, 3, H, W) holds the distinct pictures only, of which sample b shows the one at picture[b]: where
+    several samples ask about one picture, it is encoded once.
+    """
+
+    pixels: Tensor
+    present: Tensor
+    picture: Tensor | None = None
+
+
+class Texts(NamedTuple):
+    """A batch of texts: ids (B, N) int64; mask (B, N) bool, True for real tokens, all False where a sample has no text."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+class Encoder(nn.Module, ABC):
+    """Turns one modality's input into Features.
+
+    `dim` is the width of `forward`'s features, `embed_dim` that of `embed`'s. A frozen encoder stays in eval mode, gets no
+    gradient and keeps no activations.
+    """
+
+    dim: int
+    embed_dim: int
+    frozen: bool = False
+
+    @abstractmethod
+    def embed(self, x: Any) -> Features:
+        """What comes before the first block: patches of an image, words with their positions."""
+
+    @abstractmethod
+    def forward(self, x: Any) -> Features:
+        """Features after the last block."""
+
+    @abstractmethod
+    def levels(self, x: Any, depths: Sequence[int]) -> list[Features]:
+        """Features after each of the given blocks (or stages); negative depths count from the last."""
+
+    @abstractmethod
+    def level_dims(self, depths: Sequence[int]) -> list[int]:
+        """The widths of what `levels` gives for these depths."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Keyword arguments, plain data, that build this encoder again with no file and no hub (a checkpoint has its weights)."""
+
+    @abstractmethod
+    def example(self) -> Any:
+        """The smallest valid input, for finding out what is used."""
+
+    def read(self, x: Any, what: Reading) -> Features:
+        """`embed` for "embeddings", `forward` for "tokens" and "pooled"."""
+        return self.embed(x) if what == "embeddings" else self(x)
+
+    def trim(self, what: Reading) -> None:
+        """Take out every module that reading `what` never touches (early fusion carries no dead body, DDP meets no unused parameter)."""
+        drop_unused(self, lambda: self.read(self.example(), what), keep_if_reaches="pooled" if what == "pooled" else "all")
+
+    def freeze(self) -> None:
+        self.frozen = True
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Encoder":
+        return super().train(mode and not self.frozen)
+
+
+def drop_unused(module: nn.Module, run: Callable[[], Features], *, keep_if_reaches: Literal["all", "pooled"] = "all") -> None:
+    """Replace by Identity each module none of whose own parameters gets a gradient when `run`'s features are differentiated."""
+    training = module.training
+    module.eval()
+    named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    was_trainable = {name: p.requires_grad for name, p in named.items()}
+    for p in named.values():
+        p.requires_grad_(True)
+    with torch.enable_grad():
+        features = run()
+        reached = features.pooled.sum() + (features.tokens.sum() if keep_if_reaches == "all" else 0)
+        gradients = torch.autograd.grad(reached, list(named.values()), allow_unused=True)
+    for p, trainable in zip(named.values(), was_trainable.values(), strict=True):
+        p.requires_grad_(trainable)
+    unused = {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
+    dropped: list[str] = []
+    for name, child in list(module.named_modules()):
+        own = {f"{name}.{key}" for key, _ in child.named_parameters()}
+        inside_dropped = any(name.startswith(f"{above}.") for above in dropped)
+        if "." in name and own and own <= unused and not inside_dropped:
+            module.set_submodule(name, nn.Identity())
+            dropped.append(name)
+    module.train(training)
+
+
+def fill_absent(x: Tensor, present: Tensor) -> Tensor:
+    """`x` (B, ...) with each absent row replaced by a present one, so that no statistic of the batch ever sees what stands there.
+
+    If none is present, zeros. Static shapes: it can be compiled and exported.
+    """
+    rows = torch.arange(x.shape[0], device=x.device)
+    order = torch.argsort(present.int(), descending=True, stable=True)
+    source = torch.where(present, rows, order[rows % present.sum().clamp(min=1)])
+    anyone = present.any().reshape([1] * x.dim())
+    return torch.where(anyone, x[source], torch.zeros((), dtype=x.dtype, device=x.device))

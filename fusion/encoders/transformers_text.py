@@ -1,0 +1,217 @@
+"""Text encoders: any encoder-type transformers model."""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from fusion.encoders.base import Encoder, Texts, drop_unused
+from fusion.encoders.timm_image import first_line
+from fusion.errors import UserError, nearest
+from fusion.features import Features, masked_mean
+
+
+class TransformersText(Encoder):
+    """Encode texts with a transformers model, by hub name, local folder, or a config from scratch.
+
+    name_or_path: hub name or folder with config.json, weights and tokenizer. config: instead of it, a model from scratch, such as
+    {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, ...}; its `vocab_size` is then the most words that the tokenizer
+    trained on the texts may have. pretrained: load the weights of name_or_path; False takes its shape and tokenizer only.
+    pooling: "mean" of the real tokens, "first" ([CLS]) or "last" (end of text); by default "last" for CLIP's causal tower, else "mean".
+    frozen: no gradient, eval mode.
+
+    It takes Texts with ids (B, N) and gives tokens (B, N, dim) and pooled (B, dim).
+
+    Raises UserError for decoders, unknown model types, and weights that cannot be had or do not fit.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | None = None,
+        *,
+        config: dict[str, Any] | None = None,
+        pretrained: bool = True,
+        pooling: Literal["mean", "first", "last"] | None = None,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        if (name_or_path is None) == (config is None):
+            raise UserError("text encoder: give exactly one of name_or_path (hub name or folder) and config (from scratch)")
+        self.name_or_path = name_or_path
+        self.from_scratch = config is not None
+        self.body = cast(Any, from_config(config) if config is not None else from_name(str(name_or_path), pretrained))
+        if not hasattr(self.body, "embeddings"):
+            parts = ", ".join(name for name, _ in self.body.named_children())
+            raise UserError(
+                f"text encoder '{self.body.config.model_type}' has no embeddings module (its parts: {parts}); take a BERT-like one"
+            )
+        self.pooling = pooling or ("last" if "clip" in self.body.config.model_type else "mean")
+        drop_unused(self, lambda: self(self.example()))
+        with torch.no_grad():
+            self.dim = self(self.example()).dim
+            self.embed_dim = self.embed(self.example()).dim
+        if frozen:
+            self.freeze()
+
+    def forward(self, x: Texts) -> Features:
+        with torch.no_grad() if self.frozen else nullcontext():
+            return self.features(self.body(input_ids=x.ids, attention_mask=readable(x.mask)).last_hidden_state, x.mask)
+
+    def embed(self, x: Texts) -> Features:
+        with torch.no_grad() if self.frozen else nullcontext():
+            return self.features(self.body.embeddings(input_ids=x.ids), x.mask)
+
+    def levels(self, x: Texts, depths: Sequence[int]) -> list[Features]:
+        with torch.no_grad() if self.frozen else nullcontext():
+            hidden = self.body(input_ids=x.ids, attention_mask=readable(x.mask), output_hidden_states=True).hidden_states[1:]
+            for depth in depths:
+                if not -len(hidden) <= depth < len(hidden):
+                    raise UserError(f"the text encoder has {len(hidden)} levels; there is no depth {depth}")
+            return [self.features(hidden[depth], x.mask) for depth in depths]
+
+    def level_dims(self, depths: Sequence[int]) -> list[int]:
+        return [self.dim for _ in depths]
+
+    def features(self, tokens: Tensor, mask: Tensor) -> Features:
+        if self.pooling == "mean":
+            return Features(tokens, mask, masked_mean(tokens, mask))
+        if self.pooling == "first":
+            return Features(tokens, mask, tokens[:, 0])
+        last = (mask.sum(dim=1) - 1).clamp(min=0)
+        return Features(tokens, mask, tokens.gather(1, last[:, None, None].expand(-1, 1, tokens.shape[-1]))[:, 0])
+
+    def spec(self) -> dict[str, Any]:
+        return {"config": self.body.config.to_dict(), "pooling": self.pooling, "frozen": self.frozen}
+
+    def example(self) -> Texts:
+        ids = torch.full((1, 2), self.vocab_size - 1, device=self.embedding.weight.device)
+        return Texts(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    @property
+    def embedding(self) -> torch.nn.Embedding:
+        return cast(torch.nn.Embedding, self.body.get_input_embeddings())
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embedding.num_embeddings
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that the model has positions for; None if it has no such limit."""
+        table = getattr(self.body.embeddings, "position_embeddings", None) or getattr(self.body.embeddings, "position_embedding", None)
+        if not isinstance(table, torch.nn.Embedding):
+            return None
+        # RoBERTa and its kin number their positions from after the padding index.
+        return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+    def fit_vocabulary(self, size: int) -> None:
+        """Keep `size` word embeddings of a model from scratch: as many as its tokenizer learnt."""
+        if not self.from_scratch:
+            raise ValueError("only a text encoder made from a config has a vocabulary to fit")
+        if size > self.vocab_size:
+            raise ValueError(f"{size} words don't fit the {self.vocab_size} embeddings of the text encoder")
+        embedding = self.embedding
+        embedding.weight = torch.nn.Parameter(embedding.weight.detach()[:size].clone(), requires_grad=embedding.weight.requires_grad)
+        embedding.num_embeddings = self.body.config.vocab_size = size
+
+
+def readable(mask: Tensor) -> Tensor:
+    """The mask for the model: a sample without a text reads its first (padding) token, since softmax over nothing is NaN."""
+    first = torch.zeros_like(mask)
+    first[:, 0] = True
+    return mask | (first & ~mask.any(dim=1, keepdim=True))
+
+
+def from_config(config: dict[str, Any]) -> torch.nn.Module:
+    options = dict(config)
+    kind = options.pop("model_type", None)
+    known = list(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    if kind is None:
+        raise UserError("text encoder: config needs a model_type, such as bert, roberta, distilbert or deberta-v2")
+    # The special tokens of the tokenizer that will be trained for it; those of the published vocabulary don't exist there.
+    options = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3} | options
+    try:
+        built = AutoConfig.for_model(kind, **options)
+    except ValueError as error:
+        raise UserError(f"text encoder: unknown model_type '{kind}'. {nearest(kind, known)}") from error
+    refuse_unknown_settings(config, built)
+    return build(text_part(built))
+
+
+def refuse_unknown_settings(config: dict[str, Any], built: Any) -> None:
+    """transformers keeps any setting in silence, a misspelt one too. A config with transformers_version is one that it wrote itself."""
+    kind = built.model_type
+    usual = AutoConfig.for_model(kind)
+    unknown = [key for key in config if not hasattr(usual, key)]
+    if not unknown or "transformers_version" in config:
+        return
+    # Some settings (DeBERTa's position_buckets) have no default: the model's code alone names them.
+    code = inspect.getsource(sys.modules[MODEL_MAPPING[type(text_part(built))].__module__])
+    for key in unknown:
+        if f'"{key}"' not in code:
+            raise UserError(f"text encoder: {kind} has no setting '{key}'. {nearest(key, usual.to_dict())}")
+
+
+def from_name(name: str, pretrained: bool) -> torch.nn.Module:
+    ways_out = (
+        "Two ways out: --model.text.name_or_path=FOLDER with config.json, model.safetensors and tokenizer.json, "
+        'or from scratch with --model.text.config=\'{"model_type": "bert", "hidden_size": 128, ...}\''
+    )
+    folder = Path(name).expanduser()
+    where = f"folder {folder}" if folder.is_dir() else f"hub name or folder {name}"
+    logging.set_verbosity_error()
+    try:
+        config = text_part(AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name))
+        refuse_decoders(config)
+        if not pretrained:
+            return build(config)
+        source = str(folder) if folder.is_dir() else name
+        # Weights of another shape are then reported, with the missing ones, and refused below.
+        options = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            model, report = AutoModel.from_pretrained(source, **options, add_pooling_layer=False)
+        except TypeError:
+            model, report = AutoModel.from_pretrained(source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"text encoder: could not load (tried {where}: {first_line(error)}). {ways_out}") from error
+    missing = sorted(report["missing_keys"]) + sorted(
+        f"{key}: {tuple(found)} where {tuple(expected)} is expected" for key, found, expected in report["mismatched_keys"]
+    )
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(
+            f"text encoder: {where} lacks {len(missing)} of the model's weights ({shown}); it would start there at random. {ways_out}"
+        )
+    return model
+
+
+def build(config: Any) -> torch.nn.Module:
+    refuse_decoders(config)
+    try:
+        return AutoModel.from_config(config, add_pooling_layer=False)
+    except TypeError:  # most BERT-likes take it, the others have no pooling layer
+        return AutoModel.from_config(config)
+
+
+def text_part(config: Any) -> Any:
+    """The text tower's config of a model with two towers (CLIP), any other config as it is."""
+    return getattr(config, "text_config", None) or config
+
+
+def refuse_decoders(config: Any) -> None:
+    kind = config.model_type
+    if config.is_encoder_decoder or (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+        raise UserError(
+            f"text encoder: '{kind}' is a decoder or encoder-decoder; take an encoder such as bert, roberta, distilbert, deberta-v2"
+        )

@@ -1,0 +1,66 @@
+"""Encoders and a head, joined: what is trained, exported, served and reused."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fusion.encoders.base import Encoder
+from fusion.features import Features
+from fusion.heads.base import FusionHead, FusionOutput
+
+HeadFactory = Callable[[Mapping[str, int], int], FusionHead]
+
+
+class FusionModel(nn.Module):
+    """One encoder a modality, and the head that joins them: a plain module without loss or Lightning.
+
+    encoders: by the modality's name, in the order of the head's `dims`. The parts of an encoder that the head's stage never reads
+    are taken out. Use `FusionModel.build` to make the head for the widths of the encoders.
+    """
+
+    def __init__(self, encoders: Mapping[str, Encoder], head: FusionHead) -> None:
+        super().__init__()
+        if list(encoders) != list(head.dims):
+            raise ValueError(f"the head was built for {', '.join(head.dims)}; the encoders are {', '.join(encoders)}")
+        for encoder in encoders.values():
+            encoder.trim(head.stage)
+        self.encoders = nn.ModuleDict(encoders)
+        self.head = head
+
+    @classmethod
+    def build(cls, encoders: Mapping[str, Encoder], head: HeadFactory, out_dim: int) -> "FusionModel":
+        """The model whose head fits these encoders; `head` is a FusionHead class or a functools.partial of one."""
+        early = head_class(head).stage == "embeddings"
+        return cls(encoders, head({name: e.embed_dim if early else e.dim for name, e in encoders.items()}, out_dim))
+
+    def forward(self, inputs: Mapping[str, Any]) -> FusionOutput:
+        """inputs: by modality, what its encoder takes (Images, Texts). Gives output (B, out_dim) and the predictions by modality."""
+        features: dict[str, Features] = {}
+        for name, encoder in self.encoders.items():
+            assert isinstance(encoder, Encoder)  # which nn.ModuleDict's types forget
+            features[name] = encoder.read(inputs[name], self.head.stage)
+        return self.head(features)
+
+
+def head_class(factory: HeadFactory) -> type[FusionHead]:
+    """The head class behind a factory."""
+    return factory_parts(factory, FusionHead)[0]
+
+
+def factory_parts(factory: Any, base: type) -> tuple[type, dict[str, Any]]:
+    """The class behind a factory, and the keyword arguments that it binds.
+
+    A factory is a subclass of `base`, a functools.partial of one, or what the command line makes of `class_path` and `init_args`.
+
+    >>> from functools import partial
+    >>> from fusion.heads import Gated
+    >>> factory_parts(partial(Gated, dim=64), FusionHead)
+    (<class 'fusion.heads.gated.Gated'>, {'dim': 64})
+    """
+    # jsonargparse's factories are partial(instantiator, cls, **kwargs).
+    candidates = [factory, getattr(factory, "func", None), *getattr(factory, "args", ())]
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, base):
+            return candidate, dict(getattr(factory, "keywords", {}))
+    raise TypeError(f"expected a {base.__name__} class or a functools.partial of one, got {factory!r}")

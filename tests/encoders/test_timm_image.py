@@ -1,0 +1,363 @@
+"""Image encoders made of timm models of each family: what they give, what they leave alone, and what they refuse."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
+from timm.models import save_for_hf
+from torch import Tensor
+
+from fusion.encoders import Images, TimmImage
+from fusion.errors import UserError
+from fusion.features import Features
+
+SWIN: dict[str, Any] = {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+OPTIONS: dict[str, dict[str, Any]] = {"swin_tiny_patch4_window7_224": SWIN}
+# timm's own small twins of ResNet, ConvNeXt, ViT and EfficientNet; a real MobileNetV3; a Swin (channels last) cut down.
+SMALL = ["test_resnet", "test_convnext", "test_vit", "test_efficientnet", "mobilenetv3_small_050", "swin_tiny_patch4_window7_224"]
+BATCH_NORM = ["test_resnet", "test_efficientnet", "mobilenetv3_small_050"]
+LARGER = ["resnet10t", "convnext_atto", "vit_tiny_patch16_224", "efficientnet_b0"]
+MODELS = SMALL + [pytest.param(name, marks=pytest.mark.slow) for name in LARGER]
+
+every = pytest.mark.parametrize("name", MODELS)
+
+
+def make(name: str, **options: Any) -> TimmImage:
+    torch.manual_seed(0)
+    settings = {"pretrained": False, "image_size": 64, "options": OPTIONS.get(name)} | options
+    return TimmImage(name, **settings)
+
+
+def pixels(count: int = 3, seed: int = 1) -> Tensor:
+    return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def images(present: list[bool], seed: int = 1) -> Images:
+    return Images(pixels(len(present), seed), torch.tensor(present))
+
+
+def state(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_same(one: Features, other: Features) -> None:
+    torch.testing.assert_close(one.tokens, other.tokens, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one.pooled, other.pooled, atol=1e-5, rtol=1e-5)
+
+
+@every
+def test_features_of_every_reading_have_the_widths_that_the_encoder_announces(name: str) -> None:
+    encoder = make(name).eval()
+    batch = images([True, False, True])
+    depths = [-1, 0, -2, 0]
+    widths = [encoder.dim, encoder.embed_dim, *encoder.level_dims(depths)]
+    for features, width in zip([encoder(batch), encoder.embed(batch), *encoder.levels(batch, depths)], widths, strict=True):
+        count = features.tokens.shape[1]
+        assert features.tokens.shape == (3, count, width)
+        assert features.mask.shape == (3, count)
+        assert features.mask.dtype == torch.bool
+        assert features.pooled.shape == (3, width)
+        assert features.present.tolist() == [True, False, True]
+        assert features.tokens.isfinite().all()
+
+
+@every
+def test_levels_are_given_in_the_order_asked_for(name: str) -> None:
+    encoder = make(name).eval()
+    batch = images([True, True])
+    count = len(encoder.level_channels())
+    first, last = encoder.levels(batch, [0])[0], encoder.levels(batch, [count - 1])[0]
+    swapped = encoder.levels(batch, [-1, 0])
+    assert_same(swapped[0], last)
+    assert_same(swapped[1], first)
+
+
+def test_a_depth_that_is_not_there_is_refused_naming_how_many_there_are() -> None:
+    encoder = make("test_resnet")
+    count = len(encoder.level_channels())
+    for depth in (count, -count - 1):
+        with pytest.raises(UserError, match=f"'test_resnet' has {count} levels; there is no depth {depth}"):
+            encoder.levels(images([True]), [depth])
+
+
+@every
+def test_every_parameter_gets_a_gradient_from_tokens_and_pooled(name: str) -> None:
+    encoder = make(name)
+    features = encoder(images([True, True, False]))
+    (features.tokens.sin().sum() + features.pooled.sin().sum()).backward()
+    for key, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@every
+def test_its_spec_is_plain_data_that_builds_the_same_module_without_weights(name: str) -> None:
+    encoder = make(name).eval()
+    spec = json.loads(json.dumps(encoder.spec()))
+    assert spec["pretrained"] is False
+    rebuilt = TimmImage(**spec).eval()
+    rebuilt.load_state_dict(encoder.state_dict())
+    assert_same(rebuilt(images([True, True])), encoder(images([True, True])))
+
+
+@every
+def test_bytes_and_fractions_of_the_same_picture_agree(name: str) -> None:
+    encoder = make(name).eval()
+    as_bytes = (pixels(2) * 255).to(torch.uint8)
+    present = torch.ones(2, dtype=torch.bool)
+    assert_same(encoder(Images(as_bytes, present)), encoder(Images(as_bytes.float() / 255, present)))
+    assert_same(encoder(Images(as_bytes, present)), encoder(as_bytes))
+
+
+@every
+def test_pixels_are_normalised_by_the_constants_of_the_model(name: str) -> None:
+    encoder = make(name).eval()
+    config = resolve_model_data_config(timm.create_model(name))
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    seen: list[Tensor] = []
+    encoder.body.forward_features = lambda x, run=encoder.body.forward_features: seen.append(x) or run(x)
+    encoder(pixels(2))
+    torch.testing.assert_close(seen[0], (pixels(2) - mean) / std)
+    assert encoder.data_config == {"mean": list(config["mean"]), "std": list(config["std"]), "interpolation": config["interpolation"]}
+
+
+def test_the_constants_of_the_model_can_be_overridden_and_travel_in_the_spec() -> None:
+    encoder = make("test_resnet", data_config={"mean": [0.1, 0.2, 0.3], "interpolation": "bicubic"})
+    torch.testing.assert_close(encoder.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    again = TimmImage(**encoder.spec())
+    assert again.data_config == encoder.data_config
+    assert again.data_config["interpolation"] == "bicubic"
+    assert torch.equal(again.mean, encoder.mean)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("junk", [1.0, float("nan")])
+@every
+def test_pixels_of_an_absent_image_change_neither_other_samples_nor_statistics_nor_gradients(
+    name: str, junk: float, training: bool
+) -> None:
+    encoder = make(name).train(training)
+    twin = copy.deepcopy(encoder)
+    batch = images([True, False, True, False])
+    smudged = batch.pixels.clone()
+    smudged[~batch.present] = junk
+    for module, given in ((encoder, batch), (twin, batch._replace(pixels=smudged))):
+        torch.manual_seed(0)  # for stochastic depth
+        features = module(given)
+        assert features.tokens.isfinite().all()
+        (features.tokens[given.present].sin().sum() + features.pooled[given.present].sin().sum()).backward()
+    torch.manual_seed(0)
+    assert_same(*(Features(*(x[batch.present] for x in module(batch))) for module in (encoder.eval(), twin.eval())))
+    for (key, one), other in zip(encoder.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(one, other), key
+    for (key, p), q in zip(encoder.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), key
+
+
+@pytest.mark.parametrize("name", BATCH_NORM)
+@pytest.mark.parametrize("picture", [None, torch.zeros(3, dtype=torch.long)], ids=["plain", "picture"])
+def test_a_training_batch_without_any_image_leaves_the_running_statistics_alone(name: str, picture: Tensor | None) -> None:
+    encoder = make(name).train()
+    before = state(encoder)
+    features = encoder(images([False] * 3)._replace(picture=picture))
+    assert features.tokens.isfinite().all()
+    assert not features.mask.any()
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    assert encoder.training
+    assert all(module.training for module in encoder.modules())
+
+    encoder(images([True, False, True]))
+    assert any(not torch.equal(value, before[key]) for key, value in encoder.state_dict().items()), "statistics follow real images"
+
+
+@every
+def test_a_sample_is_encoded_the_same_alone_and_beside_others(name: str) -> None:
+    encoder = make(name).eval()
+    batch = images([True, False, True])
+    together = encoder(batch)
+    alone = encoder(Images(batch.pixels[2:], batch.present[2:]))
+    assert_same(Features(*(x[2:] for x in together)), alone)
+
+
+@every
+def test_picture_indices_give_what_repeated_pixels_give(name: str) -> None:
+    encoder = make(name).eval()
+    picture = torch.tensor([1, 0, 1, 1])
+    distinct = pixels(2)
+    present = torch.tensor([True, True, False, True])
+    shared, repeated = Images(distinct, present, picture), Images(distinct[picture], torch.ones(4, dtype=torch.bool))
+    for read in (encoder.forward, encoder.embed, lambda x: encoder.levels(x, [-1])[0]):
+        one, other = read(shared), read(repeated)
+        assert_same(*(Features(*(x[present] for x in f)) for f in (one, other)))
+        assert one.present.tolist() == present.tolist()
+
+
+@every
+def test_each_distinct_picture_is_encoded_once(name: str) -> None:
+    encoder = make(name).eval()
+    counts: list[int] = []
+    encoder.body.forward_features = lambda x, run=encoder.body.forward_features: counts.append(len(x)) or run(x)
+    assert len(encoder(Images(pixels(2), torch.ones(5, dtype=torch.bool), torch.tensor([0, 1, 1, 0, 1]))).tokens) == 5
+    assert counts == [2]
+
+
+@every
+def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_mode_and_its_buffers(name: str) -> None:
+    encoder = make(name, frozen=True)
+    before = state(encoder)
+    encoder.train()
+    assert not any(module.training for module in encoder.modules())
+    for features in (encoder(pixels()), encoder.embed(pixels()), encoder.levels(pixels(), [-1])[0]):
+        assert not features.tokens.requires_grad
+        assert not features.pooled.requires_grad
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    assert TimmImage(**encoder.spec()).frozen
+
+
+@every
+def test_trimmed_to_embeddings_it_loses_its_body_and_embeds_as_before(name: str) -> None:
+    encoder = make(name).eval()
+    batch = images([True, False])
+    before, count = encoder.embed(batch), sum(p.numel() for p in encoder.parameters())
+    encoder.trim("embeddings")
+    assert_same(encoder.embed(batch), before)
+
+    names = [key for key, _ in encoder.named_parameters()]
+    assert names
+    assert not [key for key in names if any(part in key for part in ("blocks", "layer1", "layers.", "stages"))]
+    assert sum(p.numel() for p in encoder.parameters()) < count / 4
+    features = encoder.embed(batch)
+    (features.tokens.sin().sum() + features.pooled.sin().sum()).backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_trimmed_to_what_is_read_forward_answers_as_before(name: str) -> None:
+    for what in ("tokens", "pooled"):
+        encoder = make(name).eval()
+        before = encoder(pixels(2))
+        encoder.trim(what)
+        torch.testing.assert_close(encoder(pixels(2)).pooled, before.pooled)
+        if what == "tokens":
+            assert_same(encoder(pixels(2)), before)
+
+
+def test_a_convolutional_map_is_read_row_by_row_and_its_cells_know_their_place() -> None:
+    encoder = make("test_resnet").eval()
+    grid = encoder.body.forward_features((pixels(1) - encoder.mean) / encoder.std)
+    features = encoder(pixels(1))
+    torch.testing.assert_close(features.pooled, grid.mean(dim=(2, 3)), atol=1e-5, rtol=1e-5)
+    assert features.tokens.shape[1] == grid.shape[2] * grid.shape[3]
+    place = features.tokens - torch.nn.functional.layer_norm(grid.flatten(2).transpose(1, 2), (encoder.dim,))
+    quarter = encoder.dim // 4
+    sin_row, sin_column = place[0, :, 0].view(2, 2), place[0, :, 2 * quarter].view(2, 2)
+    expected = torch.tensor([0.0, 1.0]).sin()
+    torch.testing.assert_close(sin_row, expected[:, None].expand(2, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sin_column, expected[None].expand(2, 2), atol=1e-5, rtol=0)
+
+
+def test_a_vision_transformer_pools_by_its_class_token() -> None:
+    features = make("test_vit").eval()(pixels(2))
+    assert features.tokens.shape[1] == 1 + 4 * 4
+    assert torch.equal(features.pooled, features.tokens[:, 0])
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_options_reach_the_timm_model(name: str) -> None:
+    assert make(name, image_size=None).image_size == (160, 160)
+    encoder = make(name, options={"in_chans": 3, "drop_path_rate": 0.3})
+    assert any(getattr(module, "drop_prob", 0) > 0 for module in encoder.modules())
+
+
+def test_an_option_that_the_model_does_not_take_is_refused_naming_it() -> None:
+    with pytest.raises(UserError, match=r"'test_vit' refused its options.*no_such_option"):
+        make("test_vit", options={"no_such_option": 1})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as timm saves one: config.json and model.safetensors, with constants of its own."""
+    torch.manual_seed(7)
+    model = timm.create_model("test_resnet", num_classes=5)
+    save_for_hf(model, str(tmp_path), safe_serialization=True, data_config={"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]})
+    return tmp_path
+
+
+def test_a_local_folder_gives_its_weights_and_its_constants(folder: Path) -> None:
+    torch.manual_seed(7)
+    model = timm.create_model("test_resnet", num_classes=5)
+    encoder = TimmImage(str(folder), image_size=64)
+    expected = model.state_dict()
+    found = encoder.body.state_dict()
+    assert expected.keys() - found.keys() == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    torch.testing.assert_close(encoder.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    torch.testing.assert_close(encoder.std.flatten(), torch.tensor([0.4, 0.5, 0.6]))
+
+
+def test_an_encoder_from_a_folder_is_built_again_without_the_folder(folder: Path) -> None:
+    encoder = TimmImage(str(folder), image_size=64).eval()
+    spec = encoder.spec()
+    for path in folder.iterdir():
+        path.unlink()
+    rebuilt = TimmImage(**spec).eval()
+    rebuilt.load_state_dict(encoder.state_dict())
+    assert_same(rebuilt(pixels(2)), encoder(pixels(2)))
+
+
+def test_a_folder_without_weights_is_refused_naming_it_and_the_two_ways_out(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError) as refused:
+        TimmImage(str(folder), image_size=64)
+    assert_names_ways_out(refused.value, str(folder))
+    assert TimmImage(str(folder), pretrained=False, image_size=64).dim == 96, "its shape alone needs no weights"
+
+
+def test_a_folder_whose_weights_are_cut_off_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError) as refused:
+        TimmImage(str(folder), image_size=64)
+    assert_names_ways_out(refused.value, str(folder))
+
+
+def test_a_folder_whose_weights_lack_a_layer_is_refused_naming_it(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if not key.startswith("layer4")}, path)
+    with pytest.raises(UserError, match=r"layer4") as refused:
+        TimmImage(str(folder), image_size=64)
+    assert_names_ways_out(refused.value, str(folder))
+
+
+@pytest.mark.parametrize("missing", ["folder", "config.json"])
+def test_a_folder_that_is_not_one_of_timm_is_refused_naming_what_it_lacks(tmp_path: Path, missing: str) -> None:
+    folder = tmp_path / "nothing" if missing == "folder" else tmp_path
+    with pytest.raises(UserError, match=r"no config\.json in folder .*expected a timm model folder"):
+        TimmImage(str(folder))
+
+
+def test_an_unknown_name_is_refused_naming_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown image encoder 'resnet18x'\. Did you mean .*resnet18"):
+        TimmImage("resnet18x")
+
+
+def test_weights_that_cannot_be_had_are_refused_naming_them_and_the_two_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as refused:
+        TimmImage("test_resnet.r160_in1k")
+    assert_names_ways_out(refused.value, "test_resnet.r160_in1k")
+
+
+def assert_names_ways_out(error: UserError, tried: str) -> None:
+    for part in (tried, "--model.image.name=FOLDER", "model.safetensors", "--model.image.pretrained=false"):
+        assert part in str(error)

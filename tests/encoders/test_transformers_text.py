@@ -1,0 +1,361 @@
+"""Text encoders made of transformers models of each kind: what they give, what padding leaves alone, and what they refuse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPConfig, CLIPModel, GPT2Config, T5Config
+
+from fusion.encoders import Texts, TransformersText
+from fusion.encoders.transformers_text import readable
+from fusion.errors import UserError
+from fusion.features import Features
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+COMMON = {"vocab_size": 50, "max_position_embeddings": 24}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": COMMON | SHAPE,
+    "roberta": COMMON | SHAPE,
+    "distilbert": COMMON | {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "deberta-v2": COMMON | SHAPE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
+    "clip_text_model": COMMON | SHAPE,
+}
+every = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def make(kind: str = "bert", seed: int = 0, **options: Any) -> TransformersText:
+    torch.manual_seed(seed)
+    return TransformersText(config={"model_type": kind} | CONFIGS[kind], **options)
+
+
+def texts(lengths: list[int], width: int = 7) -> Texts:
+    """Words of 4 and above; padding is 0."""
+    ids = torch.randint(4, 50, (len(lengths), width), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+    return Texts(ids.where(mask, 0), mask)
+
+
+def real(features: Features) -> tuple[torch.Tensor, torch.Tensor]:
+    """What may be read: the real tokens, and the pooled vectors of the texts that are there."""
+    return features.tokens[features.mask], features.pooled[features.present]
+
+
+@every
+def test_features_of_every_reading_have_the_widths_that_the_encoder_announces(kind: str) -> None:
+    encoder = make(kind).eval()
+    batch = texts([7, 3, 0])
+    readings = [encoder(batch), encoder.embed(batch), *encoder.levels(batch, [-1, 0])]
+    for features, width in zip(readings, [encoder.dim, encoder.embed_dim, *encoder.level_dims([-1, 0])], strict=True):
+        assert features.tokens.shape == (3, 7, width)
+        assert features.pooled.shape == (3, width)
+        assert torch.equal(features.mask, batch.mask)
+
+
+@every
+def test_levels_are_those_after_each_layer(kind: str) -> None:
+    encoder = make(kind).eval()
+    batch = texts([7, 3])
+    last, first = encoder.levels(batch, [-1, 0])
+    torch.testing.assert_close(encoder.levels(batch, [1])[0].tokens, last.tokens)
+    assert not torch.allclose(first.tokens, last.tokens)
+    assert not torch.allclose(first.tokens, encoder.embed(batch).tokens)
+    for depth in (2, -3):
+        with pytest.raises(UserError, match=f"has 2 levels; there is no depth {depth}"):
+            encoder.levels(batch, [depth])
+
+
+@every
+def test_every_parameter_gets_a_finite_gradient_though_a_sample_has_no_text(kind: str) -> None:
+    encoder = make(kind).train()
+    features = encoder(texts([7, 3, 0]))
+    assert features.tokens.isfinite().all()
+    assert features.pooled.isfinite().all()
+    (features.tokens.sin().sum() + features.pooled.sin().sum()).backward()
+    for key, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@every
+def test_a_batch_without_any_text_is_finite(kind: str) -> None:
+    encoder = make(kind).train()
+    features = encoder(texts([0, 0]))
+    assert not features.present.any()
+    (features.tokens.sin().sum() + features.pooled.sin().sum()).backward()
+    assert features.tokens.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+
+
+def test_a_sample_without_a_text_lets_the_model_read_its_first_token_since_softmax_over_nothing_may_be_nan() -> None:
+    assert readable(texts([2, 0], 3).mask).tolist() == [[True, True, False], [True, False, False]]
+
+
+@every
+def test_padding_neither_its_length_nor_its_words_changes_what_is_read(kind: str) -> None:
+    encoder = make(kind).eval()
+    short, longer = texts([7, 3, 5]), texts([7, 3, 5])
+    longer = Texts(*(torch.cat([x, torch.zeros(3, 4, dtype=x.dtype)], dim=1) for x in longer))
+    noisy = Texts(torch.where(short.mask, short.ids, 9), short.mask)
+    for read in (encoder.forward, encoder.embed, lambda x: encoder.levels(x, [0])[0]):
+        expected = real(read(short))
+        for other in (longer, noisy):
+            torch.testing.assert_close(real(read(other)), expected, atol=1e-5, rtol=1e-5)
+
+
+@every
+def test_a_text_is_encoded_the_same_alone_and_beside_others(kind: str) -> None:
+    encoder = make(kind).eval()
+    batch = texts([7, 0, 4])
+    together = encoder(batch)
+    alone = encoder(Texts(batch.ids[2:], batch.mask[2:]))
+    torch.testing.assert_close(real(alone), real(Features(*(x[2:] for x in together))), atol=1e-5, rtol=1e-5)
+
+
+@every
+def test_the_order_of_the_words_matters(kind: str) -> None:
+    encoder = make(kind).eval()
+    with torch.no_grad():  # DeBERTa's relative positions start too faint to be seen
+        for parameter in encoder.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+    batch = texts([7])
+    assert not torch.allclose(encoder(batch).pooled, encoder(Texts(batch.ids.flip(1), batch.mask)).pooled, atol=1e-4)
+
+
+def test_pooling_is_the_mean_the_first_or_the_last_of_the_real_tokens() -> None:
+    batch = texts([7, 3])
+    pooled = {}
+    for pooling in ("mean", "first", "last"):
+        features = make(pooling=pooling).eval()(batch)
+        pooled[pooling] = features.pooled
+    tokens = features.tokens
+    torch.testing.assert_close(pooled["mean"], torch.stack([tokens[0].mean(dim=0), tokens[1, :3].mean(dim=0)]))
+    torch.testing.assert_close(pooled["first"], tokens[:, 0])
+    torch.testing.assert_close(pooled["last"], torch.stack([tokens[0, 6], tokens[1, 2]]))
+
+
+def test_pooling_is_by_default_the_last_token_for_a_causal_tower_and_the_mean_elsewhere() -> None:
+    assert {kind: make(kind).pooling for kind in CONFIGS} == dict.fromkeys(CONFIGS, "mean") | {"clip_text_model": "last"}
+
+
+@every
+def test_its_spec_is_plain_data_that_builds_the_same_module(kind: str) -> None:
+    encoder = make(kind, pooling="first").eval()
+    encoder.fit_vocabulary(40)
+    rebuilt = TransformersText(**json.loads(json.dumps(encoder.spec()))).eval()
+    rebuilt.load_state_dict(encoder.state_dict())
+    batch = Texts(texts([7, 3]).ids.clamp(max=39), texts([7, 3]).mask)
+    torch.testing.assert_close(rebuilt(batch).pooled, encoder(batch).pooled)
+    assert rebuilt.spec() == encoder.spec()
+
+
+@every
+def test_a_vocabulary_is_fitted_by_keeping_the_first_words(kind: str) -> None:
+    encoder = make(kind).eval()
+    batch = texts([7, 3])
+    batch = Texts(batch.ids.clamp(max=29), batch.mask)
+    before = encoder(batch).tokens
+    encoder.fit_vocabulary(30)
+    assert encoder.vocab_size == encoder.body.config.vocab_size == 30
+    assert encoder.embedding.weight.shape == (30, 16)
+    assert encoder.embedding.weight.requires_grad
+    torch.testing.assert_close(encoder(batch).tokens, before)
+    with pytest.raises(IndexError):
+        encoder(Texts(torch.full((1, 2), 30), torch.ones(1, 2, dtype=torch.bool)))
+
+
+def test_a_vocabulary_larger_than_the_embeddings_is_refused_naming_both() -> None:
+    with pytest.raises(ValueError, match="51 words don't fit the 50 embeddings"):
+        make().fit_vocabulary(51)
+
+
+@every
+def test_the_longest_text_fits_and_one_more_token_does_not(kind: str) -> None:
+    encoder = make(kind).eval()
+    expected = {"roberta": 23, "deberta-v2": None}.get(kind, 24)
+    assert encoder.longest == expected
+    if encoder.longest is None:
+        assert encoder(texts([60], 60)).tokens.shape[1] == 60
+        return
+    assert encoder(texts([expected], expected)).tokens.shape[1] == expected
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        encoder(texts([expected + 1], expected + 1))
+
+
+@every
+def test_trimmed_to_embeddings_it_loses_its_body_and_embeds_as_before(kind: str) -> None:
+    encoder = make(kind).eval()
+    batch = texts([7, 3])
+    before = encoder.embed(batch)
+    encoder.trim("embeddings")
+    torch.testing.assert_close(encoder.embed(batch), before)
+    names = [key for key, _ in encoder.named_parameters()]
+    assert names
+    assert all(key.startswith("body.embeddings.") for key in names)
+    encoder.embed(batch).tokens.sin().sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+@every
+def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_mode(kind: str) -> None:
+    encoder = make(kind, frozen=True).train()
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    batch = texts([7, 3])
+    for features in (encoder(batch), encoder.embed(batch), *encoder.levels(batch, [0])):
+        assert not features.tokens.requires_grad
+    torch.testing.assert_close(encoder(batch).tokens, encoder(batch).tokens, atol=0, rtol=0)  # no dropout
+    assert TransformersText(**encoder.spec()).frozen
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(7)
+    BertModel(BertConfig(**CONFIGS["bert"])).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def assert_is_bert_of_the_folder(encoder: TransformersText) -> None:
+    torch.manual_seed(7)
+    expected = BertModel(BertConfig(**CONFIGS["bert"])).state_dict()
+    found = encoder.body.state_dict()
+    assert {key for key in expected if "pooler" not in key} - found.keys() <= {"embeddings.position_ids", "embeddings.token_type_ids"}
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_a_local_folder_gives_its_weights(folder: Path) -> None:
+    assert_is_bert_of_the_folder(TransformersText(str(folder)))
+
+
+def test_a_folder_of_a_masked_language_model_gives_its_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    model = BertForMaskedLM(BertConfig(**CONFIGS["bert"]))
+    model.save_pretrained(tmp_path)
+    encoder = TransformersText(str(tmp_path))
+    expected = model.bert.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in encoder.body.state_dict().items())
+
+
+def test_a_folder_of_a_model_with_two_towers_gives_its_text_tower(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    vision = SHAPE | {"image_size": 32, "patch_size": 16}
+    model = CLIPModel(CLIPConfig(text_config=CONFIGS["clip_text_model"], vision_config=vision, projection_dim=8))
+    model.save_pretrained(tmp_path)
+    encoder = TransformersText(str(tmp_path)).eval()
+    assert encoder.pooling == "last"
+    batch = texts([7, 7])
+    with torch.no_grad():
+        expected = model.eval().text_model(input_ids=batch.ids).last_hidden_state
+        torch.testing.assert_close(encoder(batch).tokens, expected)
+
+
+def test_an_encoder_from_a_folder_is_built_again_without_the_folder(folder: Path) -> None:
+    encoder = TransformersText(str(folder)).eval()
+    spec = encoder.spec()
+    for path in folder.iterdir():
+        path.unlink()
+    rebuilt = TransformersText(**json.loads(json.dumps(spec))).eval()
+    rebuilt.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(rebuilt(texts([7, 3])).tokens, encoder(texts([7, 3])).tokens)
+
+
+def test_without_pretrained_a_folder_gives_its_shape_alone(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    encoder = TransformersText(str(folder), pretrained=False)
+    assert (encoder.dim, encoder.vocab_size) == (16, 50)
+    with pytest.raises(ValueError, match="only a text encoder made from a config"):
+        encoder.fit_vocabulary(40)
+
+
+def change_weights(folder: Path, change: Any) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def assert_names_ways_out(error: UserError, *tried: str) -> None:
+    for part in (*tried, "--model.text.name_or_path=FOLDER", "model.safetensors", "--model.text.config="):
+        assert part in str(error)
+
+
+def test_a_folder_whose_weights_lack_a_layer_is_refused_naming_the_missing_ones(folder: Path) -> None:
+    def lose_a_layer(weights: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in weights if "encoder.layer.1." in key]:
+            del weights[key]
+
+    change_weights(folder, lose_a_layer)
+    with pytest.raises(UserError, match="lacks 16 of the model's weights") as refused:
+        TransformersText(str(folder))
+    assert_names_ways_out(refused.value, str(folder), "encoder.layer.1.attention")
+
+
+def test_a_folder_whose_weights_have_another_shape_is_refused_naming_them(folder: Path) -> None:
+    def widen(weights: dict[str, torch.Tensor]) -> None:
+        weights["embeddings.word_embeddings.weight"] = torch.zeros(60, 16)
+
+    change_weights(folder, widen)
+    with pytest.raises(UserError) as refused:
+        TransformersText(str(folder))
+    assert_names_ways_out(refused.value, str(folder), "embeddings.word_embeddings.weight: (60, 16) where (50, 16) is expected")
+
+
+def test_a_folder_whose_weights_are_cut_off_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError) as refused:
+        TransformersText(str(folder))
+    assert_names_ways_out(refused.value, str(folder))
+
+
+def test_a_folder_without_weights_is_refused_naming_it_and_the_two_ways_out(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError) as refused:
+        TransformersText(str(folder))
+    assert_names_ways_out(refused.value, str(folder))
+
+
+def test_a_hub_name_that_cannot_be_had_is_refused_naming_it_and_the_two_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as refused:
+        TransformersText("nobody/no-such-text-encoder")
+    assert_names_ways_out(refused.value, "nobody/no-such-text-encoder")
+
+
+@pytest.mark.parametrize("config", [GPT2Config(n_embd=16, n_layer=1, n_head=2), T5Config(d_model=16, num_layers=1)], ids=["gpt2", "t5"])
+def test_decoders_are_refused_from_a_config_and_from_a_folder_naming_encoders(config: Any, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    for options in ({"config": {"model_type": config.model_type}}, {"name_or_path": str(tmp_path)}):
+        with pytest.raises(UserError, match=f"'{config.model_type}' is a decoder or encoder-decoder; take an encoder such as bert"):
+            TransformersText(**options)
+
+
+def test_a_misspelt_model_type_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown model_type 'robertta'\. Did you mean .*roberta"):
+        TransformersText(config={"model_type": "robertta"})
+
+
+def test_a_misspelt_setting_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"bert has no setting 'hiden_size'\. Did you mean .*hidden_size"):
+        TransformersText(config={"model_type": "bert", "hiden_size": 16})
+
+
+def test_a_setting_that_only_the_code_of_the_model_names_is_taken() -> None:
+    encoder = TransformersText(config={"model_type": "deberta-v2"} | CONFIGS["deberta-v2"] | {"position_buckets": 4, "share_att_key": True})
+    assert encoder.body.encoder.position_buckets == 4
+    assert TransformersText(**encoder.spec()).body.encoder.position_buckets == 4
+
+
+def test_a_config_without_model_type_is_refused_naming_some() -> None:
+    with pytest.raises(UserError, match="needs a model_type, such as bert"):
+        TransformersText(config={"hidden_size": 16})
+
+
+@pytest.mark.parametrize("options", [{}, {"name_or_path": "bert-base-uncased", "config": {"model_type": "bert"}}])
+def test_neither_or_both_of_name_and_config_are_refused_naming_both(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"exactly one of name_or_path .* and config"):
+        TransformersText(**options)

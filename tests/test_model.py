@@ -1,0 +1,124 @@
+"""Encoders and a head, joined: which parts are built, what comes out, and what leaves as an exported program."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from fusion.encoders import Encoder, Images, Texts, TimmImage, TransformersText
+from fusion.heads import Concat, CrossAttention, FusionHead, Gated, JointTransformer, LogitMean, Unimodal, WeightedLogits
+from fusion.model import FusionModel, factory_parts, head_class
+
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 24,
+}
+HEADS: dict[str, Any] = {
+    "Concat": partial(Concat, dim=8),
+    "Gated": partial(Gated, dim=8),
+    "LogitMean": partial(LogitMean, dim=8),
+    "WeightedLogits": partial(WeightedLogits, dim=8),
+    "CrossAttention": partial(CrossAttention, dim=8, depth=1, num_heads=2),
+    "JointTransformer": partial(JointTransformer, dim=8, depth=1, num_heads=2),
+}
+IMAGES = ["test_resnet", "test_vit"]
+
+
+def encoders(image: str = "test_resnet") -> dict[str, Encoder]:
+    torch.manual_seed(0)
+    return {"text": TransformersText(config=BERT), "image": TimmImage(image, pretrained=False, image_size=64)}
+
+
+def inputs(size: int = 3, length: int = 6, *, seed: int = 1) -> dict[str, Any]:
+    """Sample 0 lacks its text, sample 1 its image."""
+    torch.manual_seed(seed)
+    mask = torch.arange(length)[None] < torch.randint(1, length + 1, (size, 1))
+    mask[0] = False
+    present = torch.ones(size, dtype=torch.bool)
+    present[1] = False
+    return {
+        "text": Texts(torch.randint(4, 50, (size, length)).where(mask, 0), mask),
+        "image": Images(torch.rand(size, 3, 64, 64), present),
+    }
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_model_of_every_stage_trains_every_parameter_on_a_mixed_batch(name: str, image: str) -> None:
+    model = FusionModel.build(encoders(image), HEADS[name], 3).train()
+    output = model(inputs(4)).output
+    assert output.shape == (4, 3)
+    assert output.isfinite().all()
+    output.square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_early_fusion_carries_no_body_of_an_encoder(image: str) -> None:
+    early = FusionModel.build(encoders(image), HEADS["JointTransformer"], 3)
+    names = [key for key, _ in early.encoders.named_parameters()]
+    assert names
+    assert not [key for key in names if "encoder.layer" in key or "blocks." in key or "layer1" in key]
+    assert early.head.dims == {name: encoder.embed_dim for name, encoder in early.encoders.items()}
+
+    later = FusionModel.build(encoders(image), HEADS["Concat"], 3)
+    assert later.head.dims == {name: encoder.dim for name, encoder in later.encoders.items()}
+    assert sum(p.numel() for p in early.encoders.parameters()) < sum(p.numel() for p in later.encoders.parameters()) / 4
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_an_absent_modality_holds_changes_no_prediction(name: str) -> None:
+    model = FusionModel.build(encoders(), HEADS[name], 3).eval()
+    batch = inputs()
+    pixels, ids = batch["image"].pixels.clone(), batch["text"].ids.clone()
+    pixels[1], ids[0] = float("nan"), 17
+    other = {"text": batch["text"]._replace(ids=ids), "image": batch["image"]._replace(pixels=pixels)}
+    torch.testing.assert_close(model(other).output, model(batch).output)
+
+
+def test_one_modality_makes_a_model_without_fusion() -> None:
+    model = FusionModel.build({"text": encoders()["text"]}, partial(Unimodal, dim=8), 3)
+    output, by_modality = model({"text": inputs()["text"]})
+    assert output.shape == (3, 3)
+    assert torch.equal(by_modality["text"], output)
+
+
+def test_a_head_for_other_modalities_is_refused_naming_both() -> None:
+    with pytest.raises(ValueError, match="built for text, picture; the encoders are text, image"):
+        FusionModel(encoders(), Concat({"text": 16, "picture": 96}, 3))
+
+
+def test_the_parts_of_a_factory_are_its_class_and_what_it_binds() -> None:
+    assert factory_parts(Gated, FusionHead) == (Gated, {})
+    assert factory_parts(partial(Gated, dim=64), FusionHead) == (Gated, {"dim": 64})
+    assert head_class(partial(Gated, dim=64)) is Gated
+
+    def instantiate(cls: type, *args: Any, **settings: Any) -> Any:  # as jsonargparse does
+        return cls(*args, **settings)
+
+    assert factory_parts(partial(instantiate, Concat, dim=8), FusionHead) == (Concat, {"dim": 8})
+
+
+@pytest.mark.parametrize("wrong", [None, "Gated", dict, lambda dims, out_dim: None, partial(dict)])
+def test_what_is_no_factory_is_refused_naming_the_class_that_was_expected(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a FusionHead class or a functools\.partial of one"):
+        factory_parts(wrong, FusionHead)
+
+
+@pytest.mark.parametrize("name", ["Concat", "CrossAttention", "JointTransformer"])
+def test_an_exported_model_answers_as_the_eager_one_for_other_batches_and_lengths(name: str) -> None:
+    model = FusionModel.build(encoders("test_vit"), HEADS[name], 3).eval()
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=24)
+    shapes: Any = {"text": Texts({0: batch, 1: length}, {0: batch, 1: length}), "image": Images({0: batch}, {0: batch}, None)}  # type: ignore[arg-type]
+    program = torch.export.export(model, (inputs(),), dynamic_shapes=(shapes,)).module()
+    for size, words in ((2, 3), (5, 11)):
+        other = inputs(size, words, seed=size)
+        torch.testing.assert_close(program(other).output, model(other).output, atol=1e-5, rtol=1e-5)
