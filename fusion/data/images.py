@@ -1,0 +1,246 @@
+"""Any image as a viewer would show it, in RGB and upright; and from there to one size."""
+
+import os
+import stat
+import struct
+from io import BytesIO
+from math import inf, prod
+from pathlib import Path
+from typing import IO, Literal, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from fusion.errors import UserError, nearest
+
+Source: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
+ORIENTATION = 0x0112  # the EXIF tag; below, what undoes each of its values
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+EXPECTED_ARRAY = "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, or floats in 0..1"
+
+
+class ImageError(UserError):
+    """Why an image can't be used, in a few words: "missing", "truncated", "not an image", "400.0 megapixels, limit 100"."""
+
+
+def decode(source: Source, *, max_megapixels: float = 100, at_least: tuple[int, int] | None = None) -> Image.Image:
+    """The image in RGB, as a viewer shows it: upright by its EXIF orientation, transparency over white, the first of several frames.
+
+    source: a file, its bytes, a Pillow image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, or floats in 0..1.
+    max_megapixels: a larger image is refused by its header, before it takes memory. at_least: (height, width) that would do; a large
+    JPEG is then decoded at 1/2, 1/4 or 1/8 of its size, faster, but never below this.
+
+    16 bits become 8 by their full range, as do whole numbers (mode I) above 255; floats (mode F) are taken to end at 1, 255 or 65535,
+    whichever holds them. Numbers that are negative or beyond have no agreed white: they are stretched from their least to their greatest.
+
+    Raises ImageError with the reason.
+
+    >>> decode(np.zeros((2, 3), dtype=np.uint8)).size
+    (3, 2)
+    >>> decode("nowhere.png")
+    Traceback (most recent call last):
+    fusion.data.images.ImageError: missing
+    """
+    if isinstance(source, np.ndarray):
+        refuse_size(source.shape[1::-1], max_megapixels)
+        return in_rgb(from_array(source))
+    if isinstance(source, Image.Image):
+        refuse_size(source.size, max_megapixels)
+        return upright_rgb(source)
+    if isinstance(source, str | Path):
+        with opened_file(source) as file:
+            return from_file(file, max_megapixels, at_least)
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError("empty file")
+        return from_file(BytesIO(source), max_megapixels, at_least)
+    raise ImageError(f"expected a path, bytes, a Pillow image or a NumPy array, got {type(source).__name__}")
+
+
+def resize(
+    image: Image.Image,
+    size: tuple[int, int],
+    how: Literal["squash", "crop", "pad"],
+    *,
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic",
+    fill: int = 128,
+) -> np.ndarray:
+    """An RGB image at `size` (height, width), as uint8 (3, H, W).
+
+    how: "squash" both sides to the size; "crop" the middle of the image with its shorter side at the size; "pad" around the image with
+    its longer side at the size, centred, with the grey `fill`. "bicubic" and "bilinear" average over what they shrink (antialias).
+
+    >>> resize(Image.new("RGB", (40, 20), "red"), (8, 8), "pad")[0, :, 0].tolist()
+    [128, 128, 255, 255, 255, 255, 128, 128]
+    """
+    if interpolation not in FILTERS:
+        raise UserError(f"interpolation '{interpolation}' is unknown. {nearest(interpolation, FILTERS)}")
+    kernel = FILTERS[interpolation]
+    (height, width), (have_width, have_height) = size, image.size
+    if how == "squash":
+        fitted = image if image.size == (width, height) else image.resize((width, height), kernel)
+    elif how == "crop":
+        scale = max(width / have_width, height / have_height)
+        # The middle in the image's own pixels, so that only what is kept gets resized.
+        left, top = max(have_width - width / scale, 0) / 2, max(have_height - height / scale, 0) / 2
+        fitted = image.resize((width, height), kernel, box=(left, top, have_width - left, have_height - top))
+    elif how == "pad":
+        scale = min(width / have_width, height / have_height)
+        inner = max(round(have_width * scale), 1), max(round(have_height * scale), 1)
+        fitted = Image.new("RGB", (width, height), (fill, fill, fill))
+        fitted.paste(image.resize(inner, kernel), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    else:
+        raise UserError(f"resize '{how}' is unknown. {nearest(how, ('squash', 'crop', 'pad'))}")
+    # A copy, because what Pillow lends is read-only, and torch warns of tensors over such memory.
+    return np.array(np.asarray(fitted).transpose(2, 0, 1), order="C", copy=True)
+
+
+# From a file to pixels.
+
+
+def opened_file(path: str | Path) -> IO[bytes]:
+    try:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_size:
+            return open(path, "rb")
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a NUL in the path
+        raise ImageError("missing") from None
+    except PermissionError:
+        raise ImageError("permission denied") from None
+    except OSError as error:
+        raise ImageError(error.strerror or str(error)) from error
+    raise ImageError("empty file" if stat.S_ISREG(status.st_mode) else "a folder" if stat.S_ISDIR(status.st_mode) else "not a file")
+
+
+def from_file(file: IO[bytes], max_megapixels: float, at_least: tuple[int, int] | None) -> Image.Image:
+    image = opened_image(file)
+    refuse_size(image.size, max_megapixels)
+    if at_least is not None:
+        height, width = at_least if orientation(image) < 5 else at_least[::-1]
+        image.draft(None, (max(width, 1), max(height, 1)))
+    if hasattr(image, "_tile_size") and prod(image.size) > (Image.MAX_IMAGE_PIXELS or inf):
+        image.im = Image.core.new(image.mode, image._tile_size)  # a large TIFF warns again when it asks for memory; so it has it already
+    return upright_rgb(image)
+
+
+def opened_image(file: IO[bytes]) -> ImageFile.ImageFile:
+    """Image.open without its limit on pixels: ours is checked instead. Pillow's is one for the process, and its warning can't be held back
+    in one thread alone. EPS is left out: it is a program, which Pillow would have Ghostscript run."""
+    prefix = file.read(16)
+    tried = {"EPS"}
+    recognised = False
+    for load_plugins in (Image.preinit, Image.init):  # the common formats first, then all
+        load_plugins()
+        for name in [name for name in Image.ID if name not in tried]:
+            tried.add(name)
+            factory, accept = Image.OPEN[name]
+            try:
+                accepted = accept is None or accept(prefix)
+                if accepted and not isinstance(accepted, str):  # a string says which library is lacking
+                    file.seek(0)
+                    return factory(file, "")
+            except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say "not mine"
+                recognised = recognised or accept is not None
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise ImageError(reason_of(error)) from error
+    raise ImageError("damaged header" if recognised else "not an image")
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+        # Asked after loading: a TIFF has turned itself by then, and says so.
+        turn = UPRIGHT.get(orientation(image))
+        rgb = in_rgb(image)
+    except (MemoryError, ImageError):
+        raise
+    except Exception as error:  # plugins raise whatever comes to hand
+        raise ImageError(reason_of(error)) from error
+    if turn is None:
+        return rgb
+    turned = rgb.transpose(turn)
+    turned.info.clear()  # EXIF came along in it, and would have the picture turned again whenever it is decoded again
+    return turned
+
+
+def orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged EXIF: a viewer shows the picture as it lies
+        return 1
+
+
+def reason_of(error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return "more megapixels than Pillow allows in this format"
+    message = " ".join(str(error).split())
+    if isinstance(error, EOFError) or "truncated" in message.lower():
+        return "truncated"
+    return f"damaged: {message or type(error).__name__}"
+
+
+def refuse_size(size: tuple[int, ...], max_megapixels: float) -> None:
+    megapixels = prod(size) / 1e6
+    if not megapixels:
+        raise ImageError("no pixels")
+    if megapixels > max_megapixels:
+        raise ImageError(f"{megapixels:.1f} megapixels, limit {max_megapixels:g}")
+
+
+# From pixels of any kind to RGB.
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return from_numbers(np.asarray(image), image.info.get("transparency"))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def from_numbers(numbers: np.ndarray, transparent: object) -> Image.Image:
+    grey = in_8_bits(numbers, *black_and_white(numbers))
+    if isinstance(transparent, int):
+        grey[numbers == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def black_and_white(numbers: np.ndarray) -> tuple[float, float]:
+    """The numbers that mean black and white."""
+    if numbers.dtype.itemsize == 2:
+        return 0, 65535
+    finite = numbers[np.isfinite(numbers)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    whites = (1, 255, 65535) if numbers.dtype.kind == "f" else (255, 65535)
+    return (low, high) if low < 0 or high > 65535 else (0, next(white for white in whites if high <= white))
+
+
+def in_8_bits(numbers: np.ndarray, black: float, white: float) -> np.ndarray:
+    numbers = numbers.astype(np.float32)
+    if not np.isfinite(numbers).all():
+        numbers = np.nan_to_num(numbers, nan=black, posinf=white, neginf=black)
+    return np.rint((numbers - black) * (255 / ((white - black) or 1))).astype(np.uint8)
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    is_float = array.dtype.kind == "f"
+    if not array.size or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ImageError(f"an array {array.shape}, {EXPECTED_ARRAY}")
+    if not (is_float or array.dtype in (np.uint8, np.uint16)):
+        raise ImageError(f"an array of {array.dtype}, {EXPECTED_ARRAY}")
+    if is_float and not (array.min() >= 0 and array.max() <= 1):  # not (NaN >= 0)
+        raise ImageError(f"an array of floats from {array.min():g} to {array.max():g}, {EXPECTED_ARRAY}")
+    pixels = array if array.dtype == np.uint8 else in_8_bits(array, 0, 1 if is_float else 65535)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)

@@ -1,0 +1,90 @@
+"""The samples that could not be used: each with file, row, id and reason, told at the end and kept beside the run."""
+
+import csv
+import os
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from fusion.errors import UserError, nearest
+
+MOST_CATEGORIES = 5
+ACTIONS = ("drop", "error")
+
+
+class Issue(NamedTuple):
+    """One sample that was left out. row: line of the file, as the manifest's reader counts; None where there is no such thing."""
+
+    file: str
+    row: int | None
+    id: str
+    reason: str
+
+
+class Ledger:
+    """Collects what was wrong with samples, or stops at the first.
+
+    on_bad_sample: "drop" collects into `issues`; "error" makes the first `add` raise UserError.
+
+    >>> ledger = Ledger("drop")
+    >>> ledger.add("m.csv", 2, "a", "image missing: /data/a.png")
+    >>> ledger.add("m.csv", 3, "b", "image damaged: truncated (/data/b.png)")
+    >>> ledger.add("m.csv", 7, "c", "image missing: /data/c.png")
+    >>> ledger.summary()
+    '3 samples dropped: 2 image missing, 1 image damaged; see data_issues.csv'
+    """
+
+    def __init__(self, on_bad_sample: Literal["drop", "error"] = "drop") -> None:
+        if on_bad_sample not in ACTIONS:
+            raise UserError(f"on_bad_sample is '{on_bad_sample}'. {nearest(on_bad_sample, ACTIONS)}")
+        self.on_bad_sample = on_bad_sample
+        self.issues: list[Issue] = []
+
+    def add(self, file: str, row: int | None, id: str, reason: str) -> None:
+        """Note one sample. Raises UserError, naming all four, where bad samples are errors."""
+        issue = Issue(file, row, id, reason)
+        if self.on_bad_sample == "error":
+            raise UserError(f"{place(issue)}: {reason}. Mend it, or leave such samples out: --data.on_bad_sample=drop")
+        self.issues.append(issue)
+
+    def write(self, path: str | Path) -> None:
+        """Write CSV with columns file, row, id, reason; the file appears whole or not at all. Raises OSError where it can't be written."""
+        folder, name = os.path.split(os.path.abspath(path))
+        # In the destination's folder, because a rename is atomic only within one file system.
+        part = os.path.join(folder, f".{name}-{os.getpid()}")
+        try:
+            # An id may hold what is no valid text; it is shown escaped rather than lost.
+            with open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                csv.writer(file).writerows([Issue._fields, *self.issues])
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(part)
+            raise
+
+    def summary(self) -> str:
+        """One line: how many samples, for which kinds of reason, the commonest first."""
+        if not self.issues:
+            return "no samples dropped"
+        kinds = Counter(category(issue.reason) for issue in self.issues).most_common()
+        shown = [f"{count:,} {kind}" for kind, count in kinds[:MOST_CATEGORIES]]
+        if len(kinds) > MOST_CATEGORIES:
+            shown.append(f"{sum(count for _, count in kinds[MOST_CATEGORIES:]):,} for other reasons")
+        return f"{len(self.issues):,} sample{'s' * (len(self.issues) > 1)} dropped: {', '.join(shown)}; see data_issues.csv"
+
+
+def category(reason: str) -> str:
+    """What a reason is about: the part before its particulars, which follow a colon or stand in brackets.
+
+    >>> category("image damaged: truncated (/data/b.png)"), category("not UTF-8 (byte 0xe9 in column text)")
+    ('image damaged', 'not UTF-8')
+    """
+    return reason.partition(":")[0].partition(" (")[0]
+
+
+def place(issue: Issue) -> str:
+    row = "" if issue.row is None else f", row {issue.row}"
+    return f"{issue.file}{row}" + (f", id '{issue.id}'" if issue.id else "")

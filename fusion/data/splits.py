@@ -1,0 +1,225 @@
+"""Train, val and test: what the manifest gives is kept; what it leaves open is carved out of train, alike in classes, groups whole."""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from fusion.errors import UserError
+
+BIT = {"train": 1, "val": 2, "test": 4}
+# The size of a split beside its classes, when a group is placed. Without it, classes too rare for val would all go to train.
+SIZE_WEIGHT = 8.0
+
+
+def assign_splits(
+    labels: Sequence[str | None], groups: Sequence[str | None], splits: Sequence[str | None], *, val: float, test: float, seed: int
+) -> list[str]:
+    """Train, val or test for each sample, by `seed`.
+
+    Given splits are kept. Val and test, each if no sample is given to it, are carved out of the samples that are train or not given:
+    the fraction `val` or `test` of them, of every class alike. Samples without group come out exact up to rounding in every class. A group
+    stays whole: the largest first, each goes where it brings the classes nearest to their fractions. A class keeps at least one sample
+    in train. A sample without split follows its group, if that is given one.
+
+    Raises UserError for fractions that are not in [0, 1) or leave nothing to train on, and for a split that would be empty.
+
+    >>> splits = assign_splits(["yes", "no"] * 10, [None] * 20, [None] * 18 + ["test"] * 2, val=1 / 3, test=0.5, seed=0)
+    >>> splits.count("train"), splits.count("val"), splits[18:]  # test is given, so none is carved
+    (12, 6, ['test', 'test'])
+    """
+    refuse_fractions(val, test)
+    fractions = {name: fraction for name, fraction in (("val", val), ("test", test)) if fraction and name not in splits}
+    settled = keep_given(splits, groups)
+    pool = [i for i, split in enumerate(settled) if split is None]
+    names = [*fractions, "train"]
+    chosen = carve([labels[i] for i in pool], [groups[i] for i in pool], list(fractions.values()), np.random.default_rng(seed))
+    for name, count in zip(fractions, np.bincount(chosen, minlength=len(names)).tolist(), strict=False):
+        if not count:
+            raise UserError(
+                f"{len(pool):,} samples are too few to carve {name} out of them (data.{name}={fractions[name]:g}): every class keeps "
+                "a sample in train, and groups stay whole. Add samples, name a file of its own "
+                f"(--data.{name}_manifest=FILE), or do without (--data.{name}=0)"
+            )
+    for i, choice in zip(pool, chosen.tolist(), strict=True):
+        settled[i] = names[choice]
+    return [split or "train" for split in settled]
+
+
+def groups_across_splits(splits: Sequence[str | None], groups: Sequence[str | None]) -> dict[str, set[str]]:
+    """The groups with samples in more than one split, and in which; samples without split or group are passed over.
+
+    >>> sorted(groups_across_splits(["train", "test", "val"], ["a", "a", "b"])["a"])
+    ['test', 'train']
+    """
+    return {
+        group: {split for split, bit in BIT.items() if mask & bit}
+        for group, mask in splits_of_groups(splits, groups).items()
+        if mask not in BIT.values()
+    }
+
+
+def splits_of_groups(splits: Sequence[str | None], groups: Sequence[str | None]) -> dict[str, int]:
+    """The splits of each group, as a sum of bits: a million sets would take seconds."""
+    found: dict[str, int] = {}
+    for split, group in zip(splits, groups, strict=True):
+        if split is not None and group is not None:
+            found[group] = found.get(group, 0) | BIT[split]
+    return found
+
+
+def refuse_fractions(val: float, test: float) -> None:
+    for name, fraction in (("val", val), ("test", test)):
+        if not 0 <= fraction < 1:
+            raise UserError(f"data.{name} is {fraction}; expected a fraction of the samples, from 0 (none) to less than 1")
+    if val + test >= 1:
+        raise UserError(f"data.val is {val} and data.test {test}: together they leave nothing to train on; expected a sum below 1")
+
+
+def keep_given(splits: Sequence[str | None], groups: Sequence[str | None]) -> list[str | None]:
+    """The splits that stand; None for the samples that may be shared out."""
+    given = splits_of_groups(splits, groups)
+    settled: list[str | None] = []
+    for split, group in zip(splits, groups, strict=True):
+        of_group = given.get(group, 0) if group is not None else 0
+        if split in ("val", "test"):
+            settled.append(split)
+        elif of_group <= BIT["train"]:
+            settled.append(None)
+        else:
+            # Its group is held out, at least in part: sharing this sample out could bring the group into yet another split.
+            settled.append(split or next(name for name, bit in BIT.items() if of_group & bit))
+    return settled
+
+
+# Everything below counts in numbers: classes 0 .. C-1, and splits 0 .. S-1 to carve (val, test) with S for train.
+
+
+def carve(
+    labels: Sequence[str | None], groups: Sequence[str | None], fractions: Sequence[float], random: np.random.Generator
+) -> np.ndarray:
+    """The split of each sample (n,): its number in `fractions`, or len(fractions) for train."""
+    chosen = np.full(len(labels), len(fractions), dtype=np.int8)
+    if not fractions or not labels:
+        return chosen
+    classes = numbered(labels)
+    totals = np.array([max(1, round(len(labels) * fraction)) for fraction in fractions])
+    in_group = place_groups(classes, groups, fractions, chosen, random)
+    place_singles(classes, np.flatnonzero(~in_group), fractions, totals, chosen, random)
+    return chosen
+
+
+def place_singles(
+    classes: np.ndarray,
+    singles: np.ndarray,
+    fractions: Sequence[float],
+    totals: np.ndarray,
+    chosen: np.ndarray,
+    random: np.random.Generator,
+) -> None:
+    """Share out samples that belong to no group, so that every class and the whole come as near to the fractions as whole samples can."""
+    count = int(classes.max()) + 1
+    placed = np.ones(len(chosen), dtype=bool)
+    placed[singles] = False
+    there = np.stack([np.bincount(classes[placed & (chosen == split)], minlength=count) for split in range(len(fractions) + 1)])
+    wanted = np.array(fractions)[:, None] * np.bincount(classes, minlength=count) - there[:-1]
+    # One sample of each class is train's, unless a group has brought it one.
+    room = np.maximum(np.bincount(classes[singles], minlength=count) - (there[-1] == 0), 0)
+    take = apportion(wanted, room, totals - there[:-1].sum(1), random)
+
+    shuffled = random.permutation(singles)
+    shuffled = shuffled[np.argsort(classes[shuffled], kind="stable")]
+    sizes = np.bincount(classes[singles], minlength=count)
+    rank = np.arange(len(shuffled)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # the place of a sample within its class
+    first = np.zeros(count, dtype=np.int64)
+    for split, amount in enumerate(take):
+        of_class = classes[shuffled]
+        chosen[shuffled[(rank >= first[of_class]) & (rank < (first + amount)[of_class])]] = split
+        first += amount
+
+
+def apportion(wanted: np.ndarray, room: np.ndarray, totals: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Whole numbers (S, C) next to `wanted`, in all at most `room` (C,): rounded down, then up where most was lost, up to `totals` (S,)."""
+    take = np.floor(np.maximum(wanted, 0) + 1e-9).astype(np.int64)
+    crowded = take.sum(0) > room
+    take[:, crowded] = take[:, crowded] * room[crowded] // take.sum(0)[crowded]
+    room = room - take.sum(0)
+    for split in range(len(wanted)):
+        lost = wanted[split] - take[split]
+        candidates = random.permutation(np.flatnonzero((lost > 1e-9) & (room > 0)))
+        candidates = candidates[np.argsort(-lost[candidates], kind="stable")][: max(int(totals[split] - take[split].sum()), 0)]
+        take[split, candidates] += 1
+        room[candidates] -= 1
+    return take
+
+
+def place_groups(
+    classes: np.ndarray, groups: Sequence[str | None], fractions: Sequence[float], chosen: np.ndarray, random: np.random.Generator
+) -> np.ndarray:
+    """Write the split of every group of two or more samples into `chosen`; gives which samples those are (n,)."""
+    group = numbered([i if name is None else name for i, name in enumerate(groups)])
+    sizes = np.bincount(group)
+    in_group = sizes[group] > 1
+    large = random.permutation(np.flatnonzero(sizes > 1))
+    large = large[np.argsort(-sizes[large], kind="stable")]
+    if len(large):
+        contents = class_counts(group[in_group], classes[in_group], large)
+        split_of = np.zeros(len(sizes), dtype=chosen.dtype)
+        split_of[large] = place_greedily(contents, np.bincount(classes), fractions, len(sizes), random)
+        chosen[in_group] = split_of[group[in_group]]
+    return in_group
+
+
+def place_greedily(
+    contents: list[list[tuple[int, int]]], of_class: np.ndarray, fractions: Sequence[float], units: int, random: np.random.Generator
+) -> list[int]:
+    """The split of each group, given as its (class, count) pairs, largest first. units: groups and single samples in all.
+
+    A group goes where it adds least to the sum of (got - target)^2 / target over the classes and the size of the splits.
+    """
+    train = len(fractions)
+    shares = [*fractions, 1 - sum(fractions)]
+    target = [(share * of_class).tolist() for share in shares]
+    target_size = [share * int(of_class.sum()) for share in shares]
+    got, got_size = [[0] * len(of_class) for _ in shares], [0] * len(shares)
+    left = of_class.tolist()
+    placed = []
+    for units_left, pairs, tie in zip(range(units, 0, -1), contents, random.random(len(contents)).tolist(), strict=False):
+        size = sum(k for _, k in pairs)
+        empty = [split for split in range(train) if not got_size[split]]
+        options: Sequence[int] = range(train + 1)
+        if any(not got[train][c] and left[c] == k for c, k in pairs):
+            options = [train]  # the last that train can get of a class
+        elif units_left <= len(empty):
+            options = empty
+        costs = []
+        for split in options:
+            g, t = got[split], target[split]
+            cost = SIZE_WEIGHT * size * (size + 2 * (got_size[split] - target_size[split])) / target_size[split]
+            for c, k in pairs:
+                cost += k * (k + 2 * (g[c] - t[c])) / t[c]
+            costs.append(cost)
+        least = min(costs)
+        best = [split for split, cost in zip(options, costs, strict=True) if cost == least]
+        split = best[int(tie * len(best))]
+        for c, k in pairs:
+            got[split][c] += k
+            left[c] -= k
+        got_size[split] += size
+        placed.append(split)
+    return placed
+
+
+def class_counts(group: np.ndarray, classes: np.ndarray, order: np.ndarray) -> list[list[tuple[int, int]]]:
+    """For each group of `order`, its classes and how many samples it has of each."""
+    count = int(classes.max()) + 1
+    keys, counts = np.unique(group * count + classes, return_counts=True)
+    pairs = list(zip((keys % count).tolist(), counts.tolist(), strict=True))
+    owner = keys // count
+    starts, ends = np.searchsorted(owner, order).tolist(), np.searchsorted(owner, order, side="right").tolist()
+    return [pairs[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def numbered(names: Sequence[Hashable]) -> np.ndarray:
+    """Equal names as equal numbers, from 0 in the order of their first appearance."""
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(name, len(known)) for name in names], dtype=np.int64)

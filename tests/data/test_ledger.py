@@ -1,0 +1,101 @@
+"""The ledger of samples that could not be used."""
+
+import csv
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusion.data.ledger import Issue, Ledger
+from fusion.errors import UserError
+
+
+def read_back(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_an_empty_ledger_writes_its_header_alone(tmp_path):
+    Ledger("drop").write(tmp_path / "data_issues.csv")
+    assert read_back(tmp_path / "data_issues.csv") == [["file", "row", "id", "reason"]]
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"), max_size=20)
+
+
+@given(st.lists(st.builds(Issue, cells, st.none() | st.integers(1), cells, cells), max_size=10))
+def test_what_was_added_is_what_the_file_holds(tmp_path_factory, issues):
+    ledger = Ledger("drop")
+    for issue in issues:
+        ledger.add(*issue)
+    path = tmp_path_factory.mktemp("ledger") / "issues.csv"
+    ledger.write(path)
+    assert ledger.issues == issues
+    assert read_back(path)[1:] == [[i.file, "" if i.row is None else str(i.row), i.id, i.reason] for i in issues]
+
+
+def test_an_id_that_is_no_valid_text_is_written_escaped(tmp_path):
+    ledger = Ledger("drop")
+    ledger.add("m.csv", 2, "caf\udce9", "not UTF-8 (byte 0xe9 in column id)")
+    ledger.write(tmp_path / "issues.csv")
+    assert read_back(tmp_path / "issues.csv")[1][2] == "caf\\udce9"
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path, monkeypatch):
+    ledger = Ledger("drop")
+    ledger.write(tmp_path / "issues.csv")
+    before = (tmp_path / "issues.csv").read_bytes()
+    ledger.add("m.csv", 2, "a", "label is missing")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        ledger.write(tmp_path / "issues.csv")
+    assert (tmp_path / "issues.csv").read_bytes() == before
+    assert os.listdir(tmp_path) == ["issues.csv"]
+
+
+def test_the_written_file_has_the_permissions_of_any_other_new_file(tmp_path):
+    Ledger("drop").write(tmp_path / "issues.csv")
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / "issues.csv").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_the_summary_counts_by_kind_of_reason_commonest_first():
+    ledger = Ledger("drop")
+    for i in range(5):
+        ledger.add("m.csv", i, str(i), f"image damaged: truncated (/data/{i}.png)")
+    for i in range(12):
+        ledger.add("m.csv", i, str(i), f"image missing: /data/{i}.png")
+    assert ledger.summary() == "17 samples dropped: 12 image missing, 5 image damaged; see data_issues.csv"
+
+
+def test_the_summary_of_one_sample_and_of_none_reads_well():
+    ledger = Ledger("drop")
+    assert ledger.summary() == "no samples dropped"
+    ledger.add("m.csv", 2, "a", "label is missing")
+    assert ledger.summary() == "1 sample dropped: 1 label is missing; see data_issues.csv"
+
+
+def test_the_summary_stays_one_short_line_when_every_reason_differs():
+    ledger = Ledger("drop")
+    for i in range(1000):
+        ledger.add("m.csv", i, str(i), f"reason {i}")
+    assert ledger.summary().endswith("995 for other reasons; see data_issues.csv")
+    assert "\n" not in ledger.summary()
+
+
+def test_with_error_the_first_bad_sample_stops_and_is_named():
+    with pytest.raises(UserError) as caught:
+        Ledger("error").add("m.csv", 7, "cat-1", "label is missing")
+    for part in ("m.csv", "row 7", "cat-1", "label is missing", "on_bad_sample=drop"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_action_is_refused_with_the_nearest_known_one():
+    with pytest.raises(UserError, match="Did you mean drop"):
+        Ledger("dropp")  # type: ignore[arg-type]
