@@ -1,0 +1,9 @@
+"""Data: from a manifest to batches."""
+
+from fusion.data.module import ImageTextData
+from fusion.data.prepare import Preparer, Script
+from fusion.data.samples import Batch
+from fusion.data.shapes import Shapes
+from fusion.data.table import Columns
+
+__all__ = ["Batch", "Columns", "ImageTextData", "Preparer", "Script", "Shapes"]

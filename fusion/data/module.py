@@ -1,0 +1,288 @@
+"""The data of one run: a manifest read, split, checked and tokenized; then loaders of batches."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fusion.data.image_check import check_images
+from fusion.data.ledger import Ledger
+from fusion.data.prepare import Preparer, default_cache, prepared
+from fusion.data.processor import ImageSpec, Processor, Resize
+from fusion.data.sampler import EvaluationBatches, GlobalBatches
+from fusion.data.samples import Batch, ImageStore, Samples, as_is
+from fusion.data.splits import assign_splits, groups_across_splits
+from fusion.data.table import Columns, Table, read_table
+from fusion.data.tokenizer import Tokenizer
+from fusion.encoders import Encoder, TransformersText
+from fusion.errors import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class Split:
+    """One split: its table, its samples, and how many of its labels train never showed."""
+
+    table: Table
+    samples: Samples
+    unseen_labels: int
+
+
+class ImageTextData(LightningDataModule):
+    """Images and texts from a manifest, or made by a preparer; raises UserError for everything that is wrong with them.
+
+    Args:
+        manifest: CSV, JSON Lines or Parquet with columns image, text, label and, if you like, split, id, group.
+        val_manifest: a file of its own for validation; `manifest` is then all train.
+        test_manifest: a file of its own for testing; likewise.
+        columns: other names for the columns.
+        preparer: makes the manifest instead: Shapes from nothing, Script from a published layout under `root`.
+        root: the folder of the published layout.
+        val: fraction carved out of train where no val is given, groups kept together, classes kept alike; 0 for none.
+        test: the same for test.
+        split_seed: of that carving.
+        batch_size: samples in one optimiser update, over all devices and accumulated batches.
+        eval_batch_size: samples evaluated at a time, over all devices.
+        max_length: most tokens of a text; longer ones are cut, counted and reported.
+        resize: "squash" images to the encoder's size, "crop" their middle, or "pad" them.
+        augment: transforms of training images, uint8 (3, H, W), such as torchvision.transforms.v2's.
+        max_megapixels: larger images are refused unopened.
+        memory_gib: decoded images are kept up to this much, in each process.
+        num_workers: processes that decode; by default none for images in memory, else one a core up to eight.
+        cache: where prepared data is kept; by default $FUSION_CACHE or ~/.cache/fusion.
+        shuffle: "samples" one by one, or "images": all samples of an image side by side, so that it is encoded once for them.
+        on_bad_sample: "drop" into the run's data_issues.csv, or "error" at the first.
+        on_unseen_label: a label that train lacks is an "error", or "count_as_wrong" in the score.
+        on_shared_group: a group in more than one split is an "error", or "report"ed.
+        seed: of the order of the batches (the run's seed).
+    """
+
+    def __init__(
+        self,
+        manifest: str | None = None,
+        val_manifest: str | None = None,
+        test_manifest: str | None = None,
+        columns: Columns = Columns(),  # noqa: B008 (frozen)
+        preparer: Preparer | None = None,
+        root: str | None = None,
+        val: float = 0.1,
+        test: float = 0.1,
+        split_seed: int = 0,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        max_length: int = 64,
+        resize: Resize = "squash",
+        augment: list[nn.Module] | None = None,
+        max_megapixels: float = 100.0,
+        memory_gib: float = 1.0,
+        num_workers: int | None = None,
+        cache: str | None = None,
+        shuffle: Literal["samples", "images"] = "samples",
+        on_bad_sample: Literal["drop", "error"] = "drop",
+        on_unseen_label: Literal["error", "count_as_wrong"] = "error",
+        on_shared_group: Literal["error", "report"] = "error",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (manifest is None) == (preparer is None):
+            raise UserError("say where the data is: --data.manifest=FILE, or a recipe whose data.preparer makes it (one of the two)")
+        if batch_size < 1 or eval_batch_size < 1:
+            raise UserError(f"data.batch_size is {batch_size} and data.eval_batch_size {eval_batch_size}; expected at least 1")
+        self.manifest, self.val_manifest, self.test_manifest = manifest, val_manifest, test_manifest
+        self.columns, self.preparer, self.root = columns, preparer, root
+        self.val, self.test, self.split_seed = val, test, split_seed
+        self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
+        self.resize, self.augment, self.max_megapixels, self.memory_gib = resize, augment, max_megapixels, memory_gib
+        self.shuffle = shuffle
+        self.num_workers, self.cache = num_workers, Path(cache) if cache else default_cache()
+        self.on_unseen_label, self.on_shared_group, self.seed = on_unseen_label, on_shared_group, seed
+        self.ledger = Ledger(on_bad_sample)
+        self.card: str | None = None
+        self.folder: Path | None = None
+        self.splits: dict[str, Split] = {}
+        self.processor: Processor
+        self.resume_at: tuple[int, int] | None = None
+
+    # From files to samples.
+
+    def load(self, encoders: Mapping[str, Encoder]) -> None:
+        """Read, split, check and tokenize everything, for these encoders (by modality; a text encoder from scratch gets its vocabulary)."""
+        if self.splits:
+            return
+        table = self.table(tuple(encoders))
+        images = self.check(table, encoders["image"]) if "image" in encoders else None
+        if images is not None:
+            table = images[1]
+        classes = self.learn_classes(table)
+        self.refuse_leaks(table)
+        tokenizer = self.tokenizer_for(table, encoders["text"]) if "text" in encoders else None
+        self.processor = Processor(None if images is None else images[0].spec, tokenizer, classes)
+        number = {label: i for i, label in enumerate(classes)}
+        for name in SPLITS:
+            part = table.take([i for i, split in enumerate(table.splits) if split == name])
+            if len(part):
+                # A label that train never showed counts as class C, which no model can predict.
+                target = np.array([number.get(str(label), len(classes)) for label in part.labels], dtype=np.int64)
+                self.splits[name] = Split(
+                    part,
+                    make_samples(part, target, images and images[0], tokenizer, self.augment if name == "train" else None),
+                    int((target == len(classes)).sum()),
+                )
+
+    def table(self, modalities: tuple[str, ...]) -> Table:
+        """All readable rows, each with its split: given, or carved out."""
+        root = Path(self.root).expanduser() if self.root else None
+        if self.preparer is not None:
+            self.folder, self.card = prepared(self.preparer, root, self.cache)
+        main = str(self.folder / "manifest.csv") if self.folder else str(self.manifest)
+        files: dict[str, str | None] = {main: None}
+        if self.val_manifest or self.test_manifest:
+            files = {main: "train"}
+            files |= {file: split for file, split in ((self.val_manifest, "val"), (self.test_manifest, "test")) if file}
+        tables = [
+            read_table(file, self.columns, modalities, need_label=True, ledger=self.ledger, split=split) for file, split in files.items()
+        ]
+        if len(tables) > 1:  # ids need only be unique in each file
+            for one in tables:
+                one.ids = [f"{Path(file).stem}-{id}" for file, id in zip(one.files, one.ids, strict=True)]
+        table = Table.concat(tables)
+        table.splits = list[str | None](
+            assign_splits(table.labels, table.groups, table.splits, val=self.val, test=self.test, seed=self.split_seed)
+        )
+        return table
+
+    def check(self, table: Table, encoder: Encoder) -> tuple[ImageStore, Table]:
+        """The store of the table's images, and the table without the samples whose image is damaged."""
+        size = getattr(encoder, "image_size", (224, 224))
+        interpolation = getattr(encoder, "data_config", {}).get("interpolation", "bicubic")
+        spec = ImageSpec(size, self.resize, interpolation, self.max_megapixels)
+        paths = sorted({path for path in table.images if path})
+        pixels, bad = check_images(paths, spec, memory_gib=self.memory_gib, cache=self.cache)
+        if bad:
+            for i, path in enumerate(table.images):
+                if path in bad:
+                    self.ledger.add(table.files[i], table.rows[i], table.ids[i], image_issue(bad[path], path))
+            table = table.take([i for i, path in enumerate(table.images) if path not in bad])
+            if not len(table):
+                raise UserError(f"none of the samples has a readable image; the first: {self.ledger.issues[0].reason}")
+        return ImageStore(paths, spec, pixels), table
+
+    def learn_classes(self, table: Table) -> list[str]:
+        labels = {split: Counter(str(label) for label, s in zip(table.labels, table.splits, strict=True) if s == split) for split in SPLITS}
+        classes = sorted(labels["train"])
+        if len(classes) < 2:
+            only = f"only '{classes[0]}' occurs" if classes else "no sample is left"
+            raise UserError(f"a classifier needs at least two classes: in the training split {only} (column '{self.columns.label}')")
+        unseen = {label: split for split in ("val", "test") for label in labels[split] if label not in labels["train"]}
+        if unseen and self.on_unseen_label == "error":
+            shown = ", ".join(f"'{label}' ({split})" for label, split in list(unseen.items())[:5]) + (", ..." if len(unseen) > 5 else "")
+            raise UserError(
+                f"{len(unseen)} labels never occur in train: {shown}. Mend the labels or the split, or let them count as misses: "
+                "--data.on_unseen_label=count_as_wrong"
+            )
+        return classes
+
+    def refuse_leaks(self, table: Table) -> None:
+        shared = groups_across_splits(table.splits, table.groups)
+        if shared and self.on_shared_group == "error":
+            group, splits = next(iter(shared.items()))
+            raise UserError(
+                f"{len(shared)} groups are in more than one split (the first: '{group}' in {', '.join(sorted(splits))}); "
+                f"what train has seen can't test it. Mend column '{self.columns.split}', or accept it: --data.on_shared_group=report"
+            )
+        self.shared_groups = len(shared)
+        pairs = {(i, t) for i, t, s in zip(table.images, table.texts, table.splits, strict=True) if s == "train"}
+        self.pairs_seen_in_train = {
+            name: sum((i, t) in pairs for i, t, s in zip(table.images, table.texts, table.splits, strict=True) if s == name)
+            for name in ("val", "test")
+        }
+
+    def tokenizer_for(self, table: Table, encoder: Encoder) -> Tokenizer:
+        if not isinstance(encoder, TransformersText):
+            raise TypeError(f"expected a TransformersText for the texts, got {type(encoder).__name__}")
+        max_length = min(self.max_length, encoder.longest or self.max_length)
+        if encoder.from_scratch:
+            texts = [text for text, split in zip(table.texts, table.splits, strict=True) if split == "train" and text]
+            tokenizer = Tokenizer.train(texts, vocab_size=encoder.vocab_size, max_length=max_length)
+            encoder.fit_vocabulary(tokenizer.vocab_size)
+            return tokenizer
+        return Tokenizer.pretrained(str(encoder.name_or_path), max_length=max_length)
+
+    # From samples to batches.
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        trainer = self.trainer
+        batches = GlobalBatches(
+            len(self.splits["train"].samples),
+            self.batch_size,
+            seed=self.seed,
+            rank=trainer.global_rank if trainer else 0,
+            world=trainer.world_size if trainer else 1,
+            accumulate=trainer.accumulate_grad_batches if trainer else 1,
+            together=self.splits["train"].samples.blocks() if self.shuffle == "images" else None,
+        )
+        if self.resume_at is not None:
+            batches.begin_at(*self.resume_at)
+            self.resume_at = None
+        return self.loader("train", batches)
+
+    def val_dataloader(self) -> Sequence[DataLoader[Batch]]:
+        return [self.evaluation_loader("val")] if "val" in self.splits else []
+
+    def test_dataloader(self) -> Sequence[DataLoader[Batch]]:
+        return [self.evaluation_loader("test")] if "test" in self.splits else []
+
+    def evaluation_loader(self, split: str) -> DataLoader[Batch]:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return self.loader(
+            split, EvaluationBatches(len(self.splits[split].samples), max(1, self.eval_batch_size // world), rank=rank, world=world)
+        )
+
+    def loader(self, split: str, batches: Any) -> DataLoader[Batch]:
+        samples = self.splits[split].samples
+        return make_loader(samples, batches, self.num_workers)
+
+    # Where in the epoch the run is, for the checkpoint.
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.trainer is None:
+            return {}
+        epoch, batch = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        finished = batch >= self.trainer.num_training_batches
+        return {"epoch": epoch + 1, "batch": 0} if finished else {"epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.resume_at = (state["epoch"], state["batch"])
+
+
+def image_issue(reason: str, path: str) -> str:
+    """How the ledger tells of an image: what sort of issue, then which file and why."""
+    return f"image missing: {path}" if reason == "missing" else f"image damaged: {reason} ({path})"
+
+
+def make_samples(
+    table: Table, target: np.ndarray, store: ImageStore | None, tokenizer: Tokenizer | None, augment: list[nn.Module] | None
+) -> Samples:
+    images = texts = None
+    if store is not None:
+        row_of = {path: row for row, path in enumerate(store.paths)}
+        images = (store, np.array([row_of[path] if path else -1 for path in table.images], dtype=np.int64))
+    if tokenizer is not None:
+        texts = (tokenizer.encode(table.texts), tokenizer.pad_id)
+    return Samples(target=target, images=images, texts=texts, augment=nn.Sequential(*augment) if augment else None)
+
+
+def make_loader(samples: Samples, batches: Any, num_workers: int | None) -> DataLoader[Batch]:
+    """A loader of whole batches. Without a number of workers: none for images in memory, else one a core up to eight."""
+    in_memory = samples.images is None or samples.images[0].pixels is not None
+    workers = num_workers if num_workers is not None else 0 if in_memory and samples.augment is None else min(8, os.cpu_count() or 1)
+    return DataLoader(samples, batch_sampler=batches, collate_fn=as_is, num_workers=workers, persistent_workers=workers > 0)

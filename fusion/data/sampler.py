@@ -1,0 +1,116 @@
+"""Which samples make up each batch: pure functions of seed, epoch, rank and position, so that a run can be continued exactly."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from fusion.errors import UserError
+
+PLACEHOLDER = -1
+
+
+class Draw(NamedTuple):
+    """The samples of one batch, and the seed of whatever is random in making them. PLACEHOLDER stands for a sample not to be counted."""
+
+    indices: list[int]
+    seed: int
+
+
+class GlobalBatches(Sampler[Draw]):
+    """Training batches: one permutation an epoch, cut into global batches, each shared out among ranks and accumulation steps.
+
+    Every device count sees the same global batches in the same order. What is left over at the end of an epoch, less than one
+    global batch, waits for another permutation. `batch_size` is the global batch, a multiple of world * accumulate.
+    together (count,): samples with the same number there stay next to each other, so that what they share is in one batch; the
+    permutation is then one of these blocks, and of the samples in each.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        together: np.ndarray | None = None,
+    ) -> None:
+        shares = world * accumulate
+        if batch_size % shares:
+            below = batch_size - batch_size % shares
+            near = f"{below} or {below + shares}" if below else f"{shares}"
+            ways = f"{world} devices x {accumulate} accumulated batches"
+            raise UserError(f"data.batch_size (the global batch) is {batch_size}, not a multiple of {ways}; nearest: {near}")
+        if count < batch_size:
+            batch_size = count - count % shares
+        if not batch_size:
+            raise UserError(f"{count} training samples are fewer than {world} devices x {accumulate} accumulated batches can share")
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.together = together
+        self.epoch = 0
+        self.start = 0
+        # Lightning looks for set_epoch on a loader's sampler, and on its batch sampler's.
+        self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def begin_at(self, epoch: int, batch: int) -> None:
+        """Let the next iteration of this epoch begin at a batch other than the first (for resuming)."""
+        self.epoch, self.start = epoch, batch
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates in an epoch."""
+        return self.count // self.batch_size
+
+    def __len__(self) -> int:
+        return self.updates * self.accumulate
+
+    def order(self) -> np.ndarray:
+        """This epoch's permutation."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        shuffled = rng.permutation(self.count)
+        if self.together is None:
+            return shuffled
+        place = rng.permutation(int(self.together.max()) + 1)
+        return shuffled[np.argsort(place[self.together[shuffled]], kind="stable")]
+
+    def __iter__(self) -> Iterator[Draw]:
+        order = self.order()
+        share = self.batch_size // (self.world * self.accumulate)
+        for batch in range(self.start, len(self)):
+            update, step = divmod(batch, self.accumulate)
+            begin = update * self.batch_size + (step * self.world + self.rank) * share
+            yield Draw(order[begin : begin + share].tolist(), draw_seed(self.seed, self.epoch, batch, self.rank))
+
+
+class EvaluationBatches(Sampler[Draw]):
+    """Every sample once, whatever the number of ranks: rank r takes samples r, r + world, ...
+
+    A rank that has one sample less ends with a placeholder, so that all ranks make the same number of steps (a collective in one of
+    them would wait for ever) and no sample is counted twice.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
+        self.batch_size = batch_size
+        own = list(range(rank, count, world))
+        self.indices = own + [PLACEHOLDER] * (-(-count // world) - len(own))
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Draw]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield Draw(self.indices[start : start + self.batch_size], 0)
+
+
+def draw_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, dtype=np.uint64)[0] >> 1)

@@ -1,0 +1,116 @@
+"""Texts to token ids: the pretrained model's own tokenizer, or one trained on the training texts."""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+from fusion.encoders import Texts
+from fusion.errors import UserError
+
+# Ids 0 to 3; text encoders made from a config expect padding at 0.
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+class TokenStore(NamedTuple):
+    """Many tokenized texts in two arrays: text i is ids[offsets[i]:offsets[i + 1]]; one without tokens is absent."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    cut: int  # how many texts were longer than max_length
+
+    def batch(self, rows: Sequence[int] | np.ndarray, pad_id: int) -> Texts:
+        """These texts, padded to the longest of them: ids (B, N), mask (B, N), N >= 1."""
+        rows = np.asarray(rows)
+        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        mask = np.arange(max(int(lengths.max(initial=0)), 1)) < lengths[:, None]
+        ids = np.full(mask.shape, pad_id, dtype=np.int64)
+        source = starts[:, None] + np.arange(mask.shape[1])
+        ids[mask] = self.ids[source[mask]]
+        return Texts(torch.from_numpy(ids), torch.from_numpy(mask))
+
+
+class Tokenizer:
+    """A `tokenizers` pipeline with the padding id and the greatest length, as plain state that a checkpoint can hold.
+
+    >>> tokenizer = Tokenizer.train(["is there a red circle?", "is there a blue square?"], vocab_size=100, max_length=16)
+    >>> store = tokenizer.encode(["a red square", None])
+    >>> store.batch([0, 1], tokenizer.pad_id).mask.any(1)
+    tensor([ True, False])
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, pad_id: int, max_length: int) -> None:
+        self.backend = backend
+        self.pad_id = pad_id
+        self.max_length = max_length
+        backend.no_padding()
+        backend.enable_truncation(max_length)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, vocab_size: int, max_length: int) -> "Tokenizer":
+        """Byte-pair encoding (Sennrich et al., 2016) learnt from the texts, lower-cased, with at most `vocab_size` entries."""
+        backend = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
+        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False)
+        backend.train_from_iterator(texts, trainer)
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[(token, SPECIAL.index(token)) for token in ("[CLS]", "[SEP]")]
+        )
+        return cls(backend, pad_id=0, max_length=max_length)
+
+    @classmethod
+    def pretrained(cls, name_or_path: str, *, max_length: int) -> "Tokenizer":
+        """The tokenizer that belongs to a transformers model. Raises UserError if it cannot be had or is not a fast one."""
+        from transformers import AutoTokenizer
+
+        source = os.path.expanduser(name_or_path)
+        try:
+            theirs = AutoTokenizer.from_pretrained(source if os.path.isdir(source) else name_or_path)
+        except Exception as error:  # tokenizers raises plain Exception, transformers KeyError, for a file that isn't a tokenizer
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"tokenizer of '{name_or_path}' could not be loaded ({reason}); expected tokenizer.json in that folder"
+            ) from error
+        backend = getattr(theirs, "backend_tokenizer", None)
+        # Without a vocabulary file transformers makes a tokenizer that knows no word.
+        if backend is None or backend.get_vocab_size() <= len(theirs.all_special_tokens):
+            raise UserError(f"tokenizer of '{name_or_path}' has no tokenizer.json; save it as a fast tokenizer there first")
+        pad_id = theirs.pad_token_id if theirs.pad_token_id is not None else 0
+        return cls(backend, pad_id=pad_id, max_length=max_length)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, texts: Sequence[str | None]) -> TokenStore:
+        """Token ids of all texts, None giving none; those longer than `max_length` tokens are cut and counted."""
+        present = [i for i, text in enumerate(texts) if text is not None]
+        lengths = np.zeros(len(texts) + 1, dtype=np.int64)
+        pieces: list[np.ndarray] = []
+        cut = 0
+        for start in range(0, len(present), 10_000):  # in slices, so that the tokenizer's own objects don't pile up
+            chosen = present[start : start + 10_000]
+            for i, encoding in zip(chosen, self.backend.encode_batch([str(texts[i]) for i in chosen]), strict=True):
+                pieces.append(np.asarray(encoding.ids, dtype=np.int32))
+                lengths[i + 1] = len(encoding.ids)
+                cut += bool(encoding.overflowing)
+        ids = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
+        return TokenStore(ids, np.cumsum(lengths), cut)
+
+    def state(self) -> dict[str, Any]:
+        """Plain data from which `from_state` makes the same tokenizer."""
+        return {"backend": self.backend.to_str(), "pad_id": self.pad_id, "max_length": self.max_length}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Tokenizer":
+        return cls(tokenizers.Tokenizer.from_str(state["backend"]), pad_id=state["pad_id"], max_length=state["max_length"])
+
+
+def batch_texts(tokenizer: Tokenizer, texts: Sequence[str | None]) -> Texts:
+    """These texts as one padded batch."""
+    return tokenizer.encode(texts).batch(np.arange(len(texts)), tokenizer.pad_id)
