@@ -1,0 +1,90 @@
+"""The plan, told before training starts: data, model, updates, devices."""
+
+from collections import Counter
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from fusion.data.module import SPLITS, ImageTextData
+from fusion.training.classification import Classification
+
+MOST_CLASSES = 8
+
+
+class Plan(Callback):
+    """Prints the plan once everything is known, and keeps it: what is about to be trained, on what, for how long."""
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero and isinstance(module, Classification):
+            print("\n".join([*data_lines(trainer.datamodule), *model_lines(module), *training_lines(trainer, module)]), flush=True)  # type: ignore[attr-defined]
+
+
+def data_lines(data: ImageTextData) -> list[str]:
+    lines = ["", "data"]
+    for name in SPLITS:
+        if name not in data.splits:
+            lines.append(f"  {name:<6} none")
+            continue
+        split = data.splits[name]
+        counts = Counter(str(label) for label in split.table.labels)
+        shown = ", ".join(f"{label} {count}" for label, count in counts.most_common(MOST_CLASSES))
+        more = f" and {len(counts) - MOST_CLASSES} more classes" if len(counts) > MOST_CLASSES else ""
+        lines.append(f"  {name:<6} {len(split.table):>8,} samples: {shown}{more}")
+        lines += [f"         {note}" for note in notes(data, name)]
+    if data.ledger.issues:
+        lines.append(f"  {data.ledger.summary()}")
+    return lines
+
+
+def notes(data: ImageTextData, name: str) -> list[str]:
+    """What is special about a split, in words."""
+    split, found = data.splits[name], []
+    for modality, column in (("image", split.table.images), ("text", split.table.texts)):
+        missing = sum(cell is None for cell in column)
+        if missing and getattr(data.processor, "image" if modality == "image" else "tokenizer") is not None:
+            found.append(f"{missing:,} without {modality}")
+    if split.samples.texts and split.samples.texts[0].cut:
+        found.append(f"{split.samples.texts[0].cut:,} texts cut at {data.processor.tokenizer.max_length} tokens")  # type: ignore[union-attr]
+    if split.unseen_labels:
+        found.append(
+            f"{split.unseen_labels:,} ({split.unseen_labels / len(split.table):.1%}) have labels that train never shows: always misses"
+        )
+    if data.pairs_seen_in_train.get(name):
+        found.append(f"{data.pairs_seen_in_train[name]:,} (image, text) pairs also occur in train")
+    return found
+
+
+def model_lines(module: Classification) -> list[str]:
+    assert module.model is not None
+    parts: dict[str, nn.Module] = {**dict(module.model.encoders.items()), "head": module.model.head}
+    lines = ["model"]
+    for name, part in parts.items():
+        trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in part.parameters()) - trainable
+        spec = module.specs[name]["init"] if name in module.specs else {}
+        of = spec.get("name") or spec.get("config", {}).get("model_type") or type(part).__name__
+        lines.append(f"  {name:<6} {of}: {trainable:,} parameters" + (f", {frozen:,} frozen" if frozen else ""))
+    if len(module.modalities) == 1:
+        lines.append(f"  {module.modalities[0]} alone: nothing to fuse, so the head is Unimodal")
+    return lines
+
+
+def training_lines(trainer: Trainer, module: Classification) -> list[str]:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    batches = trainer.fit_loop._combined_loader.flattened[0].batch_sampler  # type: ignore[union-attr]
+    world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+    devices = "1 device" if world == 1 else f"{world} devices"
+    accumulated = "" if accumulate == 1 else f" x {accumulate} accumulated"
+    shares = f"{devices}{accumulated} x {batches.batch_size // (world * accumulate)}"
+    asked = "" if batches.batch_size == data.batch_size else f" (asked {data.batch_size}; train has no more)"
+    warmup, schedule = module.schedule.warmup_updates(module.horizon), type(module.schedule).__name__.lower()
+    device = trainer.strategy.root_device
+    begun = f", {module.updates:,} of them done" if module.updates else ""
+    return [
+        "training",
+        f"  global batch {batches.batch_size}{asked} = {shares}",
+        f"  {module.horizon:,} updates, {batches.updates:,} an epoch{begun}; schedule {schedule}, {warmup:,} of warm-up",
+        f"  precision {trainer.precision}; {world} x {device.type}; strategy {type(trainer.strategy).__name__}",
+        "",
+    ]

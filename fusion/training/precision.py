@@ -1,0 +1,23 @@
+"""fp16 autocast with a gradient scaler whose every setting is a value of the recipe."""
+
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+
+
+class Fp16(MixedPrecision):
+    """Automatic mixed precision in fp16 with `torch.amp.GradScaler`, on a GPU, or on a CPU (slow there: for tests).
+
+    (Lightning's `precision: 16-mixed` becomes bf16 without a scaler on a CPU, in silence.)
+
+    init_scale: what the loss is multiplied by at first. backoff_factor: what the scale is multiplied by after an overflow, whose update is
+    skipped. growth_factor: the same after `growth_interval` updates in a row without one.
+    """
+
+    def __init__(
+        self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5, growth_interval: int = 2000
+    ) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        scaler = torch.amp.GradScaler(
+            device, init_scale=init_scale, growth_factor=growth_factor, backoff_factor=backoff_factor, growth_interval=growth_interval
+        )
+        super().__init__("16-mixed", device, scaler)

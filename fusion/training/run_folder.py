@@ -1,0 +1,107 @@
+"""The folder of a run: everything to run it again, to continue it, and to use what it trained."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from fusion.errors import UserError
+
+PACKAGES = ("torch", "lightning", "timm", "transformers", "tokenizers", "torchmetrics", "numpy", "pillow", "jsonargparse", "omegaconf")
+
+
+class RunFolder(Callback):
+    """Agrees on the folder with all ranks, then sends loggers and checkpoints there and writes what the run was.
+
+    Rank 0 chose the folder; the other ranks, which may have started a second later, take its word.
+    """
+
+    def __init__(self, folder: Path | None, recipe: str, checkpoint: ModelCheckpoint | None, *, log: bool = True) -> None:
+        self.folder, self.recipe, self.checkpoint, self.log = folder, recipe, checkpoint, log
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder) if self.folder else None))  # type: ignore[arg-type]
+        if self.checkpoint is not None:
+            self.checkpoint.dirpath = str(self.folder / "checkpoints")
+        if self.log:
+            self.earlier = earlier_metrics(self.folder)
+            trainer.loggers = [
+                CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=50),
+                TensorBoardLogger(self.folder, name="", version="tensorboard"),
+            ]
+        if trainer.is_global_zero:
+            (self.folder / "recipe.yaml").write_text(self.recipe, encoding="utf-8")
+            (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+            trainer.datamodule.ledger.write(self.folder / "data_issues.csv")  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """A resumed run's metrics go on where its checkpoint stood; CSVLogger has deleted the file."""
+        if trainer.is_global_zero and self.log:
+            kept = [row for row in self.earlier if int(row["step"]) < trainer.global_step]
+            trainer.loggers[0].experiment.metrics[:0] = kept  # type: ignore[attr-defined]
+
+
+def earlier_metrics(folder: Path) -> list[dict[str, str]]:
+    """The rows of the folder's metrics.csv, each with the columns that it fills."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def new_run_folder(runs: Path, name: str) -> Path:
+    """runs/<name>/<time>, made now. Raises UserError where it can't be written."""
+    begun = datetime.now()
+    for _ in range(1000):
+        folder = runs / name / begun.strftime("%Y-%m-%d_%H-%M-%S")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            begun = datetime.fromtimestamp(begun.timestamp() + 1)
+        except OSError as error:
+            raise UserError(f"can't make the run folder {folder} ({error.strerror}). Another place: --runs=FOLDER") from error
+    raise UserError(f"can't find a free name for a run under {runs / name}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit, command and hardware."""
+    return {
+        "fusion": version("fusion"),
+        "git_commit": git_commit(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in PACKAGES},
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def git_commit() -> str | None:
+    """The commit that this code was checked out at, with + if it was changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", here, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")

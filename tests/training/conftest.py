@@ -1,0 +1,117 @@
+"""A world small enough to train in a second: 45 scenes, a tiny vision transformer, a one-layer BERT, a Concat head."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_world import BERT, REPOSITORY, Run, newest
+
+from fusion.cli.fit import fit, quiet
+from fusion.cli.parser import FusionCLI
+from fusion.data import Shapes
+from fusion.data.prepare import prepared
+
+
+@pytest.fixture(scope="session")
+def shapes_rows(tmp_path_factory):
+    """(folder, rows) of the manifest; the test split has an odd number of samples."""
+    shapes = Shapes(scenes=45, questions_per_scene=4, kinds=["existence", "colour"])
+    folder, _ = prepared(shapes, None, tmp_path_factory.mktemp("cache"))
+    with open(folder / "manifest.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    in_test = [row for row in rows if row["split"] == "test"]
+    if len(in_test) % 2 == 0:
+        rows.remove(in_test[-1])
+    return folder, rows
+
+
+@pytest.fixture
+def write_manifest(shapes_rows, tmp_path):
+    """Writes the rows, changed by a function of (number, row), and gives the file."""
+    folder, rows = shapes_rows
+
+    def write(change=lambda i, row: row):
+        changed = [change(i, dict(row, image=str(folder / row["image"]))) for i, row in enumerate(rows)]
+        with open(tmp_path / "manifest.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(changed[0]))
+            writer.writeheader()
+            writer.writerows(changed)
+        return tmp_path / "manifest.csv"
+
+    return write
+
+
+@pytest.fixture
+def tiny(write_manifest, tmp_path):
+    """Writes the recipe of the tiny world; `dropout` is the head's."""
+
+    def write(dropout=0.0, manifest=None, name="tiny"):
+        settings = {
+            "seed_everything": 0,
+            "runs": str(tmp_path / "runs"),
+            "data": {"manifest": str(manifest or write_manifest()), "cache": str(tmp_path / "cache"), "batch_size": 16, "num_workers": 0},
+            "model": {
+                "image": {
+                    "class_path": "fusion.encoders.TimmImage",
+                    "init_args": {"name": "test_vit", "pretrained": False, "image_size": 32},
+                },
+                "text": {"class_path": "fusion.encoders.TransformersText", "init_args": {"config": BERT}},
+                "head": {"class_path": "fusion.heads.Concat", "init_args": {"dim": 32, "dropout": dropout}},
+                # Momentum, not Adam, which would turn a rounding difference of a gradient near zero into a whole step.
+                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9}},
+                "schedule": {"class_path": "fusion.training.Cosine", "init_args": {"warmup": 2, "floor": 0.1}},
+            },
+            "trainer": {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "log_every_n_steps": 1, "enable_progress_bar": True},
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def parts(tiny):
+    """(model, data, trainer) of the tiny world, made but not run."""
+
+    def make(*options, callbacks=(), dropout=0.0, manifest=None):
+        quiet()
+        torch.manual_seed(0)
+        recipe = tiny(dropout=dropout, manifest=manifest)
+        off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+        return FusionCLI(["--recipe", str(recipe), *off, *options]).make(list(callbacks))
+
+    return make
+
+
+@pytest.fixture
+def fit_here(tmp_path):
+    """Runs the fit command in this process."""
+
+    def run(*arguments, runs="runs"):
+        status = fit([*map(str, arguments), *([] if "--resume" in arguments else [f"--runs={tmp_path / runs}"])])
+        folder = Path(arguments[1]) if "--resume" in arguments else newest(tmp_path / runs)
+        return Run(status, folder)
+
+    return run
+
+
+@pytest.fixture
+def fit_command(tmp_path):
+    """Runs scripts/fit.py in a process of its own; gives the run and what it printed."""
+
+    def run(*arguments, runs="runs", timeout_s=200):
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / "scripts/fit.py"), *map(str, arguments), f"--runs={tmp_path / runs}"],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Run(done.returncode, newest(tmp_path / runs)), done.stdout
+
+    return run

@@ -1,0 +1,70 @@
+"""Two processes train what one trains."""
+
+import json
+
+import pytest
+from tiny_world import TWO
+
+ROUNDING = 2e-5  # float32, summed in another order, over two epochs
+
+
+def furthest(a, b):
+    assert len(a) == len(b) > 0
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def furthest_weights(one, two):
+    a, b = one.checkpoint()["state_dict"], two.checkpoint()["state_dict"]
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def results(run):
+    return json.loads((run.folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_follow_the_loss_of_one_and_score_every_test_sample_once(tiny, shapes_rows, fit_here, fit_command):
+    recipe = tiny()
+    one = fit_here("--recipe", recipe, runs="one")
+    two, told = fit_command("--recipe", recipe, *TWO, runs="two")
+    in_test = sum(row["split"] == "test" for row in shapes_rows[1])
+    assert in_test % 2 == 1
+    assert "2 devices x 8" in told
+    assert told.count("global batch") == told.count("run folder") == 1  # one rank speaks
+    curves = one.column("train/loss_step"), two.column("train/loss_step")
+    weights = furthest_weights(one, two)
+    print(f"largest difference: loss {furthest(*curves):.2e}, weights {weights:.2e}, after {len(curves[0])} updates")
+    assert furthest(*curves) < ROUNDING
+    assert max(curves[0]) - min(curves[0]) > 0.1  # it went somewhere
+    assert weights < ROUNDING
+    assert one.column("train/loss_epoch") == pytest.approx(two.column("train/loss_epoch"), abs=ROUNDING)
+    scores, theirs = results(one), results(two)
+    assert scores["updates"] == theirs["updates"]
+    for name, value in scores["test"].items():
+        assert theirs["test"][name] == (pytest.approx(value, abs=ROUNDING) if name == "loss" else value), name
+    # A share of an odd number of samples: with one of them counted twice it would be one of an even number.
+    hits = theirs["test"]["accuracy"] * in_test
+    assert hits == pytest.approx(round(hits), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_that_accumulate_two_batches_train_what_one_trains(tiny, fit_here, fit_command):
+    recipe = tiny()
+    one = fit_here("--recipe", recipe, runs="one")
+    two, told = fit_command("--recipe", recipe, *TWO, "--trainer.accumulate_grad_batches=2", runs="two")
+    assert "2 devices x 2 accumulated x 4" in told
+    assert results(one)["updates"] == results(two)["updates"]
+    weights = furthest_weights(one, two)
+    print(f"largest difference with accumulation: weights {weights:.2e}")
+    assert weights < ROUNDING
+    assert one.column("train/loss_epoch") == pytest.approx(two.column("train/loss_epoch"), abs=ROUNDING)
+    assert one.column("val/loss") == pytest.approx(two.column("val/loss"), abs=ROUNDING)
+
+
+def test_accumulated_batches_train_what_one_whole_batch_trains(tiny, fit_here):
+    recipe = tiny()
+    whole = fit_here("--recipe", recipe, runs="whole")
+    accumulated = fit_here("--recipe", recipe, "--trainer.accumulate_grad_batches=4", runs="accumulated")
+    assert results(whole)["updates"] == results(accumulated)["updates"]
+    assert furthest_weights(whole, accumulated) < ROUNDING

@@ -1,0 +1,127 @@
+"""fp16 with a gradient scaler, for real, on a CPU."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from fusion.cli.parser import FusionCLI
+from fusion.training import Classification, Fp16
+
+FP16 = ["--trainer.plugins=fusion.training.Fp16", "--trainer.plugins.init_args.init_scale=1024"]
+SEVEN = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=7"]
+
+
+class Weights(Callback):
+    """For each batch, whether any weight moved; and the learning rate and the scale after it."""
+
+    def __init__(self):
+        self.moved, self.rates, self.scales = [], [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.before = [p.detach().clone() for p in module.parameters()]
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.moved.append(any(not torch.equal(a, b) for a, b in zip(self.before, module.parameters(), strict=True)))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.scales.append(trainer.precision_plugin.scaler.get_scale())
+
+
+@pytest.fixture
+def overflow_at(monkeypatch):
+    """Makes the loss of these training batches infinite."""
+
+    def at(*batches):
+        calls = []
+        finite = Classification.loss
+
+        def loss(self, logits, target):
+            calls.append(logits.dtype)
+            return finite(self, logits, target) * (float("inf") if len(calls) - 1 in batches else 1.0)
+
+        monkeypatch.setattr(Classification, "loss", loss)
+        return calls
+
+    return at
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_skips_the_update_halves_the_scale_and_holds_the_schedule(parts, overflow_at, fused):
+    dtypes = overflow_at(2, 5)
+    watch = Weights()
+    optimizer = [f"--model.optimizer.init_args.fused={str(fused).lower()}"]
+    model, data, trainer = parts(*FP16, *SEVEN, *optimizer, callbacks=[watch])
+    trainer.fit(model, datamodule=data)
+    assert dtypes == [torch.float16] * 7  # autocast was on
+    assert watch.moved == [True, True, False, True, True, False, True]
+    assert watch.scales == [1024, 1024, 512, 512, 512, 256, 256]
+    assert model.updates == 5
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 5
+    peak, horizon = 0.05, 7
+    expected = [peak * model.schedule.factor(update, horizon) for update in (1, 2, 2, 3, 4, 4, 5)]
+    assert watch.rates == pytest.approx(expected)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_without_overflow_every_update_counts(parts):
+    model, data, trainer = parts(*FP16, *SEVEN)
+    trainer.fit(model, datamodule=data)
+    assert model.updates == trainer.lr_scheduler_configs[0].scheduler.last_epoch == 7
+
+
+def test_an_overflow_in_one_of_two_accumulated_batches_skips_their_update(parts, overflow_at):
+    overflow_at(2)
+    model, data, trainer = parts(*FP16, "--trainer.max_steps=4", "--trainer.accumulate_grad_batches=2")
+    trainer.fit(model, datamodule=data)
+    assert model.updates == 3
+    assert trainer.precision_plugin.scaler.get_scale() == 512
+
+
+def test_the_scale_grows_after_the_interval_without_overflow(parts):
+    watch = Weights()
+    model, data, trainer = parts(
+        *FP16, "--trainer.plugins.init_args.growth_interval=3", "--trainer.plugins.init_args.growth_factor=4", *SEVEN, callbacks=[watch]
+    )
+    trainer.fit(model, datamodule=data)
+    assert watch.scales == [1024, 1024, 4096, 4096, 4096, 16384, 16384]
+
+
+def test_fp16_learns_what_float32_learns(parts):
+    losses = []
+    for options in ([], FP16):
+        model, data, trainer = parts(*options, *SEVEN)
+        trainer.fit(model, datamodule=data)
+        losses.append(float(trainer.callback_metrics["train/loss_epoch"]))
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_the_scale_is_in_the_checkpoint_and_comes_back(parts, overflow_at, tmp_path):
+    overflow_at(1)
+    model, data, trainer = parts(*FP16, *SEVEN)
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "fp16.ckpt")
+    assert torch.load(tmp_path / "fp16.ckpt", weights_only=True)["Fp16"]["scale"] == 512
+    again, data, trainer = parts(*FP16, "--trainer.max_epochs=2", "--trainer.limit_train_batches=7")
+    trainer.fit(again, datamodule=data, ckpt_path=str(tmp_path / "fp16.ckpt"), weights_only=True)
+    assert trainer.precision_plugin.scaler.get_scale() == 512
+    assert again.updates == 6 + 7
+
+
+def test_the_recipes_values_arrive_in_the_scaler():
+    recipes = ["--recipe", "quickstart", "--recipe", "engine/amp"]
+    given = ["init_scale=1024", "growth_factor=3", "backoff_factor=0.25", "growth_interval=17"]
+    cli = FusionCLI([*recipes, "--trainer.accelerator=cpu", "--trainer.logger=false", *(f"--trainer.plugins.init_args.{v}" for v in given)])
+    _, _, trainer = cli.make([])
+    assert isinstance(trainer.precision_plugin, Fp16)
+    scaler = trainer.precision_plugin.scaler
+    assert scaler.is_enabled()
+    found = scaler.get_scale(), scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
+    assert found == (1024, 3, 0.25, 17)
+
+
+def test_the_recipe_as_shipped_has_torchs_own_defaults():
+    cli = FusionCLI(["--recipe", "quickstart", "--recipe", "engine/amp", "--trainer.accelerator=cpu", "--trainer.logger=false"])
+    _, _, trainer = cli.make([])
+    ours, theirs = trainer.precision_plugin.scaler, torch.amp.GradScaler("cpu")
+    for read in ("get_scale", "get_growth_factor", "get_backoff_factor", "get_growth_interval"):
+        assert getattr(ours, read)() == getattr(theirs, read)()

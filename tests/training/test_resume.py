@@ -1,0 +1,235 @@
+"""Interrupted and continued runs end where the uninterrupted one does, to the bit."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+import torch
+from tiny_world import REPOSITORY, TWO, Run, newest
+
+import fusion.cli.fit as command
+from fusion.cli.main import run as run_command
+from fusion.errors import UserError
+from fusion.training.steps import SaveOnInterrupt
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Sends the process a Ctrl-C during the batch with this number in the run (from 1), once."""
+
+    def arrange(number):
+        class Stopping(SaveOnInterrupt):
+            seen = 0
+
+            def on_train_batch_start(self, trainer, module, batch, batch_idx):
+                self.seen += 1
+                if self.seen == number:
+                    signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(command, "SaveOnInterrupt", Stopping)
+
+    return arrange
+
+
+def same(a, b):
+    """The first difference of two nested states of tensors and plain data; None if there is none."""
+    if isinstance(a, torch.Tensor):
+        return None if torch.equal(a, b) else "tensors differ"
+    if isinstance(a, dict):
+        if list(a) != list(b):
+            return f"keys {list(a)} and {list(b)}"
+        return next((f"{key}: {found}" for key in a if (found := same(a[key], b[key])) is not None), None)
+    if isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return f"{len(a)} and {len(b)} long"
+        return next((f"{i}: {found}" for i, (x, y) in enumerate(zip(a, b, strict=True)) if (found := same(x, y)) is not None), None)
+    return None if a == b else f"{a!r} and {b!r}"
+
+
+def assert_same_end(resumed, whole):
+    a, b = resumed.checkpoint(), whole.checkpoint()
+    assert a["fusion"]["updates"] == b["fusion"]["updates"]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(a[part], b[part]) is None
+    assert a["global_step"] == b["global_step"]
+    assert (resumed.folder / "results.json").read_text() == (whole.folder / "results.json").read_text()
+
+
+@pytest.fixture
+def interrupted_and_whole(tiny, fit_here, stop_after, monkeypatch):
+    """Two runs of the same recipe: one stopped after a batch, resumed; the other never stopped."""
+
+    def make(stop, *options):
+        recipe = tiny(dropout=0.4)
+        whole = fit_here("--recipe", recipe, *options, runs="whole")
+        stop_after(stop)
+        stopped = fit_here("--recipe", recipe, *options, runs="stopped")
+        assert stopped.status == command.INTERRUPTED
+        monkeypatch.setattr(command, "SaveOnInterrupt", SaveOnInterrupt)
+        return stopped, whole
+
+    return make
+
+
+# An epoch has 8 batches of 16; the run has two epochs.
+
+
+SLOWER = [pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 7, 9, 15)]
+
+
+@pytest.mark.parametrize("stop", [4, 8, 12, *SLOWER])
+def test_a_run_stopped_anywhere_and_resumed_ends_like_the_uninterrupted_one(interrupted_and_whole, fit_here, stop):
+    stopped, whole = interrupted_and_whole(stop)
+    assert stopped.checkpoint()["fusion"]["updates"] == stop
+    assert len(stopped.column("val/accuracy")) == stop // 8
+    assert not (stopped.folder / "results.json").exists()
+    resumed = fit_here("--resume", stopped.folder)
+    assert resumed.status == 0
+    assert_same_end(resumed, whole)
+
+
+def test_the_dropout_of_these_runs_is_random(tiny, fit_here):
+    first = fit_here("--recipe", tiny(dropout=0.4), runs="first")
+    other = fit_here("--recipe", tiny(dropout=0.0), runs="other")
+    assert same(first.checkpoint()["state_dict"], other.checkpoint()["state_dict"]) is not None
+
+
+def test_the_same_command_twice_gives_the_same_weights(tiny, fit_here):
+    recipe = tiny(dropout=0.4)
+    assert_same_end(fit_here("--recipe", recipe, runs="first"), fit_here("--recipe", recipe, runs="second"))
+
+
+@pytest.mark.parametrize("stop", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_that_accumulates_finishes_its_update_before_it_stops(interrupted_and_whole, fit_here, stop):
+    stopped, whole = interrupted_and_whole(stop, "--trainer.accumulate_grad_batches=2")
+    assert stopped.checkpoint()["fusion"]["updates"] == 2
+    assert_same_end(fit_here("--resume", stopped.folder), whole)
+
+
+def test_a_run_may_be_stopped_and_resumed_twice(interrupted_and_whole, fit_here, stop_after, monkeypatch):
+    stopped, whole = interrupted_and_whole(5)
+    stop_after(3)
+    again = fit_here("--resume", stopped.folder)
+    assert again.status == command.INTERRUPTED
+    assert again.checkpoint()["fusion"]["updates"] == 8
+    monkeypatch.setattr(command, "SaveOnInterrupt", SaveOnInterrupt)
+    assert_same_end(fit_here("--resume", stopped.folder), whole)
+
+
+def test_a_run_that_crashed_resumes_from_the_end_of_its_last_epoch(tiny, fit_here, monkeypatch, tmp_path):
+    recipe = tiny(dropout=0.4)
+    whole = fit_here("--recipe", recipe, runs="whole")
+
+    class Crash(SaveOnInterrupt):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 3:
+                raise RuntimeError("power cut")
+
+    monkeypatch.setattr(command, "SaveOnInterrupt", Crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit_here("--recipe", recipe, runs="crashed")
+    monkeypatch.setattr(command, "SaveOnInterrupt", SaveOnInterrupt)
+    assert_same_end(fit_here("--resume", newest(tmp_path / "crashed")), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [4, 8])
+def test_resume_is_exact_with_workers_and_augmentation(interrupted_and_whole, fit_here, stop):
+    flip = "--data.augment=[{class_path: torchvision.transforms.v2.RandomHorizontalFlip}]"
+    stopped, whole = interrupted_and_whole(stop, "--data.num_workers=2", flip)
+    assert_same_end(fit_here("--resume", stopped.folder), whole)
+
+
+@pytest.mark.parametrize("stop", [12, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (3, 8))])
+def test_the_log_of_a_resumed_run_tells_the_whole_run(interrupted_and_whole, fit_here, stop):
+    stopped, whole = interrupted_and_whole(stop)
+    resumed = fit_here("--resume", stopped.folder)
+    for name in ("val/accuracy", "val/loss"):
+        assert resumed.column(name) == whole.column(name), name
+    losses = whole.column("train/loss_step")
+    if stop % 8:  # Lightning logs a step after the hook in which the run was stopped: this one is missing
+        del losses[stop - 1]
+    assert resumed.column("train/loss_step") == losses
+
+
+def test_ctrl_c_in_the_very_last_update_lets_the_run_finish(tiny, fit_here, stop_after):
+    stop_after(16)
+    run = fit_here("--recipe", tiny())
+    assert run.status == 0
+    assert (run.folder / "results.json").is_file()
+
+
+def test_the_last_checkpoint_is_of_the_last_epoch_even_if_an_earlier_one_was_better(tiny, fit_here):
+    run = fit_here("--recipe", tiny(), "--trainer.max_epochs=3", "--model.optimizer.init_args.lr=0")
+    assert len(set(run.column("val/accuracy"))) == 1
+    assert run.checkpoint("best")["fusion"]["updates"] == 8
+    assert run.checkpoint("last")["fusion"]["updates"] == 24
+
+
+# What resuming refuses.
+
+
+@pytest.fixture
+def stopped(tiny, fit_here, stop_after):
+    stop_after(2)
+    return fit_here("--recipe", tiny()).folder
+
+
+def test_resuming_with_another_option_is_refused_with_the_difference(stopped, capsys):
+    before = (stopped / "checkpoints" / "last.ckpt").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        run_command("fit", ["--resume", str(stopped), "--data.batch_size=8"])
+    assert ended.value.code == 2
+    assert "data.batch_size is 8 (was 16)" in capsys.readouterr().err
+    assert (stopped / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("missing", ["recipe.yaml", "checkpoints/last.ckpt"])
+def test_a_folder_that_is_no_run_is_refused_with_what_it_lacks(stopped, missing):
+    (stopped / missing).unlink()
+    with pytest.raises(UserError, match=re.escape(f"it has no {missing}")):
+        command.fit(["--resume", str(stopped)])
+
+
+def test_a_finished_run_resumes_to_its_own_result(tiny, fit_here):
+    run = fit_here("--recipe", tiny(), "--trainer.max_epochs=1")
+    before, result = run.checkpoint()["state_dict"], (run.folder / "results.json").read_text()
+    again = fit_here("--resume", run.folder)
+    assert same(again.checkpoint()["state_dict"], before) is None
+    assert (again.folder / "results.json").read_text() == result
+
+
+# The signal, to a real process.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_ctrl_c_ends_a_real_run_with_130_a_checkpoint_and_the_command_to_go_on(tiny, tmp_path, devices):
+    script = str(REPOSITORY / "scripts/fit.py")
+    begun = subprocess.Popen(
+        [sys.executable, script, "--recipe", str(tiny(dropout=0.4)), "--trainer.max_epochs=100000", *(TWO if devices == 2 else [])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        for line in begun.stdout:
+            if line.startswith("epoch 1/"):
+                break
+        os.killpg(begun.pid, signal.SIGINT)  # as a terminal does: to every rank
+        out, err = begun.communicate(timeout=90)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(begun.pid, signal.SIGKILL)
+    folder = newest(tmp_path / "runs")
+    assert begun.returncode == 130, err
+    assert "Traceback" not in err
+    assert Run(130, folder).checkpoint()["fusion"]["updates"] > 0
+    told = re.search(r"Interrupted after ([\d,]+) updates and saved. To go on:\n  python \S*fit\.py --resume (\S+)", out)
+    assert told, out
+    assert told[2] == str(folder)
