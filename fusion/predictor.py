@@ -1,0 +1,158 @@
+"""A finished run, ready to be asked: paths, pictures, arrays and texts in, classes with probabilities out."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from PIL import Image
+from torch import Tensor
+
+from fusion.data.checkpoint import read_checkpoint
+from fusion.data.images import decode, resize
+from fusion.data.processor import Processor
+from fusion.data.tokenizer import batch_texts
+from fusion.encoders import Encoder, Images, Texts
+from fusion.errors import UserError
+from fusion.heads import FusionHead
+from fusion.model import FusionModel
+
+FORMATS = (1,)
+
+Picture = str | Path | bytes | Image.Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """labels: each sample's likeliest class; probabilities (N, C) float32, in the order of `classes`; present: modality -> (N,) bool."""
+
+    labels: list[str]
+    probabilities: np.ndarray
+    classes: list[str]
+    present: dict[str, np.ndarray]
+
+
+class Predictor:
+    """A trained model with all that it needs to read raw samples: tokenizer, image size, classes.
+
+    model: a FusionModel in eval mode; processor: how samples become tensors and what the outputs mean.
+    """
+
+    def __init__(self, model: FusionModel, processor: Processor, device: str | torch.device = "cpu") -> None:
+        self.model, self.processor, self.device = model.eval().to(device), processor, torch.device(device)
+
+    @classmethod
+    def load(cls, run: str | Path, *, checkpoint: str = "best", device: str | torch.device | None = None) -> "Predictor":
+        """From a run folder (its "best" or "last" checkpoint) or a checkpoint file alone; on the GPU if there is one and `device` is None.
+
+        Needs no other file, and no hub. Raises UserError for a run that isn't there, and for files that hold more than plain data.
+        """
+        path = checkpoint_of(run, checkpoint)
+        held = read_checkpoint(path)
+        about = held.get("fusion") if isinstance(held, dict) else None
+        if about is None or about.get("format") not in FORMATS:
+            raise UserError(f"{path} is not a checkpoint of this version of fusion")
+        processor = Processor.from_state(about["processor"])
+        encoders = {name: rebuilt(spec, Encoder)(**spec["init"]) for name, spec in about["encoders"].items()}
+        head = partial(rebuilt(about["head"], FusionHead), **about["head"]["init"])
+        model = FusionModel.build(encoders, head, len(processor.classes))
+        model.load_state_dict({key.removeprefix("model."): value for key, value in held["state_dict"].items() if key.startswith("model.")})
+        return cls(model, processor, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def modalities(self) -> list[str]:
+        return list(self.model.encoders)
+
+    def predict(
+        self, images: Sequence[Picture | None] | None = None, texts: Sequence[str | None] | None = None, *, batch_size: int = 64
+    ) -> Predictions:
+        """The classes of samples, each an image and a text, either of them None where a sample lacks it.
+
+        images: paths, bytes of files, PIL pictures, or arrays (H, W, 3) uint8.
+
+        Raises UserError for a sample that lacks both, lists of different lengths, and images that can't be read.
+        """
+        given = {"image": images, "text": texts}
+        count = self.count(given)
+        columns = {name: given[name] if given[name] is not None else [None] * count for name in self.modalities}
+        for i in range(count):
+            if all(absent(column[i]) for column in columns.values()):  # type: ignore[index]
+                raise UserError(f"sample {i} has neither of {', '.join(self.modalities)}; at least one is needed")
+        outputs = [self.ask({name: column[i : i + batch_size] for name, column in columns.items()}) for i in range(0, count, batch_size)]  # type: ignore[index]
+        return self.gather(outputs)
+
+    def count(self, given: dict[str, Sequence[Any] | None]) -> int:
+        lengths = {name: len(column) for name, column in given.items() if column is not None}
+        foreign = [name for name in lengths if name not in self.modalities]
+        if foreign:
+            raise UserError(f"this model reads {' and '.join(self.modalities)}, not {foreign[0]}")
+        if len(set(lengths.values())) != 1:
+            raise UserError(f"give images and texts of one length, None where a sample lacks one; got {lengths or 'nothing'}")
+        return next(iter(lengths.values()))
+
+    def ask(self, columns: Mapping[str, Sequence[Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Probabilities (B, C) and presence of one batch."""
+        inputs: dict[str, Images | Texts] = {}
+        if self.processor.image is not None:
+            spec = self.processor.image
+            pixels = torch.zeros(len(columns["image"]), 3, *spec.size, dtype=torch.uint8)
+            for i, picture in enumerate(columns["image"]):
+                if not absent(picture):
+                    decoded = decode(picture, max_megapixels=spec.max_megapixels, at_least=spec.size)
+                    pixels[i] = torch.from_numpy(resize(decoded, spec.size, spec.resize, interpolation=spec.interpolation))
+            inputs["image"] = Images(pixels, torch.tensor([not absent(picture) for picture in columns["image"]], dtype=torch.bool))
+        if self.processor.tokenizer is not None:
+            inputs["text"] = batch_texts(self.processor.tokenizer, [None if absent(text) else text for text in columns["text"]])
+        return self.run(inputs)
+
+    @torch.inference_mode()
+    def run(self, inputs: dict[str, Images | Texts]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Probabilities (B, C) and presence by modality of a batch of tensors."""
+        ordered = {name: move_data_to_device(inputs[name], self.device) for name in self.modalities}
+        probabilities = self.model(ordered).output.float().softmax(dim=1).cpu()
+        return probabilities, {name: x.present if isinstance(x, Images) else x.mask.any(dim=1) for name, x in inputs.items()}
+
+    def gather(self, outputs: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Predictions:
+        batches = list(outputs)
+        classes = self.processor.classes
+        if not batches:
+            return Predictions([], np.zeros((0, len(classes)), np.float32), classes, {name: np.zeros(0, bool) for name in self.modalities})
+        probabilities = torch.cat([probability for probability, _ in batches]).numpy()
+        present = {name: torch.cat([there[name] for _, there in batches]).numpy() for name in self.modalities}
+        return Predictions([classes[i] for i in probabilities.argmax(axis=1)], probabilities, classes, present)
+
+
+def absent(cell: Any) -> bool:
+    """None, or a text of nothing but blanks."""
+    return cell is None or (isinstance(cell, str) and not cell.strip())
+
+
+def checkpoint_of(run: str | Path, which: str) -> Path:
+    """The checkpoint file of a run folder, or the file itself."""
+    path = Path(run).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"there is no run {path}")
+    found = path / "checkpoints" / f"{which}.ckpt"
+    if not found.is_file():
+        there = sorted(p.stem for p in (path / "checkpoints").glob("*.ckpt"))
+        raise UserError(f"{path} has no checkpoint '{which}'; it has {', '.join(there) or 'none: is it a run folder?'}")
+    return found
+
+
+def rebuilt(spec: dict[str, Any], base: type) -> Any:
+    """The class that a checkpoint names, if it is one of the kind expected."""
+    module, _, name = spec["class"].rpartition(".")
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the checkpoint needs {spec['class']}, which can't be imported here ({error})") from error
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise UserError(f"the checkpoint names {spec['class']} as its {base.__name__}, which it is not")
+    return cls
