@@ -1,0 +1,90 @@
+"""fusion evaluate: score a run on any split or manifest, also by group."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from omegaconf import OmegaConf
+
+from fusion.cli.options import Options
+from fusion.cli.rows import predict_rows, readable_rows
+from fusion.cli.tables import aligned
+from fusion.data import ImageTextData
+from fusion.data.ledger import Ledger
+from fusion.data.table import Table
+from fusion.errors import UserError, nearest
+from fusion.evaluation import scores_by_group
+from fusion.predictor import Predictor
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Run the command; gives the exit status."""
+    options = Options("fusion evaluate", "Score a run on one of its splits, or on another manifest.")
+    options.add_argument("--run", required=True, help="run folder that fit printed")
+    options.add_argument("--split", default="test", help="train, val or test, of the run's own data")
+    options.add_argument("--manifest", help="another manifest with labels, instead of a split; its columns are named as in the run")
+    options.add_argument("--by", help="column of the manifest to score by")
+    options.add_argument("--checkpoint", default="best", help="best or last")
+    options.add_argument("--batch_size", type=int, default=256)
+    asked = options.parse_args(list(arguments))
+    predictor = Predictor.load(asked.run, checkpoint=asked.checkpoint)
+    data = data_of(Path(asked.run))
+    ledger = Ledger("drop")
+    table = rows_to_score(data, predictor, asked.split, asked.manifest, ledger)
+    groups = column(table, asked.by) if asked.by else None
+    table, predictions = predict_rows(predictor, table, ledger, asked.batch_size)
+    if groups is not None:
+        groups = column(table, asked.by)
+    labels = [str(label) for label in table.labels]
+    scores = scores_by_group(predictions.labels, labels, predictor.processor.classes, groups)
+    title = asked.manifest or asked.split
+    rows = [[f"{asked.by or ''}", "accuracy", "balanced", "F1 macro", "commonest", "samples"]]
+    for name, s in scores.items():
+        rows.append([name, *(f"{x:.4f}" for x in (s.accuracy, s.balanced_accuracy, s.f1_macro, s.majority)), f"{s.samples:,}"])
+    print(f"{title} of {asked.run}\n\n{aligned(rows)}")
+    print("\ncommonest: what always giving the commonest label of the row would score")
+    unseen = sorted(set(labels) - set(predictor.processor.classes))
+    if unseen:
+        share = sum(label in unseen for label in labels) / len(labels)
+        print(f"{len(unseen)} labels ({share:.1%} of the samples) never occurred in training and count as misses")
+    if ledger.issues:
+        ledger.write(Path(asked.run) / "evaluation_issues.csv")
+        print(f"warning: {ledger.summary().replace('data_issues.csv', str(Path(asked.run) / 'evaluation_issues.csv'))}")
+    if not asked.manifest:
+        kept = Path(asked.run) / f"evaluation-{asked.split}{f'-by-{asked.by}' if asked.by else ''}.json"
+        kept.write_text(json.dumps({name: asdict(s) for name, s in scores.items()}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def data_of(run: Path) -> ImageTextData:
+    """The data of a run, as its recipe says; not loaded."""
+    recipe = run / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError(f"{run} has no recipe.yaml; expected the run folder that fit printed")
+    settings: Any = OmegaConf.to_container(OmegaConf.load(recipe))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ImageTextData, "data", sub_configs=True)
+    return parser.instantiate_classes(parser.parse_object({"data": settings["data"]})).data
+
+
+def rows_to_score(data: ImageTextData, predictor: Predictor, split: str, manifest: str | None, ledger: Ledger) -> Table:
+    modalities = tuple(predictor.modalities)
+    if manifest is not None:
+        return readable_rows(manifest, data.columns, modalities, ledger, need_label=True)
+    table = data.table(modalities)
+    there = sorted({str(s) for s in table.splits})
+    if split not in there:
+        raise UserError(f"the run's data has no split '{split}'. {nearest(split, there)}")
+    return table.take([i for i, s in enumerate(table.splits) if s == split])
+
+
+def column(table: Table, name: str) -> list[str]:
+    """A column of the manifest by its name there."""
+    known: dict[str, Sequence[Any]] = {"label": table.labels, "group": table.groups, "split": table.splits, "id": table.ids}
+    known |= table.extra
+    if name not in known:
+        raise UserError(f"--by: the manifest has no column '{name}'. {nearest(name, known)}")
+    return ["" if cell is None else str(cell) for cell in known[name]]

@@ -1,0 +1,194 @@
+"""fusion fit: train a model by recipe, or continue a run."""
+
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from fusion.cli.main import INTERRUPTED
+from fusion.cli.parser import FusionCLI
+from fusion.cli.tables import aligned
+from fusion.data import ImageTextData
+from fusion.data.ceilings import ceilings
+from fusion.errors import UserError
+from fusion.training import Classification
+from fusion.training.checkpoints import BestAndLast
+from fusion.training.plan import Plan
+from fusion.training.progress import Progress
+from fusion.training.run_folder import RunFolder, new_run_folder
+from fusion.training.steps import Interrupted, SaveOnInterrupt, SeedEachStep
+
+
+def fit(arguments: Sequence[str]) -> int:
+    """Run the command; gives the exit status."""
+    quiet()
+    resumed = resumed_run(arguments)
+    if resumed is not None:
+        arguments = ["--config", str(resumed / "recipe.yaml"), *without_resume(arguments)]
+    if not arguments:
+        raise UserError(
+            "say what to train: --recipe quickstart, or --recipe own --data.manifest=FILE.csv; fusion fit --help tells the options"
+        )
+    cli = FusionCLI(arguments)
+    recipe = cli.resolved()
+    if resumed is not None:
+        refuse_difference(recipe, (resumed / "recipe.yaml").read_text(encoding="utf-8"))
+    seed_everything(cli.config.seed_everything, workers=True)
+    checkpoint = BestAndLast()
+    folder = None
+    if is_rank_zero():
+        folder = resumed or new_run_folder(Path(cli.config.runs), run_name(arguments))
+    run = RunFolder(folder, recipe, checkpoint, log=cli.config.trainer.logger is None)
+    try:
+        model, data, trainer = cli.make(
+            [run, Plan(), Progress(), SeedEachStep(cli.config.seed_everything), SaveOnInterrupt(checkpoint), checkpoint]
+        )
+        build(model, data)
+    except BaseException:
+        if folder is not None and resumed is None:
+            folder.rmdir()
+        raise
+    if "val" not in data.splits:
+        checkpoint.monitor = None
+    code = 0
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=str(resumed / "checkpoints" / "last.ckpt") if resumed else None, weights_only=True)
+        finish(trainer, model, data, checkpoint, run)
+    except Interrupted:
+        tell(f"\nInterrupted after {model.updates:,} updates and saved. To go on:\n  {command('fit')} --resume {run.folder}")
+        code = INTERRUPTED
+    return code
+
+
+def build(model: Classification, data: ImageTextData) -> None:
+    """Load the data and build the model. What the parts refuse is a mistake in the recipe."""
+    try:
+        model.build(data)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if data.card:
+        tell(data.card)
+    if data.ledger.issues:
+        tell(f"warning: {data.ledger.summary()}")
+
+
+def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpoint: ModelCheckpoint, run: RunFolder) -> None:
+    """Score the best checkpoint on the test split; print and keep the result."""
+    best = checkpoint.best_model_path or checkpoint.last_model_path
+    scores: dict[str, float] = {}
+    lines: list[list[str]] = []
+    if "test" in data.splits:
+        trainer.test(model, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
+        scores = {name.removeprefix("test/"): float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        table = data.splits["test"].table
+        bounds = ceilings(table.images, table.texts, [str(label) for label in table.labels])
+        scores |= {f"ceiling_{name}": bound for name, bound in bounds.items()}
+        lines = [
+            ["test", "accuracy", "balanced", "F1 macro", "samples"],
+            ["this model", *(f"{scores[name]:.4f}" for name in ("accuracy", "balanced_accuracy", "f1_macro")), f"{len(table):,}"],
+            ["at best, from the image alone", f"{bounds['image']:.4f}"],
+            ["at best, from the text alone", f"{bounds['text']:.4f}"],
+            ["always the commonest class", f"{bounds['majority']:.4f}"],
+        ]
+    if trainer.is_global_zero and run.folder is not None:
+        (run.folder / "results.json").write_text(json.dumps({"test": scores, "updates": model.updates}, indent=2) + "\n", encoding="utf-8")
+    tell("\n" + aligned(lines) if lines else "\nno test split: nothing scored")
+    tell(f"\nrun folder  {run.folder}\nscore it    {command('evaluate')} --run {run.folder}")
+    tell(f"use it      {command('predict')} --run {run.folder} --manifest FILE")
+
+
+# Continuing a run.
+
+
+def resumed_run(arguments: Sequence[str]) -> Path | None:
+    """The folder after --resume, checked."""
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option == "--resume":
+            folder = Path(value if equals else " ".join(arguments[i + 1 : i + 2]))
+            for needed in ("recipe.yaml", "checkpoints/last.ckpt"):
+                if not (folder / needed).is_file():
+                    raise UserError(f"can't resume '{folder}': it has no {needed}; expected the run folder that fit printed")
+            return folder
+    return None
+
+
+def without_resume(arguments: Sequence[str]) -> list[str]:
+    kept = list(arguments)
+    for i, argument in enumerate(kept):
+        if argument.partition("=")[0] == "--resume":
+            del kept[i : i + (1 if "=" in argument else 2)]
+            break
+    return kept
+
+
+def refuse_difference(now: str, then: str) -> None:
+    """A resumed run keeps its recipe: anything else would be a different run that looks like the old one."""
+    new, old = flat(yaml.safe_load(now)), flat(yaml.safe_load(then))
+    different = [f"{key} is {new.get(key)} (was {old.get(key)})" for key in {**old, **new} if new.get(key) != old.get(key)]
+    if different:
+        raise UserError(f"--resume keeps the run's recipe; these differ: {'; '.join(different[:5])}. Leave them out, or start a new run")
+
+
+def flat(settings: Any, above: str = "") -> dict[str, Any]:
+    """Settings by their dotted keys."""
+    if not isinstance(settings, dict):
+        return {above: settings}
+    return {key: value for name, inner in settings.items() for key, value in flat(inner, f"{above}.{name}" if above else name).items()}
+
+
+# What is said, and how.
+
+
+def run_name(arguments: Sequence[str]) -> str:
+    """The name of the first recipe on the line, else "fit"."""
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option == "--recipe":
+            return Path(value if equals else arguments[i + 1]).stem
+    return "fit"
+
+
+def command(name: str) -> str:
+    """How this program was called, for another of its commands."""
+    script = Path(sys.argv[0])
+    return f"python {shlex.quote(str(script.with_name(f'{name}.py')))}" if script.suffix == ".py" else f"fusion {name}"
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of its group; known from the environment, before there is a group."""
+    return getattr(rank_zero_only, "rank", None) in (None, 0)
+
+
+def tell(text: str) -> None:
+    if is_rank_zero():
+        print(text, flush=True)
+
+
+def quiet() -> None:
+    """Keep back what is said on every run and concerns nobody."""
+    for pattern in (
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our batches do begin where they stopped
+        ".*does not have many workers.*",  # images kept in memory need none
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metrics are already summed over the ranks
+        ".*smaller than the logging interval.*",
+        ".*LeafSpec.*",
+        ".*Experiment logs directory .* exists and is not empty.*",  # RunFolder made it
+    ):
+        warnings.filterwarnings("ignore", message=pattern)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,63 @@
+"""The fusion command: finds the sub-command, and tells a user's mistake in one line."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from fusion.errors import UserError, nearest
+
+COMMANDS = {
+    "fit": "train a model by recipe, or continue a run",
+    "evaluate": "score a run on any split or manifest, also by group",
+    "predict": "write a run's predictions for a manifest",
+    "benchmark": "measure what the training loop costs",
+}
+USER_MISTAKE = 2
+INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console command; ends the process with its status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: fusion COMMAND [OPTION ...]\n\n" + "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items()))
+        print("\nfusion COMMAND --help tells a command's options.")
+        raise SystemExit(0)
+    if words[0] == "--version":
+        print(version("fusion"))
+        raise SystemExit(0)
+    run(words[0], words[1:])
+
+
+def run(name: str, arguments: Sequence[str] | None = None) -> None:
+    """One command with its arguments (the process's own if None); ends the process with its status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command '{name}'. {nearest(name, COMMANDS)}")
+        # Imported here, so that help and mistakes don't wait for torch.
+        command: Callable[[list[str]], int] = getattr(import_module(f"fusion.cli.{name}"), name)
+        status = command(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = USER_MISTAKE
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        status = INTERRUPTED
+    leave(status)
+
+
+def leave(status: int) -> None:
+    """End the process; one that was in a gloo group without its destructors, which abort every third time."""
+    if "torch" in sys.modules:
+        distributed = sys.modules["torch"].distributed
+        if distributed.is_available() and distributed.is_initialized():
+            if status in (0, INTERRUPTED):
+                distributed.barrier()
+                distributed.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    raise SystemExit(status)

@@ -1,0 +1,106 @@
+"""Mistakes in recipes and options, told in one line with the nearest known name.
+
+jsonargparse's messages nest (key, type, union, class, option, ...); the innermost part says what is wrong, the rest is how it was found.
+"""
+
+import inspect
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+from torch.optim import Optimizer
+
+from fusion.cli.recipes import Recipe
+from fusion.data import Preparer
+from fusion.encoders import Encoder
+from fusion.errors import nearest
+from fusion.heads import FusionHead
+from fusion.training import Schedule
+
+# What may stand at these keys.
+KINDS: dict[str, type] = {
+    "model.head": FusionHead,
+    "model.image": Encoder,
+    "model.text": Encoder,
+    "model.schedule": Schedule,
+    "model.optimizer": Optimizer,
+    "data.preparer": Preparer,
+}
+
+
+REFUSED = re.compile(r"(?:Group|Key|key|Option) ['\"]([\w.]+)['\"]:? (?:does not accept|is not expected|is not accepted|not expected)")
+NO_SUCH_KEY = re.compile(r"(?:Group ['\"]([\w.]+)['\"] does not accept )?(?:nested key|No action for key) ['\"]([\w.]+)['\"]")
+NO_SUCH_CLASS = re.compile(r"Expected a dot import path string: (\S+)|No module named '?([\w.]+)'?|Import failed for '?([\w.]+)")
+WRONG_TYPE = re.compile(r"Expected a (?:<class '([\w.]+)'>|(\S+))\.? Got value: (.+)")
+
+
+def told_plainly(message: str, parser: LightningArgumentParser, recipes: Sequence[Recipe]) -> str:
+    """The mistake behind a message of jsonargparse or OmegaConf."""
+    message = " ".join(message.split())
+    options = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
+    known = [option for option in options if not option.endswith((".help", "+"))]
+    found = re.search(r"full_key: ([\w.]+)", message) or re.search(r'(?:Parser key "|[Kk]ey ["\'])([\w.]+)', message)
+    key = found[1] if found else ""
+
+    if match := re.search(r"unrecognized arguments: --([\w.+-]+)", message):
+        return f"unknown option --{match[1]}. {nearest(match[1], known)}"
+    if match := re.search(r"Interpolation key '([^']+)' not found", message):
+        return f"{key}: there is no '{match[1]}' to put in its place. {nearest(match[1], known)}{place(key, match[1], recipes)}"
+    if match := NO_SUCH_KEY.search(message):
+        unknown = f"{match[1]}.{match[2]}" if match[1] else match[2]
+        return f"unknown key '{unknown}'. {nearest(unknown, known)}{place(unknown, '', recipes)}"
+    if match := REFUSED.search(message):
+        cls = class_named(message, key)
+        if cls is not None:
+            option = match[1].split(".")[0]
+            return f"{key}: {cls.__name__} has no option '{option}'. {nearest(option, options_of(cls))}{place(key, option, recipes)}"
+        return f"unknown key '{match[1]}'. {nearest(match[1], known)}{place(match[1], '', recipes)}"
+    if (match := NO_SUCH_CLASS.search(message)) and key in KINDS:
+        wrong = next(name for name in match.groups() if name)
+        return f"{key}: unknown '{wrong}'. {nearest(wrong.split('.')[-1], names_of(KINDS[key]))}{place(key, wrong, recipes)}"
+    if match := WRONG_TYPE.search(message):
+        return f"{key}: expected {match[1] or match[2]}, got {match[3]}{place(key, match[3], recipes)}"
+    if (match := re.search(r"Given value: (\S+)", message)) and (allowed := re.findall(r"Literal\[([^]]*)\]", message)):
+        values = [value.strip(" '") for group in allowed for value in group.split(",")]
+        return f"{key}: {match[1]} is not one of them. {nearest(match[1], values)}{place(key, match[1], recipes)}"
+    return message
+
+
+def class_named(message: str, key: str) -> type | None:
+    """The class whose option was refused, from the message's class_path."""
+    match = re.search(r"class_path='([\w.]+)'", message)
+    if not match or not key:
+        return None
+    module, _, name = match[1].rpartition(".")
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+    return cls if isinstance(cls, type) else None
+
+
+def options_of(cls: type) -> list[str]:
+    """The options of a class's constructor: what recipes may set (a head's dims and out_dim come from the encoders and the data)."""
+    return [name for name in inspect.signature(cls).parameters if name not in ("dims", "out_dim", "params", "self")]
+
+
+def names_of(base: type) -> list[str]:
+    """The usable subclasses of a class, by name."""
+    direct: list[type] = base.__subclasses__()
+    below = [cls for child in direct for cls in (child, *child.__subclasses__())]
+    return [
+        cls.__name__ for cls in below if not inspect.isabstract(cls) and not cls.__name__.startswith("_") and cls.__name__ != "LateHead"
+    ]
+
+
+def place(key: str, wrong: str, recipes: Sequence[Recipe]) -> str:
+    """In which recipe the mistake stands, if in any: the last that sets the key to something with these words in it."""
+    for recipe in reversed(recipes):
+        inside: Any = recipe.settings
+        for part in key.split("."):
+            inside = inside.get(part) if isinstance(inside, dict) else None
+        if inside is not None and wrong in str(inside):
+            return f" (in {recipe.path})"
+    return ""

@@ -1,0 +1,26 @@
+"""Options of the commands that are not configured by recipes."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fusion.errors import UserError, nearest
+
+
+class Options(argparse.ArgumentParser):
+    """argparse, with mistakes as UserError that names the nearest option."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse, but a mistyped option is told before the required one that it leaves missing."""
+        known = [option.removeprefix("--") for action in self._actions for option in action.option_strings if option.startswith("--")]
+        for word in args or ():
+            name = word.partition("=")[0].removeprefix("--")
+            if word.startswith("--") and name not in known:
+                raise UserError(f"{self.prog}: unknown option --{name}. {nearest(name, known)}")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}")

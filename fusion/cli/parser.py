@@ -1,0 +1,117 @@
+"""The Lightning command line over our task and data, with recipes, and with errors that name the nearest thing that exists."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from omegaconf.errors import OmegaConfBaseException
+
+from fusion.cli.mistakes import told_plainly
+from fusion.cli.recipes import PATH_KEYS, Recipe, stack
+from fusion.data import ImageTextData
+from fusion.errors import UserError
+from fusion.training import Classification
+from fusion.training.checkpoints import AtomicCheckpointIO
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 10,
+    "enable_model_summary": False,  # the plan tells
+    "use_distributed_sampler": False,  # our batches are already shared out among the ranks
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+}
+
+
+class FusionCLI(LightningCLI):
+    """Parses recipes and options into settings; `make` turns them into model, data and trainer when asked to."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        super().__init__(
+            Classification,
+            ImageTextData,
+            save_config_callback=None,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            seed_everything_default=0,
+            # Interpolations are resolved after overrides; the plain "omegaconf" mode would resolve them before.
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "prog": "fusion fit",
+                "description": fit_help(),
+            },
+            args=list(arguments),
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--recipe", type=str | None, help="Name under recipes/ or path of a YAML file; may be repeated, later ones win."
+        )
+        parser.add_argument("--resume", type=str | None, help="Run folder to continue exactly where it stopped.")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder under which run folders are made.")
+        parser.link_arguments("seed_everything", "data.init_args.seed" if self.subclass_mode_data else "data.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        expanded, recipes = expand_recipes(args)
+        try:
+            self.config = parser.parse_args(expanded)
+        except (ArgumentError, OmegaConfBaseException) as error:
+            raise UserError(told_plainly(str(error), parser, recipes)) from error
+        for key in PATH_KEYS:  # so that the saved recipe means the same from anywhere
+            if self.config.data[key]:
+                self.config.data[key] = str(Path(self.config.data[key]).expanduser().absolute())
+
+    def _set_seed(self) -> None:
+        """Not at parsing: `make` follows, with the seed set by the command."""
+
+    def instantiate_classes(self) -> None:
+        """Not at parsing: see `make`."""
+
+    def make(self, callbacks: list[Any]) -> tuple[Classification, ImageTextData, Trainer]:
+        """The objects. Raises UserError for values that they refuse."""
+        self.trainer_defaults["callbacks"] = callbacks
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UserError(" ".join(str(error).split())) from error
+        return self.model, self.datamodule, self.trainer
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        plugins = self.config_init.trainer.plugins
+        listed = plugins if isinstance(plugins, list) else [plugins] if plugins is not None else []
+        # RunFolder brings the loggers; Lightning's own default would leave lightning_logs/ wherever the command is run.
+        logger = self.config_init.trainer.logger
+        return super().instantiate_trainer(plugins=[*listed, AtomicCheckpointIO()], logger=False if logger is None else logger, **kwargs)
+
+    def resolved(self) -> str:
+        """Every setting, as a recipe."""
+        return self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
+
+
+def fit_help() -> str:
+    return "Train a model by recipe: fusion fit --recipe quickstart [--recipe heads/gated] [--model.head=NAME] [--trainer.max_epochs=N] ..."
+
+
+def expand_recipes(arguments: Sequence[str]) -> tuple[list[str], list[Recipe]]:
+    """Each --recipe replaced, in its place, by the files that it stands for, so that what comes later on the line wins; and these files."""
+    expanded: list[str] = []
+    recipes: list[Recipe] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        option, equals, value = argument.partition("=")
+        if option != "--recipe":
+            expanded.append(argument)
+            continue
+        name = value if equals else next(waiting, None)
+        if not name:
+            raise UserError("--recipe needs a name or a path; for example --recipe quickstart")
+        for recipe in stack(name):
+            recipes.append(recipe)
+            expanded += ["--config", recipe.to_yaml()]
+    return expanded, recipes

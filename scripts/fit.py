@@ -1,0 +1,6 @@
+"""fusion fit, from a checkout: see fusion/cli/fit.py."""
+
+from fusion.cli.main import run
+
+if __name__ == "__main__":
+    run("fit")

@@ -1,0 +1,95 @@
+"""Recipes: found, stacked, resolved; every one that is shipped, and every command of the README."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from small_runs import ROOT
+
+from fusion.cli.parser import FusionCLI, expand_recipes
+from fusion.cli.recipes import recipe_names, stack
+from fusion.errors import UserError
+
+WHOLE = ["quickstart", "shapes", "easy_vqa", "vqa_rad", "own"]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_accepted_by_the_command_line(name: str) -> None:
+    before = [] if name in WHOLE else ["--recipe=quickstart"]
+    more = ["--data.manifest=m.csv"] if name == "own" else []
+    config = FusionCLI([*before, f"--recipe={name}", *more]).config
+    assert config.model.head.class_path.startswith("fusion.heads.")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_opens_with_what_it_is_and_its_command(name: str) -> None:
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    assert text.startswith("# ")
+    if name != "small":
+        assert "--recipe" in text.split("\n\n")[0]
+        assert "ne override: --" in text
+
+
+def test_later_recipes_win_and_then_the_command_line() -> None:
+    stacked = ["--recipe=quickstart", "--recipe=heads/gated", "--data.batch_size=7"]
+    config = FusionCLI(stacked).config
+    assert config.model.head.class_path == "fusion.heads.Gated"
+    assert config.data.batch_size == 7
+
+
+def test_a_head_given_by_name_keeps_the_options_that_it_knows() -> None:
+    config = FusionCLI(["--recipe=quickstart", "--model.head.init_args.dim=48", "--model.head=Gated"]).config
+    assert config.model.head.init_args.dim == 48
+    assert "depth" not in config.model.head.init_args
+
+
+def test_an_interpolation_follows_an_override(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("extends: quickstart\ndata:\n  eval_batch_size: ${data.batch_size}\n")
+    assert FusionCLI([f"--recipe={recipe}", "--data.batch_size=48"]).config.data.eval_batch_size == 48
+
+
+def test_relative_paths_are_seen_from_their_own_file(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "base.yaml").write_text("data:\n  manifest: there.csv\n")
+    (tmp_path / "top.yaml").write_text("extends: deep/base\nmodel:\n  text:\n    init_args: {name_or_path: ./text}\n")
+    base, top = stack(str(tmp_path / "top.yaml"))
+    assert base.settings["data"]["manifest"] == str(tmp_path / "deep" / "there.csv")
+    assert top.settings["model"]["text"]["init_args"]["name_or_path"] == str(tmp_path / "text")
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b\n")
+    (tmp_path / "b.yaml").write_text("extends: a\n")
+    with pytest.raises(UserError, match=r"a\.yaml -> b\.yaml -> a\.yaml"):
+        list(stack(str(tmp_path / "a.yaml")))
+
+
+@pytest.mark.parametrize("text", ["data: [unclosed", "- a\n- list\n", ""])
+def test_a_recipe_that_is_no_yaml_of_settings_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        expand_recipes([f"--recipe={tmp_path / 'bad.yaml'}"])
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+    table = re.findall(r"`(python scripts/fit\.py [^`]*)`", README)
+    return [part.strip() for line in [*lines, *table] for part in line.split("&&") if re.search(r"fit(\.py)? --recipe", part)]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_every_fit_command_of_the_readme_is_accepted(line: str) -> None:
+    words = shlex.split(line)
+    FusionCLI(words[words.index("--recipe") :] if "--recipe" in words else words[2:])
+
+
+def test_the_readme_python_for_a_head_alone_runs() -> None:
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "fusion.heads" in code]
+    found: dict[str, object] = {}
+    exec(block, found)
+    assert tuple(found["logits"].shape) == (4, 10)  # type: ignore[attr-defined]
+    assert bool(found["logits"].isfinite().all())  # type: ignore[attr-defined]
