@@ -39,7 +39,7 @@ class TimmImage(Encoder):
     data_config: overrides of the model's own mean, std and interpolation.
 
     It takes Images with pixels (B, 3, H, W), normalises them itself, and gives tokens (B, N, dim): the patches of a transformer with
-    its class token, or the cells of a feature map, row by row, layer-normalised and with 2-D sine positions added (which a
+    its class token, or the cells of a feature map, row by row, layer-normalised and with cosines of their place added (which a
     convolution lacks). pooled (B, dim) is the class token if there is one, else the mean.
 
     Raises UserError for an unknown name and for weights that cannot be had.
@@ -194,7 +194,7 @@ def statistics_held(module: nn.Module) -> Iterator[None]:
 def cells(y: Tensor) -> Encoded:
     """A feature map (U, D, H, W) as H*W tokens, normalised and with their place added; pooled is the map's plain mean."""
     tokens = y.flatten(2).transpose(1, 2)
-    return Encoded(layer_norm(tokens, tokens.shape[-1:]) + sinusoid_2d(y), tokens.mean(dim=1))
+    return Encoded(layer_norm(tokens, tokens.shape[-1:]) + place_2d(y), tokens.mean(dim=1))
 
 
 def given_out(encoded: Encoded, images: Images) -> Features:
@@ -205,15 +205,21 @@ def given_out(encoded: Encoded, images: Images) -> Features:
     return Features(tokens, images.present[:, None].expand(tokens.shape[:2]), pooled)
 
 
-def sinusoid_2d(y: Tensor) -> Tensor:
-    """(H*W, D) sines and cosines of row and column of a map (B, D, H, W): a quarter of D each (as MoCo v3, Chen et al., 2021)."""
+def place_2d(y: Tensor) -> Tensor:
+    """(H*W, D) where each cell of a map (B, D, H, W) is: cosines of its row, then of its column, half of D each.
+
+        cos(pi * k * (i + 1/2) / n),  k = 1, 2, ..., for row or column i of n
+
+    The cosine transform's basis: the first runs from one edge to the other whatever the size of the map, where the usual sines of
+    absolute positions hardly vary over the few cells of a small one.
+    """
     _, dim, height, width = y.shape
-    quarter = -(-dim // 4)
-    rate = 10000.0 ** -(torch.arange(quarter, device=y.device, dtype=torch.float32) / quarter)
-    rows = torch.arange(height, device=y.device, dtype=torch.float32)[:, None] * rate
-    columns = torch.arange(width, device=y.device, dtype=torch.float32)[:, None] * rate
+    half = -(-dim // 2)
+    waves = torch.arange(1, half + 1, device=y.device, dtype=torch.float32) * torch.pi
+    rows = torch.cos((torch.arange(height, device=y.device, dtype=torch.float32)[:, None] + 0.5) / height * waves)
+    columns = torch.cos((torch.arange(width, device=y.device, dtype=torch.float32)[:, None] + 0.5) / width * waves)
     rows, columns = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
-    return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1).flatten(0, 1)[:, :dim].to(y.dtype)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)[:, :dim].to(y.dtype)
 
 
 def load_timm(name: str, pretrained: bool, image_size: int | None, options: dict[str, Any]) -> nn.Module:
