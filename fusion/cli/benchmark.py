@@ -54,9 +54,9 @@ def overhead(arguments: Sequence[str], rounds: int, updates: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
         run = RunFolder(Path(folder), cli.resolved(), None)
-        cli.config.trainer.update(
-            {"max_epochs": rounds, "limit_train_batches": updates, "limit_val_batches": 0, "enable_checkpointing": False}
-        )
+        short = {"max_epochs": rounds, "limit_train_batches": updates, "limit_val_batches": 0, "enable_checkpointing": False}
+        for option, value in short.items():
+            cli.config.trainer[option] = value
         model, data, trainer = cli.make([clock, run, Progress(), SeedEachStep(cli.config.seed_everything), SaveOnInterrupt(None)])
         model.build(data)
         clock.between = lambda: bare_rounds(model, data, updates, cli.config.trainer.gradient_clip_val, clock)
