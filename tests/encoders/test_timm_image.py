@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -258,11 +259,10 @@ def test_a_convolutional_map_is_read_row_by_row_and_its_cells_know_their_place()
     torch.testing.assert_close(features.pooled, grid.mean(dim=(2, 3)), atol=1e-5, rtol=1e-5)
     assert features.tokens.shape[1] == grid.shape[2] * grid.shape[3]
     place = features.tokens - torch.nn.functional.layer_norm(grid.flatten(2).transpose(1, 2), (encoder.dim,))
-    quarter = encoder.dim // 4
-    sin_row, sin_column = place[0, :, 0].view(2, 2), place[0, :, 2 * quarter].view(2, 2)
-    expected = torch.tensor([0.0, 1.0]).sin()
-    torch.testing.assert_close(sin_row, expected[:, None].expand(2, 2), atol=1e-5, rtol=0)
-    torch.testing.assert_close(sin_column, expected[None].expand(2, 2), atol=1e-5, rtol=0)
+    by_row, by_column = place[0, :, 0].view(2, 2), place[0, :, encoder.dim // 2].view(2, 2)
+    expected = torch.tensor([math.cos(math.pi / 4), math.cos(3 * math.pi / 4)])  # the first cosine wave at the two cells' middles
+    torch.testing.assert_close(by_row, expected[:, None].expand(2, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(by_column, expected[None].expand(2, 2), atol=1e-5, rtol=0)
 
 
 def test_a_vision_transformer_pools_by_its_class_token() -> None:
