@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from fusion.data.checkpoint import read_checkpoint
-from fusion.data.images import decode, resize
 from fusion.data.processor import Processor
+from fusion.data.samples import load_image
 from fusion.data.tokenizer import batch_texts
 from fusion.encoders import Encoder, Images, Texts
 from fusion.errors import UserError
@@ -103,8 +103,7 @@ class Predictor:
             pixels = torch.zeros(len(columns["image"]), 3, *spec.size, dtype=torch.uint8)
             for i, picture in enumerate(columns["image"]):
                 if not absent(picture):
-                    decoded = decode(picture, max_megapixels=spec.max_megapixels, at_least=spec.size)
-                    pixels[i] = torch.from_numpy(resize(decoded, spec.size, spec.resize, interpolation=spec.interpolation))
+                    pixels[i] = torch.from_numpy(load_image(picture, spec))
             inputs["image"] = Images(pixels, torch.tensor([not absent(picture) for picture in columns["image"]], dtype=torch.bool))
         if self.processor.tokenizer is not None:
             inputs["text"] = batch_texts(self.processor.tokenizer, [None if absent(text) else text for text in columns["text"]])

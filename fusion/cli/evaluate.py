@@ -10,11 +10,11 @@ from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 
 from fusion.cli.options import Options
-from fusion.cli.rows import predict_rows, readable_rows
+from fusion.cli.rows import predict_rows
 from fusion.cli.tables import aligned
 from fusion.data import ImageTextData
 from fusion.data.ledger import Ledger
-from fusion.data.table import Table
+from fusion.data.table import Table, read_table
 from fusion.errors import UserError, nearest
 from fusion.evaluation import scores_by_group
 from fusion.predictor import Predictor
@@ -73,7 +73,7 @@ def data_of(run: Path) -> ImageTextData:
 def rows_to_score(data: ImageTextData, predictor: Predictor, split: str, manifest: str | None, ledger: Ledger) -> Table:
     modalities = tuple(predictor.modalities)
     if manifest is not None:
-        return readable_rows(manifest, data.columns, modalities, ledger, need_label=True)
+        return read_table(manifest, data.columns, modalities, need_label=True, ledger=ledger)
     table = data.table(modalities)
     there = sorted({str(s) for s in table.splits})
     if split not in there:

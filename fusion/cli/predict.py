@@ -9,9 +9,9 @@ import pyarrow.parquet
 
 from fusion.cli.evaluate import data_of
 from fusion.cli.options import Options
-from fusion.cli.rows import predict_rows, readable_rows
+from fusion.cli.rows import predict_rows
 from fusion.data.ledger import Ledger
-from fusion.data.table import Columns, Table
+from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
 from fusion.predictor import Predictions, Predictor
 
@@ -33,7 +33,7 @@ def predict(arguments: Sequence[str]) -> int:
     predictor = Predictor.load(asked.run, checkpoint=asked.checkpoint)
     columns = data_of(Path(asked.run)).columns if Path(asked.run).is_dir() else Columns()
     ledger = Ledger("drop")
-    table = readable_rows(asked.manifest, columns, tuple(predictor.modalities), ledger, need_label=False)
+    table = read_table(asked.manifest, columns, tuple(predictor.modalities), need_label=False, ledger=ledger)
     table, predictions = predict_rows(predictor, table, ledger, asked.batch_size)
     write(out, table, predictions)
     print(f"{len(table):,} predictions in {out}")

@@ -5,14 +5,9 @@ from typing import Any
 from fusion.data.images import ImageError, decode
 from fusion.data.ledger import Ledger
 from fusion.data.module import image_issue
-from fusion.data.table import Columns, Table, read_table
+from fusion.data.table import Table
 from fusion.errors import UserError
 from fusion.predictor import Predictions, Predictor
-
-
-def readable_rows(manifest: str, columns: Columns, modalities: tuple[str, ...], ledger: Ledger, *, need_label: bool) -> Table:
-    """The manifest's rows; what can't be read goes to the ledger."""
-    return read_table(manifest, columns, modalities, need_label=need_label, ledger=ledger)
 
 
 def predict_rows(predictor: Predictor, table: Table, ledger: Ledger, batch_size: int) -> tuple[Table, Predictions]:

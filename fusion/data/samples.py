@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fusion.data.images import decode, resize
+from fusion.data.images import Source, decode, resize
 from fusion.data.processor import ImageSpec
 from fusion.data.sampler import PLACEHOLDER, Draw
 from fusion.data.tokenizer import TokenStore
@@ -99,9 +99,9 @@ class Samples(Dataset[Batch]):
         return Batch(inputs, torch.from_numpy(self.target[rows]), torch.from_numpy(index))
 
 
-def load_image(path: str, spec: ImageSpec) -> np.ndarray:
+def load_image(source: Source, spec: ImageSpec) -> np.ndarray:
     """One image as uint8 (3, H, W). Raises ImageError with the reason."""
-    picture = decode(path, max_megapixels=spec.max_megapixels, at_least=spec.size)
+    picture = decode(source, max_megapixels=spec.max_megapixels, at_least=spec.size)
     return resize(picture, spec.size, spec.resize, interpolation=spec.interpolation)
 
 
