@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion.data import table as table_module
+from fusion.data import cells as cells_module
 from fusion.data.ledger import Ledger
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
@@ -365,7 +365,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     path = manifest(tmp_path, HEADER)
-    monkeypatch.setattr(table_module, "open", denied, raising=False)
+    monkeypatch.setattr(cells_module, "open", denied, raising=False)
     assert "Permission denied" in refusal(path)
 
 
