@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from fusion.cli.main import INTERRUPTED
-from fusion.cli.parser import FusionCLI
+from fusion.cli.parser import FusionCLI, words
 from fusion.cli.tables import aligned
 from fusion.data import ImageTextData
 from fusion.data.ceilings import ceilings
@@ -34,7 +34,8 @@ def fit(arguments: Sequence[str]) -> int:
     quiet()
     resumed = resumed_run(arguments)
     if resumed is not None:
-        arguments = ["--config", str(resumed / "recipe.yaml"), *without_resume(arguments)]
+        others = [word for is_value, word in words(arguments, "--resume") if not is_value]
+        arguments = ["--config", str(resumed / "recipe.yaml"), *others]
     if not arguments:
         raise UserError(
             "say what to train: --recipe quickstart, or --recipe own --data.manifest=FILE.csv; fusion fit --help tells the options"
@@ -114,24 +115,13 @@ def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpo
 
 def resumed_run(arguments: Sequence[str]) -> Path | None:
     """The folder after --resume, checked."""
-    for i, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option == "--resume":
-            folder = Path(value if equals else " ".join(arguments[i + 1 : i + 2]))
-            for needed in ("recipe.yaml", "checkpoints/last.ckpt"):
-                if not (folder / needed).is_file():
-                    raise UserError(f"can't resume '{folder}': it has no {needed}; expected the run folder that fit printed")
-            return folder
-    return None
-
-
-def without_resume(arguments: Sequence[str]) -> list[str]:
-    kept = list(arguments)
-    for i, argument in enumerate(kept):
-        if argument.partition("=")[0] == "--resume":
-            del kept[i : i + (1 if "=" in argument else 2)]
-            break
-    return kept
+    folders = [Path(word) for is_value, word in words(arguments, "--resume") if is_value]
+    if not folders:
+        return None
+    for needed in ("recipe.yaml", "checkpoints/last.ckpt"):
+        if not (folders[-1] / needed).is_file():
+            raise UserError(f"can't resume '{folders[-1]}': it has no {needed}; expected the run folder that fit printed")
+    return folders[-1]
 
 
 def refuse_difference(now: str, then: str) -> None:
@@ -154,11 +144,7 @@ def flat(settings: Any, above: str = "") -> dict[str, Any]:
 
 def run_name(arguments: Sequence[str]) -> str:
     """The name of the first recipe on the line, else "fit"."""
-    for i, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option == "--recipe":
-            return Path(value if equals else arguments[i + 1]).stem
-    return "fit"
+    return next((Path(word).stem for is_value, word in words(arguments, "--recipe") if is_value), "fit")
 
 
 def command(name: str) -> str:

@@ -1,6 +1,6 @@
 """The Lightning command line over our task and data, with recipes, and with errors that name the nearest thing that exists."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +102,28 @@ def expand_recipes(arguments: Sequence[str]) -> tuple[list[str], list[Recipe]]:
     """Each --recipe replaced, in its place, by the files that it stands for, so that what comes later on the line wins; and these files."""
     expanded: list[str] = []
     recipes: list[Recipe] = []
-    waiting = iter(arguments)
-    for argument in waiting:
-        option, equals, value = argument.partition("=")
-        if option != "--recipe":
-            expanded.append(argument)
+    for is_value, word in words(arguments, "--recipe"):
+        if not is_value:
+            expanded.append(word)
             continue
-        name = value if equals else next(waiting, None)
-        if not name:
+        if not word:
             raise UserError("--recipe needs a name or a path; for example --recipe quickstart")
-        for recipe in stack(name):
+        for recipe in stack(word):
             recipes.append(recipe)
             expanded += ["--config", recipe.to_yaml()]
     return expanded, recipes
+
+
+def words(arguments: Sequence[str], option: str) -> Iterator[tuple[bool, str]]:
+    """The line's words in order, and whether each is a value of `option`, which itself is left out; "" for a value that is missing.
+
+    >>> list(words(["--a=1", "--recipe", "x", "--recipe=y"], "--recipe"))
+    [(False, '--a=1'), (True, 'x'), (True, 'y')]
+    """
+    waiting = iter(arguments)
+    for word in waiting:
+        name, equals, value = word.partition("=")
+        if name == option:
+            yield True, value if equals else next(waiting, "")
+        else:
+            yield False, word
