@@ -13,7 +13,6 @@ from fusion.cli.options import Options
 from fusion.cli.rows import predict_rows
 from fusion.cli.tables import aligned
 from fusion.data import ImageTextData
-from fusion.data.ledger import Ledger
 from fusion.data.table import Table, read_table
 from fusion.errors import UserError, nearest
 from fusion.evaluation import scores_by_group
@@ -32,12 +31,11 @@ def evaluate(arguments: Sequence[str]) -> int:
     asked = options.parse_args(list(arguments))
     predictor = Predictor.load(asked.run, checkpoint=asked.checkpoint)
     data = data_of(Path(asked.run))
-    ledger = Ledger("drop")
-    table = rows_to_score(data, predictor, asked.split, asked.manifest, ledger)
+    table = rows_to_score(data, predictor, asked.split, asked.manifest)
+    if asked.by:
+        column(table, asked.by)  # refused now rather than after the predictions
+    table, predictions = predict_rows(predictor, table, data.ledger, asked.batch_size)
     groups = column(table, asked.by) if asked.by else None
-    table, predictions = predict_rows(predictor, table, ledger, asked.batch_size)
-    if groups is not None:
-        groups = column(table, asked.by)
     labels = [str(label) for label in table.labels]
     scores = scores_by_group(predictions.labels, labels, predictor.processor.classes, groups)
     title = asked.manifest or asked.split
@@ -50,9 +48,9 @@ def evaluate(arguments: Sequence[str]) -> int:
     if unseen:
         share = sum(label in unseen for label in labels) / len(labels)
         print(f"{len(unseen)} labels ({share:.1%} of the samples) never occurred in training and count as misses")
-    if ledger.issues:
-        ledger.write(Path(asked.run) / "evaluation_issues.csv")
-        print(f"warning: {ledger.summary().replace('data_issues.csv', str(Path(asked.run) / 'evaluation_issues.csv'))}")
+    if data.ledger.issues:
+        data.ledger.write(Path(asked.run) / "evaluation_issues.csv")
+        print(f"warning: {data.ledger.summary().replace('data_issues.csv', str(Path(asked.run) / 'evaluation_issues.csv'))}")
     if not asked.manifest:
         kept = Path(asked.run) / f"evaluation-{asked.split}{f'-by-{asked.by}' if asked.by else ''}.json"
         kept.write_text(json.dumps({name: asdict(s) for name, s in scores.items()}, indent=2) + "\n", encoding="utf-8")
@@ -70,10 +68,10 @@ def data_of(run: Path) -> ImageTextData:
     return parser.instantiate_classes(parser.parse_object({"data": settings["data"]})).data
 
 
-def rows_to_score(data: ImageTextData, predictor: Predictor, split: str, manifest: str | None, ledger: Ledger) -> Table:
+def rows_to_score(data: ImageTextData, predictor: Predictor, split: str, manifest: str | None) -> Table:
     modalities = tuple(predictor.modalities)
     if manifest is not None:
-        return read_table(manifest, data.columns, modalities, need_label=True, ledger=ledger)
+        return read_table(manifest, data.columns, modalities, need_label=True, ledger=data.ledger)
     table = data.table(modalities)
     there = sorted({str(s) for s in table.splits})
     if split not in there:
