@@ -90,9 +90,7 @@ def names_of(base: type) -> list[str]:
     """The usable subclasses of a class, by name."""
     direct: list[type] = base.__subclasses__()
     below = [cls for child in direct for cls in (child, *child.__subclasses__())]
-    return [
-        cls.__name__ for cls in below if not inspect.isabstract(cls) and not cls.__name__.startswith("_") and cls.__name__ != "LateHead"
-    ]
+    return [cls.__name__ for cls in below if not inspect.isabstract(cls) and not cls.__name__.startswith("_")]
 
 
 def place(key: str, wrong: str, recipes: Sequence[Recipe]) -> str:

@@ -1,5 +1,6 @@
 """What the late heads share: one classifier a modality, and decisions combined over the modalities that are there."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +10,7 @@ from fusion.features import Features
 from fusion.heads.base import FusionHead, FusionOutput
 
 
-class LateHead(FusionHead):
+class LateHead(FusionHead, ABC):
     """Base of the heads that combine decisions: implements everything but `combine`.
 
     Each modality is classified alone from its pooled features: LayerNorm, hidden layer of width `dim` with GELU (none if
@@ -29,9 +30,9 @@ class LateHead(FusionHead):
         present = torch.stack([f.present for f in clean.values()], dim=1)
         return FusionOutput(self.combine(torch.stack(list(alone.values()), dim=1), present), alone)
 
+    @abstractmethod
     def combine(self, logits: Tensor, present: Tensor) -> Tensor:
         """(B, out_dim) from the decisions (B, M, out_dim) of the modalities that are present (B, M)."""
-        raise NotImplementedError
 
 
 def classifier(width: int, out_dim: int, dim: int, dropout: float) -> nn.Sequential:
