@@ -109,6 +109,7 @@ class ImageTextData(LightningDataModule):
         self.folder: Path | None = None
         self.splits: dict[str, Split] = {}
         self.processor: Processor
+        self.shared_groups = 0
         self.resume_at: tuple[int, int] | None = None
 
     # From files to samples.

@@ -32,6 +32,8 @@ def data_lines(data: ImageTextData) -> list[str]:
         more = f" and {len(counts) - MOST_CLASSES} more classes" if len(counts) > MOST_CLASSES else ""
         lines.append(f"  {name:<6} {len(split.table):>8,} samples: {shown}{more}")
         lines += [f"         {note}" for note in notes(data, name)]
+    if data.shared_groups:
+        lines.append(f"  {data.shared_groups:,} groups are in more than one split: the scores may be too high")
     if data.ledger.issues:
         lines.append(f"  {data.ledger.summary()}")
     return lines
