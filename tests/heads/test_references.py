@@ -207,3 +207,14 @@ def test_a_joint_transformer_without_layers_gives_its_normalised_class_token() -
     expected = linear(head.classifier, normalised(head.class_token.detach().numpy()))
     output = head({name: torch.from_numpy(value) for name, value in pooled(2).items()}).output
     np.testing.assert_allclose(output.detach().numpy(), np.stack([expected, expected]), atol=1e-12)
+
+
+def test_attention_begins_by_picking() -> None:
+    """Of tokens of unit variance the logits begin with a standard deviation near 3: softmax picks, where PyTorch's default averages."""
+    torch.manual_seed(0)
+    attention = Attention(64, 4)
+    x, context = torch.randn(50, 20, 64), torch.randn(50, 30, 64)
+    query, key = attention.split(attention.query(x)), attention.split(attention.key_value(context).chunk(2, dim=-1)[0])
+    logits = (query @ key.transpose(-1, -2)).detach() / 16**0.5
+    assert 2.5 < float(logits.std()) < 3.5
+    assert float(logits.softmax(dim=-1).amax(dim=-1).mean()) > 0.3  # 1/30 if it averaged
