@@ -66,12 +66,14 @@ class CrossAttention(FusionHead):
         mask = {name: f.mask for name, f in features.items()}
         x = {name: self.project[name](f.tokens, f.mask) for name, f in features.items()}
         for layer in self.layers:
-            context = {
-                name: (torch.cat([x[other] for other in others], dim=1), torch.cat([mask[other] for other in others], dim=1))
-                for name, others in self.reads.items()
-            }
+            context = {name: (joined(x, others), joined(mask, others)) for name, others in self.reads.items()}
             x = x | {name: layer.get_submodule(name)(x[name], mask[name], *context[name]) for name in self.reads}
         return self.mix(torch.cat([masked_mean(x[name], mask[name]) for name in features], dim=-1))
+
+
+def joined(x: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    """The named modalities' tokens one after another, (B, K, ...); a single one is not copied."""
+    return x[names[0]] if len(names) == 1 else torch.cat([x[name] for name in names], dim=1)
 
 
 def who_reads_whom(direction: str, names: list[str]) -> dict[str, list[str]]:
