@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch import Callback
 
 from fusion.cli.parser import FusionCLI
+from fusion.errors import UserError
 from fusion.training import Classification, Fp16
 
 FP16 = ["--trainer.plugins=fusion.training.Fp16", "--trainer.plugins.init_args.init_scale=1024"]
@@ -125,3 +126,17 @@ def test_the_recipe_as_shipped_has_torchs_own_defaults():
     ours, theirs = trainer.precision_plugin.scaler, torch.amp.GradScaler("cpu")
     for read in ("get_scale", "get_growth_factor", "get_backoff_factor", "get_growth_interval"):
         assert getattr(ours, read)() == getattr(theirs, read)()
+
+
+@pytest.mark.parametrize(("options", "fused"), [([], True), (["--model.optimizer.init_args.fused=false"], False), (FP16, None)])
+def test_the_optimiser_is_fused_where_it_may_be(parts, options, fused):
+    """In full precision; not where the recipe says no, nor in mixed precision, where it could not clip."""
+    model, data, trainer = parts(*SEVEN, *options)
+    trainer.fit(model, datamodule=data)
+    assert trainer.optimizers[0].defaults["fused"] is fused
+
+
+def test_a_fused_optimiser_that_can_not_clip_is_refused_before_training(parts):
+    model, data, trainer = parts(*FP16, *SEVEN, "--model.optimizer.init_args.fused=true", "--trainer.gradient_clip_val=1")
+    with pytest.raises(UserError, match="gradient_clip_val=null"):
+        trainer.fit(model, datamodule=data)
