@@ -14,9 +14,9 @@ COLOURS = {
     "purple": (150, 60, 190),
     "grey": (130, 130, 130),
 }
-SIZES = {"small": 4, "medium": 6, "large": 9}  # half the side without the middle pixel: sides of 9, 13 and 19
+SIZES = {"small": 5, "medium": 8, "large": 12}  # half the side without the middle pixel: sides of 11, 17 and 25
 SIDE = 64  # pixels of a picture
-FEWEST, MOST = 3, 6  # shapes of a scene
+FEWEST, MOST = 3, 5  # shapes of a scene
 GAP = 2  # pixels of background between the bounding squares of any two shapes, at least
 BACKGROUND = (245, 245, 240)
 TRIES = 40  # places drawn for a shape before the scene goes without it
@@ -47,7 +47,7 @@ def draw_scenes(count: int, rng: np.random.Generator) -> Scenes:
 
     >>> scenes = draw_scenes(5, np.random.default_rng(0))
     >>> scenes.x.shape, bool((scenes.there.sum(axis=1) >= FEWEST).all())
-    ((5, 6), True)
+    ((5, 5), True)
     """
     columns: list[list[np.ndarray]] = [[] for _ in fields(Scenes)]
     seen: set[bytes] = set()

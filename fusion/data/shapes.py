@@ -19,14 +19,14 @@ from fusion.errors import UserError, nearest
 
 KINDS = ("existence", "colour", "counting", "position", "comparison")
 SPLITS = ("train", "val", "test")
-VERSION = 1  # of the generator: raise it when the same options would give other bytes
+VERSION = 2  # of the generator: raise it when the same options would give other bytes
 CLEARLY = 8  # pixels between a centre and the middle of the picture, at least, before its half is asked for
 LARGEST_COUNT = 3
 LOTS = 24  # in about so many lots a question's uses are dealt out: more are slower, fewer even out a scene's answers less
 
 
 class Shapes(Preparer):
-    """Scenes of 3 to 6 coloured shapes in three sizes, 64x64 pixels, and questions of five kinds about them.
+    """Scenes of 3 to 5 coloured shapes in three sizes, 64x64 pixels, and questions of five kinds about them.
 
     scenes: how many. questions_per_scene: about each, as nearly as the balance allows. kinds: some of existence, colour, counting,
     position, comparison. seed: the same seed gives the same bytes. val, test: the shares of the scenes that go into these splits.
