@@ -19,7 +19,6 @@ from fusion.cli.tables import aligned
 from fusion.data import Batch, ImageTextData
 from fusion.errors import UserError, nearest
 from fusion.training import Classification
-from fusion.training.classification import decayed_apart
 from fusion.training.progress import Progress
 from fusion.training.run_folder import RunFolder
 from fusion.training.steps import SaveOnInterrupt, SeedEachStep
@@ -90,7 +89,7 @@ class Clock(Callback):
 
 def bare_rounds(model: Classification, data: ImageTextData, updates: int, clip: float | None, clock: Clock) -> None:
     """One round of each bare loop, on the same model."""
-    optimizer = model.make_optimizer(decayed_apart(model))
+    optimizer = model.new_optimizer()
     held: list[Batch] = list(islice(data.train_dataloader(), updates))
     # The order changes from round to round, so that a drift of the machine's speed favours none.
     turns: list[tuple[str, Callable[[], Iterable[Any]]]] = [

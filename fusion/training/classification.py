@@ -147,7 +147,7 @@ class Classification(LightningModule):
     # Optimiser and schedule, by updates really made.
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(decayed_apart(self), **self.fused())
+        optimizer = self.new_optimizer()
         # GradScaler doesn't call the optimiser when it skips an update: counting its steps counts true updates.
         optimizer.register_step_post_hook(self.count_update)
         horizon = self.trainer.estimated_stepping_batches
@@ -156,6 +156,10 @@ class Classification(LightningModule):
         self.horizon = int(horizon)
         scheduler = LambdaLR(optimizer, lambda update: self.schedule.factor(update, self.horizon))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def new_optimizer(self) -> Optimizer:
+        """As the recipe says; the model must be attached to its trainer."""
+        return self.make_optimizer(decayed_apart(self), **self.fused())
 
     def fused(self) -> dict[str, bool]:
         """fused=True where the optimiser has it and the recipe doesn't say: one kernel for all parameters, several times faster for many
