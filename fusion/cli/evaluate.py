@@ -13,6 +13,7 @@ from fusion.cli.options import Options
 from fusion.cli.rows import predict_rows
 from fusion.cli.tables import aligned
 from fusion.data import ImageTextData
+from fusion.data.ledger import Ledger
 from fusion.data.table import Table, read_table
 from fusion.errors import UserError, nearest
 from fusion.evaluation import scores_by_group
@@ -31,6 +32,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     asked = options.parse_args(list(arguments))
     predictor = Predictor.load(asked.run, checkpoint=asked.checkpoint)
     data = data_of(Path(asked.run))
+    data.ledger = Ledger("drop")  # told at the end; the run's on_bad_sample was for training, and is no option here
     table = rows_to_score(data, predictor, asked.split, asked.manifest)
     if asked.by:
         column(table, asked.by)  # refused now rather than after the predictions
