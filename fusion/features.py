@@ -15,11 +15,15 @@ class Features(NamedTuple):
 
     Shapes: tokens (B, N, D) float; mask (B, N) bool, True where a token is real; pooled (B, D) float.
     A NamedTuple, so that pytrees, DDP, `torch.compile` and `torch.export` see through it.
+
+    Where several samples share an input (questions about one picture), it may stand here once: with `rows` (B,) int64, tokens (U, N, D)
+    and pooled (U, D) hold the U distinct inputs, and sample b has number rows[b]. Samples that share one have the same mask, or lack it.
     """
 
     tokens: Tensor
     mask: Tensor
     pooled: Tensor
+    rows: Tensor | None = None
 
     @property
     def present(self) -> Tensor:
@@ -30,6 +34,20 @@ class Features(NamedTuple):
     def dim(self) -> int:
         """The width D."""
         return self.tokens.shape[-1]
+
+    @property
+    def distinct_mask(self) -> Tensor:
+        """(U, N) bool: the real tokens of the distinct inputs, none for one that no sample has; just `mask` where nothing is shared."""
+        if self.rows is None:
+            return self.mask
+        counts = torch.zeros(self.tokens.shape[:2], dtype=torch.int32, device=self.mask.device)
+        return counts.index_add(0, self.rows, self.mask.int()) > 0
+
+    def unshared(self) -> "Features":
+        """The same with each sample's own tokens (B, N, D) and pooled (B, D)."""
+        if self.rows is None:
+            return self
+        return Features(self.tokens.index_select(0, self.rows), self.mask, self.pooled.index_select(0, self.rows))
 
 
 def promote(x: Features | Tensor) -> Features:
@@ -51,8 +69,8 @@ def promote(x: Features | Tensor) -> Features:
 
 def zero_masked(features: Features) -> Features:
     """The same features with exact zeros under every False mask, so that noise, inf or NaN there reach no output and no gradient."""
-    tokens = keep(features.tokens, features.mask)
-    return Features(tokens, features.mask, keep(features.pooled, features.present))
+    real = features.distinct_mask
+    return features._replace(tokens=keep(features.tokens, real), pooled=keep(features.pooled, real.any(dim=1)))
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:

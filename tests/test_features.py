@@ -136,3 +136,30 @@ def test_masked_softmax_broadcasts_its_mask_and_takes_any_dimension() -> None:
     weights = masked_softmax(scores, mask[..., None], dim=1)
     np.testing.assert_allclose(weights.sum(dim=1).numpy(), [[1.0] * 4, [0.0] * 4])
     assert torch.equal(weights[0, [0, 2]], scores[0, [0, 2]].softmax(dim=0))
+
+
+@given(mask=masks(), data=st.data())
+def test_shared_inputs_are_those_of_each_sample(mask: Tensor, data: st.DataObject) -> None:
+    distinct, count = mask.shape
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, distinct - 1), min_size=1, max_size=6)))
+    there = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
+    shared = Features(values(distinct, count, 3, seed=0), mask[rows] & there[:, None], values(distinct, 3, seed=1), rows)
+    own = shared.unshared()
+    assert own.rows is None
+    assert torch.equal(own.mask, shared.mask)
+    for sample, row in enumerate(rows):
+        assert torch.equal(own.tokens[sample], shared.tokens[row])
+        assert torch.equal(own.pooled[sample], shared.pooled[row])
+    for row in range(distinct):
+        shown = [sample for sample in range(len(rows)) if rows[sample] == row and there[sample]]
+        assert torch.equal(shared.distinct_mask[row], mask[row] if shown else torch.zeros(count, dtype=torch.bool))
+
+
+def test_zeroing_shared_inputs_keeps_them_shared_and_clears_those_that_no_sample_has() -> None:
+    tokens, pooled = values(3, 2, 4, seed=0), values(3, 4, seed=1)
+    tokens[1:], pooled[1:] = float("nan"), float("nan")
+    mask = torch.tensor([[True, True], [False, False], [True, True]])
+    clean = zero_masked(Features(tokens, mask, pooled, torch.tensor([0, 1, 0])))
+    assert torch.equal(clean.tokens, torch.cat([tokens[:1], torch.zeros(2, 2, 4)]))
+    assert torch.equal(clean.pooled, torch.cat([pooled[:1], torch.zeros(2, 4)]))
+    assert clean.rows is not None

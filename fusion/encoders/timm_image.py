@@ -130,7 +130,7 @@ class TimmImage(Encoder):
         pixels = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
         pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         with torch.no_grad() if self.frozen else nullcontext(), self.statistics_guard(images.present):
-            return [given_out(encoded, images) for encoded in run(pixels)]
+            return [features_of(encoded, images) for encoded in run(pixels)]
 
     def tokens_of(self, y: Tensor) -> Encoded:
         """From the body's output: a map (U, D, H, W) or (U, H, W, D), or tokens (U, N, D)."""
@@ -197,12 +197,10 @@ def cells(y: Tensor) -> Encoded:
     return Encoded(layer_norm(tokens, tokens.shape[-1:]) + place_2d(y), tokens.mean(dim=1))
 
 
-def given_out(encoded: Encoded, images: Images) -> Features:
-    """The features of each sample's picture, (U, ...) to (B, ...)."""
-    tokens, pooled = encoded
-    if images.picture is not None:
-        tokens, pooled = tokens.index_select(0, images.picture), pooled.index_select(0, images.picture)
-    return Features(tokens, images.present[:, None].expand(tokens.shape[:2]), pooled)
+def features_of(encoded: Encoded, images: Images) -> Features:
+    """With the samples' presence; pictures that several samples show stay shared."""
+    mask = images.present[:, None].expand(-1, encoded.tokens.shape[1])
+    return Features(encoded.tokens, mask, encoded.pooled, images.picture)
 
 
 def place_2d(y: Tensor) -> Tensor:

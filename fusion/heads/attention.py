@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from fusion.features import keep
-
 # Xavier gain of attention's weights. The logits of tokens of unit variance then begin with a standard deviation of gain^2 = 3, so that
 # attention picks. PyTorch's default for linear maps begins at 1/3: near averages, on which small models stay for long.
 GAIN = 3**0.5
@@ -18,6 +16,7 @@ class Attention(nn.Module):
     """Multi-head attention (Vaswani et al., 2017) of tokens x (B, N, D) over a context (B, K, D) with its mask (B, K).
 
     A sample whose context has no real token gets zeros (softmax over nothing would be NaN). Gives (B, N, D).
+    With `rows` (B,) the context (U, K, D) is shared: sample b reads number rows[b]; keys and values are made once each.
     """
 
     def __init__(self, dim: int, num_heads: int, *, dropout: float = 0.0) -> None:
@@ -27,21 +26,24 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.dropout = dropout
         self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
+        # Two maps, since the gradient of one that is cut in two would have to be put together again: a copy.
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for weight in (self.query.weight, *self.key_value.weight.chunk(2), self.out.weight):
-            nn.init.xavier_uniform_(weight.data, gain=GAIN)
-        for linear in (self.query, self.key_value, self.out):
+        for linear in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(linear.weight, gain=GAIN)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
         present = mask.any(dim=1)
         # Rows with nothing to read attend everywhere, over zeros, and are zeroed below.
         allowed = mask | ~present[:, None]
-        key, value = self.key_value(context).chunk(2, dim=-1)
+        key, value = self.key(context), self.value(context)
+        if rows is not None:
+            key, value = key.index_select(0, rows), value.index_select(0, rows)
         y = scaled_dot_product_attention(
             self.split(self.query(x)),
             self.split(key),
@@ -108,12 +110,13 @@ class CrossAttentionLayer(nn.Module):
         self.gate_attention = nn.Parameter(torch.zeros(())) if tanh_gate else None
         self.gate_feed_forward = nn.Parameter(torch.zeros(())) if tanh_gate else None
 
-    def forward(self, x: Tensor, mask: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
-        """x (B, N, D) with mask (B, N) reads context (B, K, D) with context_mask (B, K); gives (B, N, D)."""
+    def forward(self, x: Tensor, mask: Tensor, context: Tensor, context_mask: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x (B, N, D) with mask (B, N) reads context (B, K, D), or (U, K, D) by `rows`, with context_mask (B, K); gives (B, N, D)."""
         if self.self_attention is not None and self.norm_self is not None:
             normed = self.norm_self(x)
             x = x + self.self_attention(normed, normed, mask)
-        x = x + gated(self.cross_attention(self.norm_query(x), self.norm_context(context), context_mask), self.gate_attention)
+        read = self.cross_attention(self.norm_query(x), self.norm_context(context), context_mask, rows)
+        x = x + gated(read, self.gate_attention)
         return x + gated(self.feed_forward(self.norm_feed_forward(x)), self.gate_feed_forward)
 
 
@@ -121,13 +124,8 @@ def gated(x: Tensor, gate: Tensor | None) -> Tensor:
     return x if gate is None else x * gate.tanh().to(x.dtype)
 
 
-class Projection(nn.Module):
-    """A modality's tokens brought to the head's width: LayerNorm, then a linear map; zero under a False mask."""
+class Projection(nn.Sequential):
+    """A modality's tokens (B, N, in_dim) brought to the head's width (B, N, dim): LayerNorm, then a linear map."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(in_dim)
-        self.linear = nn.Linear(in_dim, dim)
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:  # (B, N, in_dim), (B, N) -> (B, N, dim)
-        return keep(self.linear(self.norm(tokens)), mask)
+        super().__init__(nn.LayerNorm(in_dim), nn.Linear(in_dim, dim))

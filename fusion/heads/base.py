@@ -35,6 +35,7 @@ class FusionHead(nn.Module):
 
     stage: ClassVar[Stage]
     family: ClassVar[Family]
+    reads_shared: ClassVar[bool] = False  # whether `fuse` takes features with `rows`
     fewest_modalities: ClassVar[int] = 2
 
     def __init__(self, dims: Mapping[str, int], out_dim: int, *, width: int | None, unimodal: bool = False) -> None:
@@ -58,7 +59,8 @@ class FusionHead(nn.Module):
         """Checked, promoted, ordered and zeroed features. Raises ValueError for a modality missing, unknown or of another width."""
         if features.keys() != self.dims.keys():
             raise ValueError(f"{type(self).__name__} was built for {', '.join(self.dims)}; got {', '.join(features) or 'nothing'}")
-        clean = {name: zero_masked(promote(features[name])) for name in self.dims}
+        given = {name: promote(features[name]) for name in self.dims}
+        clean = {name: zero_masked(f if self.reads_shared else f.unshared()) for name, f in given.items()}
         for name, dim in self.dims.items():
             if clean[name].dim != dim:
                 raise ValueError(f"{type(self).__name__} was built for '{name}' of width {dim}; got {clean[name].dim}")
@@ -67,7 +69,7 @@ class FusionHead(nn.Module):
     def predict_alone(self, features: dict[str, Features]) -> dict[str, Tensor]:
         if self.unimodal is None:
             return {}
-        return {name: self.unimodal[name](features[name].pooled) for name in self.dims}
+        return {name: self.unimodal[name](features[name].unshared().pooled) for name in self.dims}
 
 
 def check_dims(head: str, dims: Mapping[str, int], out_dim: int, fewest: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fusion.features import Features, masked_mean
+from fusion.features import Features, keep, masked_mean
 from fusion.heads.attention import CrossAttentionLayer, Projection
 from fusion.heads.base import FusionHead
 
@@ -30,6 +30,7 @@ class CrossAttention(FusionHead):
 
     stage = "tokens"
     family = "cross-attention"
+    reads_shared = True
 
     def __init__(
         self,
@@ -63,17 +64,30 @@ class CrossAttention(FusionHead):
         self.mix = nn.Sequential(nn.LayerNorm(len(dims) * dim), nn.Linear(len(dims) * dim, dim), nn.GELU(), nn.Dropout(dropout))
 
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
-        mask = {name: f.mask for name, f in features.items()}
-        x = {name: self.project[name](f.tokens, f.mask) for name, f in features.items()}
+        # A modality that only answers is the same for all samples that share it: it stays shared.
+        features = {name: f.unshared() if name in self.reads else f for name, f in features.items()}
+        x = {name: f._replace(tokens=self.project[name](f.tokens)) for name, f in features.items()}
         for layer in self.layers:
-            context = {name: (joined(x, others), joined(mask, others)) for name, others in self.reads.items()}
-            x = x | {name: layer.get_submodule(name)(x[name], mask[name], *context[name]) for name in self.reads}
-        return self.mix(torch.cat([masked_mean(x[name], mask[name]) for name in features], dim=-1))
+            context = {name: joined([x[other] for other in others]) for name, others in self.reads.items()}
+            x = x | {
+                name: x[name]._replace(tokens=layer.get_submodule(name)(x[name].tokens, x[name].mask, c.tokens, c.mask, c.rows))
+                for name, c in context.items()
+            }
+        return self.mix(torch.cat([mean(f) for f in x.values()], dim=-1))
 
 
-def joined(x: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    """The named modalities' tokens one after another, (B, K, ...); a single one is not copied."""
-    return x[names[0]] if len(names) == 1 else torch.cat([x[name] for name in names], dim=1)
+def joined(features: list[Features]) -> Features:
+    """The tokens of several modalities one after another, (B, K, D); a single one is not copied. The pooled features are the first's."""
+    if len(features) == 1:
+        return features[0]
+    own = [f.unshared() for f in features]
+    return own[0]._replace(tokens=torch.cat([f.tokens for f in own], dim=1), mask=torch.cat([f.mask for f in own], dim=1))
+
+
+def mean(features: Features) -> Tensor:
+    """(B, D) the mean of each sample's real tokens."""
+    pooled = masked_mean(features.tokens, features.distinct_mask)
+    return pooled if features.rows is None else keep(pooled.index_select(0, features.rows), features.present)
 
 
 def who_reads_whom(direction: str, names: list[str]) -> dict[str, list[str]]:

@@ -56,7 +56,7 @@ class JointTransformer(FusionHead):
         tokens = [self.class_token.expand(first.tokens.shape[0], 1, -1)]
         masks = [torch.ones_like(first.mask[:, :1])]
         for name, f in features.items():
-            t = self.project[name](f.tokens, f.mask) + self.modality[name]
+            t = self.project[name](f.tokens) + self.modality[name]
             tokens.append(t + sinusoid(t) if self.positions else t)
             masks.append(f.mask)
         x, mask = torch.cat(tokens, dim=1), torch.cat(masks, dim=1)

@@ -117,6 +117,11 @@ def test_bytes_and_fractions_of_the_same_picture_agree(name: str) -> None:
     assert_same(encoder(Images(as_bytes, present)), encoder(as_bytes))
 
 
+def of(features: Features, samples: Tensor | slice) -> Features:
+    """The features of some samples."""
+    return Features(features.tokens[samples], features.mask[samples], features.pooled[samples])
+
+
 @every
 def test_pixels_are_normalised_by_the_constants_of_the_model(name: str) -> None:
     encoder = make(name).eval()
@@ -155,7 +160,7 @@ def test_pixels_of_an_absent_image_change_neither_other_samples_nor_statistics_n
         assert features.tokens.isfinite().all()
         (features.tokens[given.present].sin().sum() + features.pooled[given.present].sin().sum()).backward()
     torch.manual_seed(0)
-    assert_same(*(Features(*(x[batch.present] for x in module(batch))) for module in (encoder.eval(), twin.eval())))
+    assert_same(*(of(module(batch), batch.present) for module in (encoder.eval(), twin.eval())))
     for (key, one), other in zip(encoder.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(one, other), key
     for (key, p), q in zip(encoder.named_parameters(), twin.parameters(), strict=True):
@@ -184,7 +189,7 @@ def test_a_sample_is_encoded_the_same_alone_and_beside_others(name: str) -> None
     batch = images([True, False, True])
     together = encoder(batch)
     alone = encoder(Images(batch.pixels[2:], batch.present[2:]))
-    assert_same(Features(*(x[2:] for x in together)), alone)
+    assert_same(of(together, slice(2, None)), alone)
 
 
 @every
@@ -196,7 +201,7 @@ def test_picture_indices_give_what_repeated_pixels_give(name: str) -> None:
     shared, repeated = Images(distinct, present, picture), Images(distinct[picture], torch.ones(4, dtype=torch.bool))
     for read in (encoder.forward, encoder.embed, lambda x: encoder.levels(x, [-1])[0]):
         one, other = read(shared), read(repeated)
-        assert_same(*(Features(*(x[present] for x in f)) for f in (one, other)))
+        assert_same(*(of(f.unshared(), present) for f in (one, other)))
         assert one.present.tolist() == present.tolist()
 
 
@@ -205,8 +210,10 @@ def test_each_distinct_picture_is_encoded_once(name: str) -> None:
     encoder = make(name).eval()
     counts: list[int] = []
     encoder.body.forward_features = lambda x, run=encoder.body.forward_features: counts.append(len(x)) or run(x)
-    assert len(encoder(Images(pixels(2), torch.ones(5, dtype=torch.bool), torch.tensor([0, 1, 1, 0, 1]))).tokens) == 5
+    features = encoder(Images(pixels(2), torch.ones(5, dtype=torch.bool), torch.tensor([0, 1, 1, 0, 1])))
     assert counts == [2]
+    assert len(features.tokens) == 2
+    assert len(features.unshared().tokens) == len(features.mask) == 5
 
 
 @every

@@ -88,13 +88,13 @@ def smudged(features: dict[str, Features], junk: float | None) -> dict[str, Feat
         other = 5 * torch.randn_like(x) if junk is None else torch.full_like(x, junk)
         return torch.where(mask[..., None], x, other)
 
-    return {name: Features(smudge(f.tokens, f.mask), f.mask, smudge(f.pooled, f.present)) for name, f in features.items()}
+    return {name: f._replace(tokens=smudge(f.tokens, f.mask), pooled=smudge(f.pooled, f.present)) for name, f in features.items()}
 
 
 def run(head: FusionHead, features: dict[str, Features]) -> tuple[Tensor, dict[str, Tensor]]:
     """The output, and by name the gradient of every parameter and of every input, of a loss that reads all that is meant to be read."""
     leaves = {
-        name: Features(f.tokens.detach().clone().requires_grad_(), f.mask, f.pooled.detach().clone().requires_grad_())
+        name: f._replace(tokens=f.tokens.detach().clone().requires_grad_(), pooled=f.pooled.detach().clone().requires_grad_())
         for name, f in features.items()
     }
     head.zero_grad()
@@ -158,7 +158,7 @@ def test_a_sample_is_answered_the_same_alone_and_in_any_batch(name: str) -> None
     features = batch_of(dims_of(name), size=5)
     together = head(features).output
     for row in range(5):
-        alone = head({m: Features(*(x[row : row + 1] for x in f)) for m, f in features.items()}).output
+        alone = head({m: Features(*(x[row : row + 1] for x in f[:3])) for m, f in features.items()}).output
         torch.testing.assert_close(alone[0], together[row], atol=1e-10, rtol=0)
 
 
@@ -294,6 +294,27 @@ def test_plain_tensors_are_taken_as_tokens_or_as_pooled_features(name: str) -> N
     pooled = {m: x[:, 0] for m, x in tokens.items()}
     as_features = {m: Features(x[:, None], torch.ones(2, 1, dtype=torch.bool), x) for m, x in pooled.items()}
     assert torch.equal(head(pooled).output, head(as_features).output)
+
+
+@fusing
+def test_what_samples_share_is_answered_and_learnt_from_as_if_each_had_its_own(name: str) -> None:
+    head = make(name)
+    rows = torch.tensor([2, 0, 2, 1, 2, 0])
+    present = torch.tensor([True, True, False, True, True, True])
+    torch.manual_seed(6)
+    features = batch_of(DIMS, size=6)
+    tokens, pooled = torch.randn(4, 5, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)  # nobody has the last
+    tokens[3], pooled[3] = float("nan"), float("nan")
+    real = torch.arange(5)[None] < torch.tensor([5, 2, 3, 4])[:, None]
+    mask = real[rows] & present[:, None]
+    own, own_gradients = run(head, features | {"b": Features(tokens[rows], mask, pooled[rows])})
+    shared, gradients = run(head, features | {"b": Features(tokens, mask, pooled, rows)})
+
+    torch.testing.assert_close(shared, own, atol=1e-12, rtol=0)
+    for key, gradient in own_gradients.items():
+        if key in ("tokens b", "pooled b"):
+            gradient = torch.zeros_like(gradients[key]).index_add(0, rows, gradient)
+        torch.testing.assert_close(gradients[key], gradient, atol=1e-12, rtol=0, msg=key)
 
 
 @every

@@ -94,7 +94,7 @@ def attention_reference(layer: Attention, x: Array, context: Array, mask: NDArra
         if not len(real):
             continue
         query = linear(layer.query, x[sample])
-        key, value = np.split(linear(layer.key_value, real), 2, axis=-1)
+        key, value = linear(layer.key, real), linear(layer.value, real)
         parts = []
         for head in range(heads):
             columns = slice(head * width, (head + 1) * width)
@@ -128,8 +128,8 @@ def test_attention_agrees_with_that_of_torch() -> None:
         context.transpose(0, 1),
         embed_dim_to_check=8,
         num_heads=2,
-        in_proj_weight=torch.cat([layer.query.weight, layer.key_value.weight]),
-        in_proj_bias=torch.cat([layer.query.bias, layer.key_value.bias]),
+        in_proj_weight=torch.cat([layer.query.weight, layer.key.weight, layer.value.weight]),
+        in_proj_bias=torch.cat([layer.query.bias, layer.key.bias, layer.value.bias]),
         bias_k=None,
         bias_v=None,
         add_zero_attn=False,
@@ -214,7 +214,7 @@ def test_attention_begins_by_picking() -> None:
     torch.manual_seed(0)
     attention = Attention(64, 4)
     x, context = torch.randn(50, 20, 64), torch.randn(50, 30, 64)
-    query, key = attention.split(attention.query(x)), attention.split(attention.key_value(context).chunk(2, dim=-1)[0])
+    query, key = attention.split(attention.query(x)), attention.split(attention.key(context))
     logits = (query @ key.transpose(-1, -2)).detach() / 16**0.5
     assert 2.5 < float(logits.std()) < 3.5
     assert float(logits.softmax(dim=-1).amax(dim=-1).mean()) > 0.3  # 1/30 if it averaged
