@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fusion.data.checkpoint import read_checkpoint
+from fusion.data.images import ImageError
 from fusion.data.processor import Processor
 from fusion.data.samples import load_image
 from fusion.data.tokenizer import batch_texts
@@ -95,15 +96,27 @@ class Predictor:
             raise UserError(f"give images and texts of one length, None where a sample lacks one; got {lengths or 'nothing'}")
         return next(iter(lengths.values()))
 
-    def ask(self, columns: Mapping[str, Sequence[Any]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Probabilities (B, C) and presence of one batch."""
+    def ask(
+        self, columns: Mapping[str, Sequence[Any]], unreadable: dict[int, ImageError] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Probabilities (B, C) and presence of one batch.
+
+        Raises the ImageError of a picture that can't be read; or, if `unreadable` is given, puts it there by its place in the batch, whose
+        row then means nothing.
+        """
         inputs: dict[str, Images | Texts] = {}
         if self.processor.image is not None:
             spec = self.processor.image
             pixels = torch.zeros(len(columns["image"]), 3, *spec.size, dtype=torch.uint8)
             for i, picture in enumerate(columns["image"]):
-                if not absent(picture):
+                if absent(picture):
+                    continue
+                try:
                     pixels[i] = torch.from_numpy(load_image(picture, spec))
+                except ImageError as error:
+                    if unreadable is None:
+                        raise
+                    unreadable[i] = error
             inputs["image"] = Images(pixels, torch.tensor([not absent(picture) for picture in columns["image"]], dtype=torch.bool))
         if self.processor.tokenizer is not None:
             inputs["text"] = batch_texts(self.processor.tokenizer, [None if absent(text) else text for text in columns["text"]])
