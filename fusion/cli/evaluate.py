@@ -67,7 +67,7 @@ def data_of(run: Path) -> ImageTextData:
     settings: Any = OmegaConf.to_container(OmegaConf.load(recipe))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageTextData, "data", sub_configs=True)
-    return parser.instantiate_classes(parser.parse_object({"data": settings["data"]})).data
+    return parser.instantiate(parser.parse_object({"data": settings["data"]})).data
 
 
 def rows_to_score(data: ImageTextData, predictor: Predictor, split: str, manifest: str | None) -> Table:
