@@ -61,7 +61,7 @@ class SaveOnInterrupt(Callback):
             self.at_epoch_end = True
             return
         if self.checkpoint is not None and self.checkpoint.dirpath:
-            trainer.save_checkpoint(Path(self.checkpoint.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(Path(self.checkpoint.dirpath) / "last.ckpt", weights_only=False)
         raise Interrupted
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
