@@ -1,6 +1,6 @@
 """The task of telling one class of several."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any, Literal
@@ -159,7 +159,8 @@ class Classification(LightningModule):
 
     def new_optimizer(self) -> Optimizer:
         """As the recipe says; the model must be attached to its trainer."""
-        return self.make_optimizer(decayed_apart(self), **self.fused())
+        assert self.model is not None
+        return self.make_optimizer(parameter_groups(self.model), **self.fused())
 
     def fused(self) -> dict[str, bool]:
         """fused=True where the optimiser has it and the recipe doesn't say: one kernel for all parameters, several times faster for many
@@ -212,8 +213,21 @@ def balanced(data: ImageTextData, classes: int) -> Tensor:
     return counts.sum() / (classes * counts.clamp(min=1))
 
 
-def decayed_apart(module: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups: matrices with the optimiser's weight decay; vectors and scalars (norms, biases, gates, tokens) without."""
-    trainable: Iterable[nn.Parameter] = [p for p in module.parameters() if p.requires_grad]
-    decayed, rest = [p for p in trainable if p.dim() > 1], [p for p in trainable if p.dim() <= 1]
-    return [group for group in ({"params": decayed}, {"params": rest, "weight_decay": 0.0}) if group["params"]]
+def parameter_groups(model: FusionModel) -> list[dict[str, Any]]:
+    """Hidden matrices; embeddings and output layers; vectors and scalars (norms, biases, gates, tokens), which get no weight decay.
+
+    `hidden` says which are which to optimisers that treat hidden matrices in their own way (Muon); others pay it no heed.
+    """
+    outer = {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module.out_features == model.head.out_dim)
+    }
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.dim() > 1]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in matrices if p not in outer], "hidden": True},
+        {"params": [p for p in matrices if p in outer], "hidden": False},
+        {"params": [p for p in trainable if p.dim() <= 1], "hidden": False, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
