@@ -112,7 +112,7 @@ def test_a_text_is_encoded_the_same_alone_and_beside_others(kind: str) -> None:
     batch = texts([7, 0, 4])
     together = encoder(batch)
     alone = encoder(Texts(batch.ids[2:], batch.mask[2:]))
-    torch.testing.assert_close(real(alone), real(Features(*(x[2:] for x in together))), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(real(alone), real(Features(*(x[2:] for x in together[:3]))), atol=1e-5, rtol=1e-5)
 
 
 @every
