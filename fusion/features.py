@@ -73,6 +73,13 @@ def zero_masked(features: Features) -> Features:
     return features._replace(tokens=keep(features.tokens, real), pooled=keep(features.pooled, real.any(dim=1)))
 
 
+def as_one_token(features: Features) -> Features:
+    """The pooled features alone, each sample's own, as one token (B, 1, D); zero where a sample lacks the modality."""
+    pooled = features.pooled if features.rows is None else features.pooled.index_select(0, features.rows)
+    pooled = keep(pooled, features.present)
+    return Features(pooled[:, None], features.present[:, None], pooled)
+
+
 def keep(x: Tensor, mask: Tensor) -> Tensor:
     """`x` (*mask.shape, D) where `mask` is True, else zero. `where`, since a product would keep NaN alive (NaN * 0 = NaN)."""
     return torch.where(mask.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))

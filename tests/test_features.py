@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusion.features import Features, masked_mean, masked_softmax, promote, zero_masked
+from fusion.features import Features, as_one_token, masked_mean, masked_softmax, promote, zero_masked
 
 JUNK = st.sampled_from([float("nan"), float("inf"), float("-inf"), 1e30, -7.0])
 
@@ -163,3 +163,14 @@ def test_zeroing_shared_inputs_keeps_them_shared_and_clears_those_that_no_sample
     assert torch.equal(clean.tokens, torch.cat([tokens[:1], torch.zeros(2, 2, 4)]))
     assert torch.equal(clean.pooled, torch.cat([pooled[:1], torch.zeros(2, 4)]))
     assert clean.rows is not None
+
+
+def test_pooled_features_as_one_token_are_those_of_each_sample_and_zero_where_absent() -> None:
+    pooled = values(2, 4, seed=1)
+    pooled[1] = float("nan")
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    one = as_one_token(Features(values(2, 2, 4, seed=0), mask, pooled, torch.tensor([0, 1, 0])))
+    assert torch.equal(one.pooled, torch.stack([pooled[0], torch.zeros(4, dtype=torch.float64), pooled[0]]))
+    assert torch.equal(one.tokens[:, 0], one.pooled)
+    assert one.mask.tolist() == [[True], [False], [True]]
+    assert one.rows is None

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from fusion.features import Features, promote, zero_masked
+from fusion.features import Features, as_one_token, promote, zero_masked
 
-Stage = Literal["embeddings", "tokens", "pooled"]
+Stage = Literal["embeddings", "levels", "tokens", "pooled"]
 Family = Literal["early", "intermediate", "late", "cross-attention", "none"]
 
 
@@ -25,9 +25,9 @@ class FusionOutput(NamedTuple):
 class FusionHead(nn.Module):
     """Base of the heads: takes any number of modalities' features to one prediction.
 
-    A head says what it reads (`stage`): "embeddings" (patches and words before any encoder layer), "tokens" or "pooled"
-    (the encoders' output). It implements `fuse(features) -> (B, width)`; this base promotes plain tensors, puts the
-    modalities in the order of `dims`, zeroes what stands under a False mask and projects to `out_dim`.
+    A head says what it reads (`stage`): "embeddings" (patches and words before any encoder layer), "levels" (several depths of
+    each encoder), "tokens" or "pooled" (the encoders' output). It implements `fuse(features) -> (B, width)`; this base promotes
+    plain tensors, puts the modalities in the order of `dims`, zeroes what stands under a False mask and projects to `out_dim`.
 
     dims maps a modality's name to the width of its features, in order. With `unimodal=True` each modality also gets a
     linear prediction of its own from its pooled features, for auxiliary losses and for evidence.
@@ -37,12 +37,14 @@ class FusionHead(nn.Module):
     family: ClassVar[Family]
     reads_shared: ClassVar[bool] = False  # whether `fuse` takes features with `rows`
     fewest_modalities: ClassVar[int] = 2
+    most_modalities: ClassVar[int | None] = None  # where the method's formula ends with two
 
     def __init__(self, dims: Mapping[str, int], out_dim: int, *, width: int | None, unimodal: bool = False) -> None:
         super().__init__()
-        check_dims(type(self).__name__, dims, out_dim, self.fewest_modalities)
+        check_dims(type(self).__name__, dims, out_dim, self.fewest_modalities, self.most_modalities)
         self.dims = dict(dims)
         self.out_dim = out_dim
+        self.level_dims: dict[str, list[int]] = {}  # of a head that reads levels: the widths of those it reads, by modality
         self.classifier = None if width is None else nn.Linear(width, out_dim)
         self.unimodal = nn.ModuleDict({name: nn.Linear(dim, out_dim) for name, dim in dims.items()}) if unimodal else None
 
@@ -57,14 +59,21 @@ class FusionHead(nn.Module):
 
     def read(self, features: Mapping[str, Features | Tensor]) -> dict[str, Features]:
         """Checked, promoted, ordered and zeroed features. Raises ValueError for a modality missing, unknown or of another width."""
+        self.check_names(features)
+        given = {name: promote(features[name]) for name in self.dims}
+        for name, dim in self.dims.items():
+            self.check_width(name, given[name], dim)
+        if self.stage == "pooled":  # the tokens, which nobody reads, cost nothing
+            return {name: as_one_token(f) for name, f in given.items()}
+        return {name: zero_masked(f if self.reads_shared else f.unshared()) for name, f in given.items()}
+
+    def check_names(self, features: Mapping[str, object]) -> None:
         if features.keys() != self.dims.keys():
             raise ValueError(f"{type(self).__name__} was built for {', '.join(self.dims)}; got {', '.join(features) or 'nothing'}")
-        given = {name: promote(features[name]) for name in self.dims}
-        clean = {name: zero_masked(f if self.reads_shared else f.unshared()) for name, f in given.items()}
-        for name, dim in self.dims.items():
-            if clean[name].dim != dim:
-                raise ValueError(f"{type(self).__name__} was built for '{name}' of width {dim}; got {clean[name].dim}")
-        return clean
+
+    def check_width(self, name: str, features: Features, dim: int) -> None:
+        if features.dim != dim:
+            raise ValueError(f"{type(self).__name__} was built for '{name}' of width {dim}; got {features.dim}")
 
     def predict_alone(self, features: dict[str, Features]) -> dict[str, Tensor]:
         if self.unimodal is None:
@@ -72,9 +81,13 @@ class FusionHead(nn.Module):
         return {name: self.unimodal[name](features[name].unshared().pooled) for name in self.dims}
 
 
-def check_dims(head: str, dims: Mapping[str, int], out_dim: int, fewest: int) -> None:
+def check_dims(head: str, dims: Mapping[str, int], out_dim: int, fewest: int, most: int | None) -> None:
     if len(dims) < fewest:
         raise ValueError(f"{head} fuses at least {fewest} modalities; got {', '.join(dims) or 'none'}. For one modality use Unimodal")
+    if most is not None and len(dims) > most:
+        raise ValueError(
+            f"{head} fuses {most} modalities, as its paper; got {', '.join(dims)}. For more use CrossAttention or LowRankTensor"
+        )
     for name, dim in dims.items():
         # The names become those of submodules.
         if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
@@ -83,3 +96,18 @@ def check_dims(head: str, dims: Mapping[str, int], out_dim: int, fewest: int) ->
             raise ValueError(f"{head}: the width of '{name}' is {dim}; expected at least 1")
     if out_dim < 1:
         raise ValueError(f"{head}: out_dim is {out_dim}; expected at least 1")
+
+
+def stream_and_other(head: str, dims: Mapping[str, int], chosen: str | None, *, usual: str) -> tuple[str, str]:
+    """Of two modalities the one that is changed, and the one that changes it: as chosen, else `usual` where there is one.
+
+    Without either the image's place is the last, the text's the first.
+
+    >>> stream_and_other("FiLM", {"text": 8, "image": 16}, None, usual="image")
+    ('image', 'text')
+    """
+    names = list(dims)
+    stream = chosen or (usual if usual in dims else names[-1] if usual == "image" else names[0])
+    if stream not in dims:
+        raise ValueError(f"{head}: no modality '{stream}' to be the stream; there are {', '.join(dims)}")
+    return stream, next(name for name in names if name != stream)
