@@ -9,7 +9,7 @@ from fusion.encoders.base import Encoder
 from fusion.features import Features
 from fusion.heads.base import FusionHead, FusionOutput
 
-HeadFactory = Callable[[Mapping[str, int], int], FusionHead]
+HeadFactory = Callable[[Mapping[str, Any], int], FusionHead]
 
 
 class FusionModel(nn.Module):
@@ -23,24 +23,36 @@ class FusionModel(nn.Module):
         super().__init__()
         if list(encoders) != list(head.dims):
             raise ValueError(f"the head was built for {', '.join(head.dims)}; the encoders are {', '.join(encoders)}")
-        for encoder in encoders.values():
-            encoder.trim(head.stage)
+        for name, encoder in encoders.items():
+            encoder.trim(head.stage, depths_of(head, name))
         self.encoders = nn.ModuleDict(encoders)
         self.head = head
 
     @classmethod
     def build(cls, encoders: Mapping[str, Encoder], head: HeadFactory, out_dim: int) -> "FusionModel":
         """The model whose head fits these encoders; `head` is a FusionHead class or a functools.partial of one."""
-        early = head_class(head).stage == "embeddings"
-        return cls(encoders, head({name: e.embed_dim if early else e.dim for name, e in encoders.items()}, out_dim))
+        stage = head_class(head).stage
+        return cls(encoders, head({name: widths(encoder, stage) for name, encoder in encoders.items()}, out_dim))
 
     def forward(self, inputs: Mapping[str, Any]) -> FusionOutput:
         """inputs: by modality, what its encoder takes (Images, Texts). Gives output (B, out_dim) and the predictions by modality."""
-        features: dict[str, Features] = {}
+        features: dict[str, Features | list[Features]] = {}
         for name, encoder in self.encoders.items():
             assert isinstance(encoder, Encoder)  # which nn.ModuleDict's types forget
-            features[name] = encoder.read(inputs[name], self.head.stage)
+            features[name] = encoder.read(inputs[name], self.head.stage, depths_of(self.head, name))
         return self.head(features)
+
+
+def widths(encoder: Encoder, stage: str) -> int | list[int]:
+    """The width of the features that a head of this stage reads; for "levels" those of all depths."""
+    if stage == "levels":
+        return encoder.level_dims(range(encoder.depth))
+    return encoder.embed_dim if stage == "embeddings" else encoder.dim
+
+
+def depths_of(head: FusionHead, name: str) -> list[int]:
+    """The depths of an encoder that the head reads, counted from the last: -2, -1; none unless it reads levels."""
+    return list(range(-len(head.level_dims.get(name, [])), 0))
 
 
 def head_class(factory: HeadFactory) -> type[FusionHead]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusion.features import Features
 
-Reading = Literal["embeddings", "tokens", "pooled"]
+Reading = Literal["embeddings", "levels", "tokens", "pooled"]
 
 
 class Images(NamedTuple):
@@ -50,6 +50,11 @@ class Encoder(nn.Module, ABC):
     def forward(self, x: Any) -> Features:
         """Features after the last block."""
 
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """How many levels there are: blocks of a transformer, stages of a convolutional model."""
+
     @abstractmethod
     def levels(self, x: Any, depths: Sequence[int]) -> list[Features]:
         """Features after each of the given blocks (or stages); negative depths count from the last."""
@@ -66,13 +71,15 @@ class Encoder(nn.Module, ABC):
     def example(self) -> Any:
         """The smallest valid input, for finding out what is used."""
 
-    def read(self, x: Any, what: Reading) -> Features:
-        """`embed` for "embeddings", `forward` for "tokens" and "pooled"."""
+    def read(self, x: Any, what: Reading, depths: Sequence[int] = ()) -> Features | list[Features]:
+        """`embed` for "embeddings", `forward` for "tokens" and "pooled", `levels` at the given depths for "levels"."""
+        if what == "levels":
+            return self.levels(x, depths)
         return self.embed(x) if what == "embeddings" else self(x)
 
-    def trim(self, what: Reading) -> None:
+    def trim(self, what: Reading, depths: Sequence[int] = ()) -> None:
         """Take out every module that reading `what` never touches (early fusion carries no dead body, DDP meets no unused parameter)."""
-        drop_unused(self, lambda: self.read(self.example(), what), keep_if_reaches="pooled" if what == "pooled" else "all")
+        drop_unused(self, lambda: self.read(self.example(), what, depths), keep_if_reaches="pooled" if what == "pooled" else "all")
 
     def freeze(self) -> None:
         self.frozen = True
@@ -83,7 +90,9 @@ class Encoder(nn.Module, ABC):
         return super().train(mode and not self.frozen)
 
 
-def drop_unused(module: nn.Module, run: Callable[[], Features], *, keep_if_reaches: Literal["all", "pooled"] = "all") -> None:
+def drop_unused(
+    module: nn.Module, run: Callable[[], Features | list[Features]], *, keep_if_reaches: Literal["all", "pooled"] = "all"
+) -> None:
     """Replace by Identity each module none of whose own parameters gets a gradient when `run`'s features are differentiated."""
     training = module.training
     module.eval()
@@ -92,8 +101,9 @@ def drop_unused(module: nn.Module, run: Callable[[], Features], *, keep_if_reach
     for p in named.values():
         p.requires_grad_(True)
     with torch.enable_grad():
-        features = run()
-        reached = features.pooled.sum() + (features.tokens.sum() if keep_if_reaches == "all" else 0)
+        found = run()
+        read = [found] if isinstance(found, Features) else found
+        reached = torch.stack([f.pooled.sum() + (f.tokens.sum() if keep_if_reaches == "all" else 0) for f in read]).sum()
         gradients = torch.autograd.grad(reached, list(named.values()), allow_unused=True)
     for p, trainable in zip(named.values(), was_trainable.values(), strict=True):
         p.requires_grad_(trainable)

@@ -96,12 +96,16 @@ class TimmImage(Encoder):
     def level_dims(self, depths: Sequence[int]) -> list[int]:
         return [self.level_channels()[depth] for depth in self.depth_indices(depths)]
 
+    @property
+    def depth(self) -> int:
+        return len(self.level_channels())
+
     def level_channels(self) -> list[int]:
         info = self.body.feature_info
         return [level["num_chs"] for level in info] if isinstance(info, list) else info.channels()
 
     def depth_indices(self, depths: Sequence[int]) -> list[int]:
-        count = len(self.level_channels())
+        count = self.depth
         for depth in depths:
             if not -count <= depth < count:
                 raise UserError(f"'{self.name}' has {count} levels; there is no depth {depth}")

@@ -74,9 +74,13 @@ class TransformersText(Encoder):
         with torch.no_grad() if self.frozen else nullcontext():
             hidden = self.body(input_ids=x.ids, attention_mask=readable(x.mask), output_hidden_states=True).hidden_states[1:]
             for depth in depths:
-                if not -len(hidden) <= depth < len(hidden):
-                    raise UserError(f"the text encoder has {len(hidden)} levels; there is no depth {depth}")
+                if not -self.depth <= depth < self.depth:
+                    raise UserError(f"the text encoder has {self.depth} levels; there is no depth {depth}")
             return [self.features(hidden[depth], x.mask) for depth in depths]
+
+    @property
+    def depth(self) -> int:
+        return self.body.config.num_hidden_layers
 
     def level_dims(self, depths: Sequence[int]) -> list[int]:
         return [self.dim for _ in depths]
