@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fusion.encoders import Encoder, Images, Texts, TimmImage, TransformersText
-from fusion.heads import Concat, CrossAttention, FusionHead, Gated, JointTransformer, LogitMean, Unimodal, WeightedLogits
+from fusion.heads import Concat, FusionHead, Gated, LevelWeighted, Unimodal, attention_maps
+from fusion.heads.registry import HEADS as EVERY_HEAD
 from fusion.model import FusionModel, factory_parts, head_class
 
 BERT = {
@@ -19,14 +20,7 @@ BERT = {
     "intermediate_size": 32,
     "max_position_embeddings": 24,
 }
-HEADS: dict[str, Any] = {
-    "Concat": partial(Concat, dim=8),
-    "Gated": partial(Gated, dim=8),
-    "LogitMean": partial(LogitMean, dim=8),
-    "WeightedLogits": partial(WeightedLogits, dim=8),
-    "CrossAttention": partial(CrossAttention, dim=8, depth=1, num_heads=2),
-    "JointTransformer": partial(JointTransformer, dim=8, depth=1, num_heads=2),
-}
+HEADS = {name: partial(head, dim=8) for name, head in EVERY_HEAD.items()}
 IMAGES = ["test_resnet", "test_vit"]
 
 
@@ -72,6 +66,28 @@ def test_early_fusion_carries_no_body_of_an_encoder(image: str) -> None:
     later = FusionModel.build(encoders(image), HEADS["Concat"], 3)
     assert later.head.dims == {name: encoder.dim for name, encoder in later.encoders.items()}
     assert sum(p.numel() for p in early.encoders.parameters()) < sum(p.numel() for p in later.encoders.parameters()) / 4
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_a_head_of_levels_gets_the_last_depths_of_each_encoder_with_their_widths(image: str) -> None:
+    made = encoders(image)
+    depths = {name: range(-min(3, encoder.depth), 0) for name, encoder in made.items()}
+    widths = {name: encoder.level_dims(depths[name]) for name, encoder in made.items()}
+    model = FusionModel.build(made, partial(LevelWeighted, dim=8, depths=3), 3).eval()
+    assert model.head.level_dims == widths
+    assert len(widths["text"]) == 2  # all it has
+    given = {name: encoder.levels(inputs()[name], list(depths[name])) for name, encoder in made.items()}
+    assert torch.equal(model(inputs()).output, model.head(given).output)
+
+
+def test_attention_maps_of_a_whole_model_are_named_by_where_they_are() -> None:
+    model = FusionModel.build(encoders(), HEADS["CrossAttention"], 3).eval()
+    output, maps = attention_maps(model, inputs())
+    assert torch.equal(output.output, model(inputs()).output)
+    text_reads_image = maps["head.layers.0.text.cross_attention"]
+    assert text_reads_image.shape[:3] == (3, 4, 6)
+    torch.testing.assert_close(text_reads_image[2].sum(dim=-1), torch.ones(4, 6))
+    assert (text_reads_image[1] == 0).all()  # sample 1 has no image
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -3,9 +3,14 @@
 B batch, N tokens that ask, K tokens that answer, D width, H attention heads.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from fusion.features import masked_softmax
 
 # Xavier gain of attention's weights. The logits of tokens of unit variance then begin with a standard deviation of gain^2 = 3, so that
 # attention picks. PyTorch's default for linear maps begins at 1/3: near averages, on which small models stay for long.
@@ -54,8 +59,45 @@ class Attention(nn.Module):
         y = self.out(y.transpose(1, 2).flatten(2))
         return torch.where(present[:, None, None], y, torch.zeros((), dtype=y.dtype, device=y.device))
 
+    def attention_weights(self, x: Tensor, context: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
+        """(B, H, N, K) how much each token reads of each real token of the context; rows sum to 1, or to 0 where there is none."""
+        key = self.key(context) if rows is None else self.key(context).index_select(0, rows)
+        query, key = self.split(self.query(x)), self.split(key)
+        return masked_softmax(query @ key.mT / query.shape[-1] ** 0.5, mask[:, None, None, :], dim=-1)
+
     def split(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, H, N, D/H)
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def attention_maps(module: nn.Module, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+    """What `module` (a head, a model) gives for the inputs, and the weights of everything in it that attends, by its name.
+
+    Weights are (B, H, N, K), without gradient: H heads, N tokens that ask, K that answer, in the order in which the head joins them
+    (those of `dims`; a class token before, bottleneck tokens after). AdaptiveGraph's edges are given likewise, with H = 1.
+    They are computed beside the usual pass, which never makes them.
+
+    >>> from fusion.heads import CrossAttention
+    >>> head = CrossAttention({"text": 8, "image": 16}, 3, dim=32, direction="text_to_image", depth=1).eval()
+    >>> output, maps = attention_maps(head, {"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)})
+    >>> {name: tuple(weights.shape) for name, weights in maps.items()}
+    {'layers.0.text.self_attention': (4, 4, 7, 7), 'layers.0.text.cross_attention': (4, 4, 7, 49)}
+    """
+    maps: dict[str, Tensor] = {}
+
+    def keep_weights(name: str) -> Callable[..., None]:
+        def hook(attending: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            with torch.no_grad():
+                maps[name] = attending.attention_weights(*given)  # type: ignore[operator]
+
+        return hook
+
+    attending = {name: part for name, part in module.named_modules() if hasattr(part, "attention_weights")}
+    hooks = [part.register_forward_hook(keep_weights(name)) for name, part in attending.items()]
+    try:
+        return module(*inputs), maps
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class FeedForward(nn.Sequential):

@@ -15,8 +15,11 @@ class Concat(FusionHead):
 
         y = dropout(GELU(W [norm(x_1); ...; norm(x_M)] + b))
 
-    The plainest intermediate fusion and the baseline of most papers; an absent modality fills its place with zeros.
-    Reads pooled features (B, D_m). Cost: sum(D_m) * dim parameters and multiply-adds per sample.
+    An absent modality fills its place with zeros.
+
+    Source: the plainest intermediate fusion, and the baseline of most papers.
+    Reads: pooled features (B, D_m).
+    Cost: sum(D_m) * dim parameters and multiply-adds per sample.
 
     >>> head = Concat({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 49, 16)}).output.shape

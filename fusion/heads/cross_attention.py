@@ -19,9 +19,11 @@ class CrossAttention(FusionHead):
     `direction` says who reads whom: "text_to_image" (the text's tokens ask, the image's answer), "image_to_text", or "both"
     (every modality reads all the others, each from the state before the layer). A modality that only answers enters y by the mean
     of its projected tokens, so that a sample lacking the one that asks is still seen. `tanh_gate` starts g = g' = 0 (Flamingo).
-    As in LXMERT (Tan and Bansal, 2019) and the Transformer's decoder (Vaswani et al., 2017).
-    Reads tokens (B, N_m, D_m). Cost for each direction and layer: 16 * dim^2 parameters (12 without self-attention);
-    2 * N_a * N_b * dim multiply-adds for reading the other modality: linear in its tokens.
+
+    Source: Tan and Bansal (2019), "LXMERT: Learning Cross-Modality Encoder Representations from Transformers".
+    Reads: tokens (B, N_m, D_m).
+    Cost: for each direction and layer 16 * dim^2 parameters (12 without self-attention); 2 * N_a * N_b * dim multiply-adds for reading
+    the other modality: linear in its tokens.
 
     >>> head = CrossAttention({"text": 8, "image": 16}, 3, dim=32, direction="text_to_image")
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape

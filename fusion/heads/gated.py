@@ -14,9 +14,11 @@ class Gated(FusionHead):
 
         h_m = tanh(W_m x_m)            z = softmax_m(V_m [x_1; ...; x_M])            y = sum_m z_m * h_m
 
-    The gated multimodal unit (Arevalo et al., 2017, "Gated Multimodal Units for Information Fusion"), generalised from a
-    sigmoid over two to a softmax over M modalities (equal for two); an absent modality gets weight 0.
-    Reads pooled features (B, D_m), D = sum(D_m). Cost: D * dim + M * D * dim parameters and multiply-adds per sample.
+    Generalised from a sigmoid over two to a softmax over M modalities (equal for two); an absent modality gets weight 0.
+
+    Source: Arevalo et al. (2017), "Gated Multimodal Units for Information Fusion" (GMU).
+    Reads: pooled features (B, D_m), D = sum(D_m).
+    Cost: D * dim + M * D * dim parameters and multiply-adds per sample.
 
     >>> head = Gated({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape

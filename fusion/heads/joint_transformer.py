@@ -16,10 +16,12 @@ class JointTransformer(FusionHead):
 
         t_m = W_m norm(x_m) + position + type_m            y = norm(Transformer([class; t_1; ...; t_M]))_class
 
-    As VisualBERT (Li et al., 2019) and ViLT (Kim et al., 2021): modality-type embeddings, positions (sinusoidal, Vaswani et
-    al., 2017, so for any length; `positions=False` where the tokens carry their own), a class token of its own, pre-norm layers.
-    It reads embeddings before any encoder layer; the encoders' bodies are then not built.
-    Reads tokens (B, N_m, D_m), N = 1 + sum(N_m).
+    Modality-type embeddings, positions (sinusoidal, Vaswani et al., 2017, so for any length; `positions=False` where the tokens carry
+    their own), a class token of its own, pre-norm layers. It reads embeddings before any encoder layer; the encoders' bodies are then
+    not built.
+
+    Source: Kim et al. (2021), "ViLT: Vision-and-Language Transformer Without Convolution or Region Supervision", after VisualBERT.
+    Reads: tokens (B, N_m, D_m), N = 1 + sum(N_m).
     Cost: 12 * depth * dim^2 parameters; depth * (12 * N * dim^2 + 2 * N^2 * dim) multiply-adds.
 
     >>> head = JointTransformer({"text": 8, "image": 16}, 3, dim=32, depth=2)

@@ -11,9 +11,11 @@ class LogitMean(LateHead):
 
         y = mean over present m of f_m(x_m)
 
-    The simplest late fusion (a product of experts up to scale: Hinton, 2002). Additive in the modalities: it cannot learn what
-    only their interaction tells (XOR stays at chance).
-    Reads pooled features (B, D_m). Cost: sum(D_m) * dim + M * dim * out_dim parameters.
+    The simplest late fusion. Additive in the modalities: it cannot learn what only their interaction tells (XOR stays at chance).
+
+    Source: Kittler et al. (1998), "On Combining Classifiers" (of logits, so a product of experts up to scale).
+    Reads: pooled features (B, D_m).
+    Cost: sum(D_m) * dim + M * dim * out_dim parameters and multiply-adds per sample.
 
     >>> import torch
     >>> LogitMean({"text": 8, "image": 16}, 3)({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape

@@ -15,9 +15,11 @@ class WeightedLogits(LateHead):
         y = sum_m w_m f_m(x_m)            w = softmax(a) over the present modalities; a is learned, or log of the given weights
 
     The weights of the present modalities always sum to 1, so that a sample lacking one is scored on the same scale.
-    Weighted decision-level fusion as in Kittler et al. (1998, "On Combining Classifiers"). Additive in the modalities: it cannot
-    learn what only their interaction tells (XOR stays at chance).
-    Reads pooled features (B, D_m). Cost: as LogitMean, and M parameters.
+    Additive in the modalities: it cannot learn what only their interaction tells (XOR stays at chance).
+
+    Source: Kittler et al. (1998), "On Combining Classifiers".
+    Reads: pooled features (B, D_m).
+    Cost: as LogitMean, and M parameters.
 
     >>> head = WeightedLogits({"text": 8, "image": 16}, 3, weights={"text": 3.0, "image": 1.0})
     >>> [round(float(w), 2) for w in head.weights]

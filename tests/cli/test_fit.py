@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_runs import TINY, InProcess, Run
 
-HEADS = ("Concat", "Gated", "LogitMean", "WeightedLogits", "CrossAttention", "JointTransformer")
+from fusion.heads import available
 
 
 def test_a_run_prints_its_plan_and_its_result(command: Run) -> None:
@@ -59,7 +59,7 @@ def test_the_saved_recipe_runs_again_to_the_same_result(command: Run, trained: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", available())
 def test_every_head_trains_by_its_name_alone(command: Run, head: str) -> None:
     shape = [option for option in TINY if "head" not in option]
     done = command("fit", *shape, f"--model.head={head}", f"--runs=runs-{head}")

@@ -1,39 +1,32 @@
 """Heads against the published formulas, in float64 NumPy."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from numpy_layers import Array, Sample, array, attention, batch, gelu, linear, norm, normalised, ready, samples, sigmoid, softmax
 from torch.nn.functional import multi_head_attention_forward
 
 from fusion.features import Features
-from fusion.heads import Concat, Gated, JointTransformer, LogitMean, WeightedLogits
+from fusion.heads import (
+    Concat,
+    ConfidenceWeighted,
+    Embrace,
+    FusionHead,
+    Gated,
+    JointTransformer,
+    LogitMean,
+    ProductOfExperts,
+    ResidualMLP,
+    Stacking,
+    WeightedLogits,
+)
 from fusion.heads.attention import Attention
 from fusion.heads.joint_transformer import sinusoid
+from fusion.heads.late import LateHead
 
-Array = NDArray[np.float64]
 DIMS = {"a": 4, "b": 6}
-
-
-def linear(layer: torch.nn.Linear, x: Array) -> Array:
-    return x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
-
-
-def normalised(x: Array, epsilon: float = 1e-5) -> Array:
-    return (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + epsilon)
-
-
-def gelu(x: Array) -> Array:
-    return np.array([value / 2 * (1 + float(torch.erf(torch.tensor(value / np.sqrt(2))))) for value in x.flat]).reshape(x.shape)
-
-
-def sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))
-
-
-def softmax(x: Array) -> Array:
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
 
 
 def pooled(size: int = 5) -> dict[str, Array]:
@@ -84,26 +77,6 @@ def test_concat_mixes_normalised_features_side_by_side() -> None:
     np.testing.assert_allclose(head(as_features(x, present)).output.detach().numpy(), expected, atol=1e-12)
 
 
-def attention_reference(layer: Attention, x: Array, context: Array, mask: NDArray[np.bool_]) -> Array:
-    """concat_h(softmax(Q_h K_h' / sqrt(D/H)) V_h) W_o, sample by sample over its real tokens only; zeros without any."""
-    dim, heads = x.shape[-1], layer.num_heads
-    width = dim // heads
-    results = np.zeros_like(x)
-    for sample in range(len(x)):
-        real = context[sample][mask[sample]]
-        if not len(real):
-            continue
-        query = linear(layer.query, x[sample])
-        key, value = linear(layer.key, real), linear(layer.value, real)
-        parts = []
-        for head in range(heads):
-            columns = slice(head * width, (head + 1) * width)
-            weights = softmax(query[:, columns] @ key[:, columns].T / np.sqrt(width))
-            parts.append(weights @ value[:, columns])
-        results[sample] = linear(layer.out, np.concatenate(parts, axis=-1))
-    return results
-
-
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_attention_is_softmax_attention_over_the_real_tokens(heads: int) -> None:
     torch.manual_seed(0)
@@ -111,7 +84,7 @@ def test_attention_is_softmax_attention_over_the_real_tokens(heads: int) -> None
     x, context = torch.randn(4, 3, 8, dtype=torch.float64), torch.randn(4, 5, 8, dtype=torch.float64)
     mask = torch.rand(4, 5) > 0.4
     mask[2] = False
-    expected = attention_reference(layer, x.numpy(), context.numpy(), mask.numpy())
+    expected = np.stack([attention(layer, array(one), array(read[real])) for one, read, real in zip(x, context, mask, strict=True)])
     np.testing.assert_allclose(layer(x, context, mask).detach().numpy(), expected, atol=1e-12)
     assert (expected[2] == 0).all()
     assert (np.abs(expected[0]) > 0).any()
@@ -218,3 +191,88 @@ def test_attention_begins_by_picking() -> None:
     logits = (query @ key.transpose(-1, -2)).detach() / 16**0.5
     assert 2.5 < float(logits.std()) < 3.5
     assert float(logits.softmax(dim=-1).amax(dim=-1).mean()) > 0.3  # 1/30 if it averaged
+
+
+def decisions(head: LateHead, sample: Sample) -> dict[str, Array]:
+    """The logits of each modality that the sample has."""
+    found = {}
+    for name, f in sample.items():
+        if f is not None:
+            decide = head.decide[name]
+            found[name] = linear(decide[4], gelu(linear(decide[1], norm(decide[0], f[1]))))
+    return found
+
+
+def rows(head: FusionHead, reference: Callable[[Sample], Array]) -> None:
+    features = batch(DIMS, {"a": 2, "b": 3})
+    expected = np.stack([reference(sample) for sample in samples(features)])
+    np.testing.assert_allclose(array(head(features).output), expected, atol=1e-8)
+
+
+def test_a_product_of_experts_is_the_normalised_product_of_softmaxes() -> None:
+    head = ready(ProductOfExperts(DIMS, 3, dim=5))
+
+    def reference(sample: Sample) -> Array:
+        product = np.prod([softmax(logits) for logits in decisions(head, sample).values()], axis=0)
+        return np.log(product / product.sum())
+
+    rows(head, reference)
+
+
+def test_confidence_is_one_less_the_share_of_the_entropy_that_a_guess_would_have() -> None:
+    head = ready(ConfidenceWeighted(DIMS, 3, dim=5))
+
+    def reference(sample: Sample) -> Array:
+        logits = np.stack(list(decisions(head, sample).values()))
+        p = softmax(logits)
+        sure = 1 + (p * np.log(p)).sum(axis=1) / np.log(3)
+        return softmax(np.exp(head.log_sharpness.item()) * sure) @ logits
+
+    rows(head, reference)
+
+
+def test_stacking_decides_over_probabilities_and_presence() -> None:
+    head = ready(Stacking(DIMS, 3, dim=5, hidden=7))
+
+    def reference(sample: Sample) -> Array:
+        found = decisions(head, sample)
+        p = [softmax(found[name]) if name in found else np.zeros(3) for name in DIMS]
+        x = np.concatenate([*p, [float(name in found) for name in DIMS]])
+        return linear(head.mix[3], gelu(linear(head.mix[0], x)))
+
+    rows(head, reference)
+
+
+def test_stacking_shapes_the_decisions_only_if_they_are_not_detached() -> None:
+    for detach in (False, True):
+        head = Stacking(DIMS, 3, dim=5, detach=detach)
+        head({"a": torch.randn(2, 4), "b": torch.randn(2, 6)}).output.sin().sum().backward()
+        assert all((p.grad is None) == detach for p in head.decide.parameters())
+        assert all(p.grad is not None for p in head.mix.parameters())
+
+
+def test_a_residual_mlp_adds_to_the_joint_vector_block_by_block() -> None:
+    head = ready(ResidualMLP(DIMS, 3, dim=5, depth=2))
+
+    def reference(sample: Sample) -> Array:
+        x = np.concatenate([np.zeros(DIMS[name]) if f is None else norm(head.norm[name], f[1]) for name, f in sample.items()])
+        x = linear(head.project, x)
+        for block in head.blocks:
+            x = x + linear(block[1][3], gelu(linear(block[1][0], norm(block[0], x))))
+        return linear(head.classifier, norm(head.norm_joint, x))
+
+    rows(head, reference)
+
+
+def test_embrace_expects_the_docked_features_of_the_modalities_that_are_there() -> None:
+    head = ready(Embrace(DIMS, 3, dim=5, probabilities={"a": 3.0, "b": 1.0}))
+
+    def reference(sample: Sample) -> Array:
+        share = {name: p for name, p in (("a", 0.75), ("b", 0.25)) if sample[name] is not None}
+        e = np.zeros(5)
+        for name, p in share.items():
+            dock = head.dock[name]
+            e += p / sum(share.values()) * np.maximum(linear(dock[1], norm(dock[0], sample[name][1])), 0)  # type: ignore[index]
+        return linear(head.classifier, gelu(linear(head.mix[1], e)))
+
+    rows(head, reference)

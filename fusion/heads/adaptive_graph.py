@@ -1,0 +1,127 @@
+"""Intermediate fusion: a graph over the tokens of all modalities, whose edges are learned."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, normalize
+
+from fusion.features import Features, as_one_token, masked_mean, masked_softmax
+from fusion.heads.attention import Projection
+from fusion.heads.base import FusionHead
+
+KINDS = ("cosine", "mlp")
+
+
+class AdaptiveGraph(FusionHead):
+    """Make every token (or pooled feature) of every modality a node, learn who is whose neighbour, and convolve over the graph.
+
+        s_ij = cos(U h_i, U h_j) / t    or    v . GELU(P h_i + Q h_j)            A = softmax of s_i over the real nodes j, or over the top k
+        h <- h + GELU(A norm(h) W)            y = [mean(h_1); ...; mean(h_M)]
+
+    The adjacency A depends on the sample and is trained with the convolutions. `top_k` keeps each node's k strongest edges and drops
+    the others; without it all count. `nodes` "pooled" makes one node of each modality. t is learned. A sample without some nodes has a
+    smaller graph.
+
+    Source: Kipf and Welling (2017), "Semi-Supervised Classification with Graph Convolutional Networks", over the learned adjacency of
+    Chen et al. (2020), "Iterative Deep Graph Learning for Graph Neural Networks" (cosine) or Brody et al. (2022), "How Attentive are
+    Graph Attention Networks?" (mlp).
+    Reads: tokens (B, N_m, D_m), N = sum(N_m) nodes; or pooled features (B, D_m), N = M.
+    Cost: sum(D_m) * dim + (depth + 1) * dim^2 parameters; (depth + 1) * (N * dim^2 + N^2 * dim) multiply-adds and N^2 edges per sample
+    (N^2 * edge_dim values for "mlp").
+
+    >>> head = AdaptiveGraph({"text": 8, "image": 16}, 3, dim=32, top_k=4)
+    >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
+    torch.Size([4, 3])
+    """
+
+    stage = "tokens"
+    family = "intermediate"
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        out_dim: int,
+        *,
+        dim: int = 256,
+        depth: int = 2,
+        nodes: Literal["tokens", "pooled"] = "tokens",
+        adjacency: Literal["cosine", "mlp"] = "cosine",
+        top_k: int | None = None,
+        edge_dim: int = 16,
+        dropout: float = 0.0,
+        unimodal: bool = False,
+    ) -> None:
+        if nodes not in ("tokens", "pooled") or adjacency not in KINDS:
+            raise ValueError(
+                f"AdaptiveGraph: nodes is '{nodes}', adjacency '{adjacency}'; expected tokens or pooled, and {' or '.join(KINDS)}"
+            )
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"AdaptiveGraph: top_k is {top_k}; expected at least 1 edge a node, or none to keep all")
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        self.nodes = nodes
+        self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})
+        self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(dim)) for name in dims})
+        self.adjacency = Adjacency(dim, adjacency, top_k, edge_dim)
+        self.norm = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth))
+        self.convolve = nn.ModuleList(nn.Linear(dim, dim) for _ in range(depth))
+        self.dropout = nn.Dropout(dropout)
+        self.mix = nn.Sequential(nn.LayerNorm(len(dims) * dim), nn.Linear(len(dims) * dim, dim), nn.GELU())
+
+    def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
+        if self.nodes == "pooled":
+            features = {name: as_one_token(f) for name, f in features.items()}
+        h = torch.cat([self.project[name](f.tokens) + self.modality[name] for name, f in features.items()], dim=1)
+        mask = torch.cat([f.mask for f in features.values()], dim=1)
+        edges = self.adjacency(h, mask)
+        for norm, convolve in zip(self.norm, self.convolve, strict=True):
+            h = h + self.dropout(gelu(edges @ convolve(norm(h))))
+        counts = [f.mask.shape[1] for f in features.values()]
+        parts = zip(h.split(counts, dim=1), mask.split(counts, dim=1), strict=True)
+        return self.mix(torch.cat([masked_mean(part, real) for part, real in parts], dim=-1))
+
+
+class Adjacency(nn.Module):
+    """Edges (B, N, N) between nodes (B, N, D), of which mask (B, N) are real: row i says how much i takes from each j; rows sum to 1.
+
+    No edge leads from a node that isn't real.
+    """
+
+    def __init__(self, dim: int, kind: str, top_k: int | None, edge_dim: int) -> None:
+        super().__init__()
+        self.kind, self.top_k = kind, top_k
+        self.norm = nn.LayerNorm(dim)
+        if kind == "cosine":
+            self.embed = nn.Linear(dim, dim)
+            self.log_sharpness = nn.Parameter(torch.tensor(2.0))  # 1 / t = 7.4: cosines differ by little
+        else:
+            self.source = nn.Linear(dim, edge_dim)
+            self.target = nn.Linear(dim, edge_dim, bias=False)
+            self.score = nn.Linear(edge_dim, 1, bias=False)
+
+    def forward(self, nodes: Tensor, mask: Tensor) -> Tensor:
+        scores = self.scores(self.norm(nodes))
+        real = mask[:, None, :]
+        if self.top_k is not None:
+            real = real & strongest(scores, real, self.top_k)
+        return masked_softmax(scores, real, dim=-1)
+
+    def scores(self, nodes: Tensor) -> Tensor:
+        if self.kind == "cosine":
+            unit = normalize(self.embed(nodes), dim=-1, eps=1e-6)
+            return self.log_sharpness.exp().to(unit.dtype) * unit @ unit.mT
+        return self.score(gelu(self.source(nodes)[:, :, None] + self.target(nodes)[:, None, :])).squeeze(-1)
+
+    def attention_weights(self, nodes: Tensor, mask: Tensor) -> Tensor:
+        """(B, 1, N, N) the edges, as attention maps are given: one head."""
+        return self.forward(nodes, mask)[:, None]
+
+
+def strongest(scores: Tensor, real: Tensor, count: int) -> Tensor:
+    """Like scores (B, N, N): True at the `count` greatest entries of each row among those that are real."""
+    allowed = scores.detach().masked_fill(~real, float("-inf"))
+    # Padded, so that there always are `count` columns to choose from; what is chosen of the padding falls off again.
+    padded = torch.nn.functional.pad(allowed, (0, count), value=float("-inf"))
+    chosen = torch.zeros_like(padded, dtype=torch.bool).scatter(-1, padded.topk(count, dim=-1).indices, True)
+    return chosen[..., : scores.shape[-1]]

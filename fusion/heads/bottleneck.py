@@ -1,0 +1,93 @@
+"""Intermediate fusion: the modalities' transformers exchange what they know through a few shared tokens."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fusion.features import Features
+from fusion.heads.attention import Projection, SelfAttentionLayer
+from fusion.heads.base import FusionHead
+
+
+class Bottleneck(FusionHead):
+    """Give each modality a transformer of its own, and let them meet only in a few bottleneck tokens.
+
+        [x_m; z_m] <- Transformer_m([x_m; z])            z <- mean_m z_m            y = mean_m norm(x_m)_class
+
+    Whatever goes from one modality to another must pass the `bottlenecks` tokens z, layer by layer, which makes each modality condense
+    what it has to say, and keeps the cost linear in the number of modalities. Every modality has a class token. The means are over the
+    modalities that a sample has.
+    `fusion_layer`: the first layer that sees z; those before it are each modality's own.
+
+    Source: Nagrani et al. (2021), "Attention Bottlenecks for Multimodal Fusion" (MBT).
+    Reads: tokens (B, N_m, D_m).
+    Cost: 12 * M * depth * dim^2 parameters; for each modality and layer n * (12 * dim^2 + 2 * n * dim) multiply-adds,
+    n = N_m + 1 + bottlenecks.
+
+    >>> head = Bottleneck({"text": 8, "image": 16}, 3, dim=32)
+    >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
+    torch.Size([4, 3])
+    """
+
+    stage = "tokens"
+    family = "intermediate"
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        out_dim: int,
+        *,
+        dim: int = 256,
+        depth: int = 2,
+        num_heads: int = 4,
+        bottlenecks: int = 4,
+        fusion_layer: int = 0,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        unimodal: bool = False,
+    ) -> None:
+        # With fewer than two layers that see z, no class token ever reads what another modality has put there.
+        if not 0 <= fusion_layer <= depth - 2:
+            raise ValueError(
+                f"Bottleneck: fusion_layer is {fusion_layer} of {depth}; at least two layers must see the bottleneck: one writes, one reads"
+            )
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        self.fusion_layer = fusion_layer
+        self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})
+        self.class_tokens = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(dim)) for name in dims})
+        self.bottlenecks = nn.Parameter(0.02 * torch.randn(bottlenecks, dim))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: SelfAttentionLayer(dim, num_heads, mlp_ratio=mlp_ratio, dropout=dropout) for name in dims})
+            for _ in range(depth)
+        )
+        self.norm = nn.ModuleDict({name: nn.LayerNorm(dim) for name in dims})
+
+    def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
+        x, mask, wide = {}, {}, {}
+        for name, f in features.items():
+            size = f.tokens.shape[0]
+            x[name] = torch.cat([self.class_tokens[name].expand(size, 1, -1), self.project[name](f.tokens)], dim=1)
+            # The tokens of an absent modality, its class token too, may compute what they will: nobody reads them.
+            mask[name] = torch.cat([torch.ones_like(f.mask[:, :1]), f.mask], dim=1)
+            wide[name] = torch.cat([mask[name], torch.ones_like(f.mask[:, :1]).expand(-1, len(self.bottlenecks))], dim=1)
+        present = torch.stack([f.present for f in features.values()], dim=1)
+        shared = self.bottlenecks.expand(present.shape[0], -1, -1)
+        for depth, layer in enumerate(self.layers):
+            if depth < self.fusion_layer:
+                x = {name: layer.get_submodule(name)(x[name], mask[name]) for name in x}
+                continue
+            said = []
+            for name in x:
+                y = layer.get_submodule(name)(torch.cat([x[name], shared], dim=1), wide[name])
+                x[name] = y[:, : -len(self.bottlenecks)]
+                said.append(y[:, -len(self.bottlenecks) :])
+            shared = mean_of_present(torch.stack(said, dim=1), present)
+        return mean_of_present(torch.stack([self.norm[name](x[name][:, 0]) for name in x], dim=1), present)
+
+
+def mean_of_present(x: Tensor, present: Tensor) -> Tensor:
+    """(B, ...) the mean over the modalities of x (B, M, ...) that are present (B, M); zero where there are none."""
+    there = present.reshape(*present.shape, *[1] * (x.dim() - 2))
+    kept = torch.where(there, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return kept.sum(dim=1) / there.sum(dim=1).clamp(min=1).to(x.dtype)

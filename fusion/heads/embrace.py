@@ -1,0 +1,64 @@
+"""Intermediate fusion: every joint feature is taken from one modality, drawn by lot."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fusion.features import Features, keep
+from fusion.heads.base import FusionHead
+
+
+class Embrace(FusionHead):
+    """Bring all modalities to one width and draw, feature by feature, whose value the joint vector takes.
+
+        h_m = ReLU(W_m norm(x_m))        e_i = h_mi with m ~ Multinomial(p)        y = GELU(W e)
+
+    The lot is a regulariser by which the network learns to live with any share of each modality; p is uniform or given, renormalised
+    over the modalities that a sample has. In evaluation e is its expectation, sum_m p_m h_m, as with dropout: the same answer each time.
+
+    Source: Choi and Lee (2019), "EmbraceNet: A robust deep learning architecture for multimodal classification".
+    Reads: pooled features (B, D_m).
+    Cost: sum(D_m) * dim + dim^2 parameters and multiply-adds per sample.
+
+    >>> head = Embrace({"text": 8, "image": 16}, 3, dim=32, probabilities={"text": 0.7, "image": 0.3})
+    >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape
+    torch.Size([4, 3])
+    """
+
+    stage = "pooled"
+    family = "intermediate"
+    probabilities: Tensor
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        out_dim: int,
+        *,
+        dim: int = 256,
+        probabilities: dict[str, float] | None = None,
+        dropout: float = 0.0,
+        unimodal: bool = False,
+    ) -> None:
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        given = dict.fromkeys(dims, 1.0) if probabilities is None else probabilities
+        if given.keys() != dims.keys() or min(given.values()) <= 0:
+            raise ValueError(f"Embrace: probabilities must give a positive number for each of {', '.join(dims)}; got {given}")
+        self.register_buffer("probabilities", torch.tensor([float(given[name]) for name in dims]) / sum(given.values()))
+        self.dock = nn.ModuleDict(
+            {name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.ReLU()) for name, width in dims.items()}
+        )
+        self.mix = nn.Sequential(nn.Dropout(dropout), nn.Linear(dim, dim), nn.GELU(), nn.Dropout(dropout))
+
+    def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
+        docked = torch.stack([self.dock[name](f.pooled) for name, f in features.items()], dim=1)  # (B, M, dim)
+        present = torch.stack([f.present for f in features.values()], dim=1)
+        likely = present * self.probabilities
+        shares = likely / likely.sum(dim=1, keepdim=True).clamp(min=torch.finfo(likely.dtype).tiny)  # (B, M), zeros if none is present
+        if self.training:
+            # The modality in whose stretch of (0, 1) a uniform number falls.
+            ends = shares.cumsum(dim=1)[..., None]
+            lot = torch.rand(docked.shape[0], 1, docked.shape[2], device=docked.device, dtype=ends.dtype) * ends[:, -1:]
+            drawn = (lot >= ends).sum(dim=1, keepdim=True).clamp(max=len(self.dims) - 1)
+            return self.mix(keep(docked.gather(1, drawn)[:, 0], present.any(dim=1)))
+        return self.mix((docked * shares[..., None].to(docked.dtype)).sum(dim=1))

@@ -1,0 +1,62 @@
+"""Intermediate fusion: a bilinear form of two modalities, factorised, pooled by sums and normalised."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fusion.features import Features
+from fusion.heads.base import FusionHead
+
+# Below this the square root is replaced by the straight line through the origin that meets it: its slope at 0 is infinite.
+SMALLEST = 1e-6
+
+
+class FactorizedBilinear(FusionHead):
+    """Multiply two modalities through low-rank bilinear forms, one for each output feature.
+
+        z_i = sum_{k=1..rank} (u_ik . norm(x_1)) (v_ik . norm(x_2))        =        norm(x_1)' (sum_k u_ik v_ik') norm(x_2)
+        y = s / |s|,    s = sign(z) sqrt(|z|)
+
+    Power normalisation tames the products' large values, L2 normalisation their length. The factor of an absent modality is 1. Two
+    modalities.
+
+    Source: Yu et al. (2017), "Multi-modal Factorized Bilinear Pooling with Co-attention Learning for Visual Question Answering" (MFB).
+    Reads: pooled features (B, D_m).
+    Cost: rank * dim * (D_1 + D_2) parameters and multiply-adds per sample.
+
+    >>> head = FactorizedBilinear({"text": 8, "image": 16}, 3, dim=32)
+    >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape
+    torch.Size([4, 3])
+    """
+
+    stage = "pooled"
+    family = "intermediate"
+    most_modalities = 2
+
+    def __init__(
+        self, dims: Mapping[str, int], out_dim: int, *, dim: int = 256, rank: int = 5, dropout: float = 0.0, unimodal: bool = False
+    ) -> None:
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        self.rank = rank
+        self.norm = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in dims.items()})
+        self.factor = nn.ModuleDict({name: nn.Linear(width, dim * rank, bias=False) for name, width in dims.items()})
+        self.dropout = nn.Dropout(dropout)
+
+    def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
+        one, other = (factor_or_one(self.factor[name](self.norm[name](f.pooled)), f.present) for name, f in features.items())
+        z = self.dropout(one * other).unflatten(-1, (-1, self.rank)).sum(dim=-1)
+        rooted = signed_sqrt(z)
+        return rooted / torch.linalg.vector_norm(rooted, dim=-1, keepdim=True).clamp(min=SMALLEST)
+
+
+def factor_or_one(factor: Tensor, present: Tensor) -> Tensor:
+    """A factor (B, D) of a product, 1 for the samples that lack its modality, so that the product is that of the others."""
+    return torch.where(present[:, None], factor, torch.ones((), dtype=factor.dtype, device=factor.device))
+
+
+def signed_sqrt(z: Tensor) -> Tensor:
+    """sign(z) sqrt(|z|), with a finite slope at 0."""
+    size = z.abs()
+    large = size > SMALLEST
+    return torch.where(large, z.sign() * torch.where(large, size, SMALLEST).sqrt(), z / SMALLEST**0.5)

@@ -1,0 +1,65 @@
+"""Intermediate fusion: a few learned latents read the tokens of all modalities."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusion.features import Features
+from fusion.heads.attention import CrossAttentionLayer, Projection, SelfAttentionLayer
+from fusion.heads.base import FusionHead
+
+
+class Perceiver(FusionHead):
+    """Let a small array of latents read all tokens, think among themselves, and read again.
+
+        z <- z + Attention(z, [t_1; ...; t_M]); z <- z + FeedForward(z); z <- Transformer layer(z)            t_m = W_m norm(x_m) + type_m
+        y = mean(norm(z))
+
+    The latents, not the inputs, carry the depth: however many tokens come in, the cost is linear in them. The tokens carry their own
+    positions (encoders add them). A sample without any real token leaves the latents as they are learned.
+
+    Source: Jaegle et al. (2021), "Perceiver: General Perception with Iterative Attention".
+    Reads: tokens (B, N_m, D_m), N = sum(N_m).
+    Cost: 24 * depth * dim^2 parameters; N * sum(D_m) * dim / M + depth * (2 * N * dim^2 + 2 * latents * N * dim) multiply-adds that
+    depend on N.
+
+    >>> head = Perceiver({"text": 8, "image": 16}, 3, dim=32)
+    >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
+    torch.Size([4, 3])
+    """
+
+    stage = "tokens"
+    family = "intermediate"
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        out_dim: int,
+        *,
+        dim: int = 256,
+        depth: int = 2,
+        latents: int = 16,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        unimodal: bool = False,
+    ) -> None:
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})
+        self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(dim)) for name in dims})
+        self.latents = nn.Parameter(torch.randn(latents, dim))
+        options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "dropout": dropout}
+        self.read_layers = nn.ModuleList(CrossAttentionLayer(dim, num_heads, self_attention=False, **options) for _ in range(depth))
+        self.think_layers = nn.ModuleList(SelfAttentionLayer(dim, num_heads, **options) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
+        tokens = torch.cat([self.project[name](f.tokens) + self.modality[name] for name, f in features.items()], dim=1)
+        mask = torch.cat([f.mask for f in features.values()], dim=1)
+        z = self.latents.expand(tokens.shape[0], -1, -1)
+        everyone = torch.ones_like(mask[:, :1]).expand(-1, z.shape[1])
+        for read, think in zip(self.read_layers, self.think_layers, strict=True):
+            z = think(read(z, everyone, tokens, mask), everyone)
+        return self.norm(z).mean(dim=1)

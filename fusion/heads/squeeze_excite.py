@@ -1,0 +1,87 @@
+"""Intermediate fusion: what all modalities say together turns each one's channels up or down, before they are pooled."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fusion.features import Features, keep, masked_mean, masked_softmax
+from fusion.heads.base import FusionHead
+
+
+class SqueezeExcite(FusionHead):
+    """Squeeze every modality to its mean, and let the joint summary recalibrate each modality's channels and places.
+
+        z = ReLU(W [mean(x_1); ...; mean(x_M)])            x_m <- 2 * sigmoid(E_m z) * x_m, channel by channel
+        p_m = sum_n a_mn x_mn            a_m = softmax_n(v_m . tanh(U_m x_mn + V_m z)) for m in `spatial`, else uniform
+        y = GELU(A [p_1; ...; p_M])
+
+    The multimodal transfer module's recalibration, then spatial attention over the tokens of the modalities in `spatial` (by default
+    the image, or else the last), asked by the same summary. An absent modality says nothing to z and adds nothing to y.
+
+    Source: Joze et al. (2020), "MMTM: Multimodal Transfer Module for CNN Fusion"; the spatial attention after Xu et al. (2015), "Show,
+    Attend and Tell".
+    Reads: tokens (B, N_m, D_m), D = sum(D_m).
+    Cost: (2 * D * squeeze) + D * dim parameters and, for the spatial attention, (D_m + squeeze) * attend; N_m * D_m * attend
+    multiply-adds: linear in the tokens.
+
+    >>> head = SqueezeExcite({"text": 8, "image": 16}, 3, dim=32)
+    >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
+    torch.Size([4, 3])
+    """
+
+    stage = "tokens"
+    family = "intermediate"
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        out_dim: int,
+        *,
+        dim: int = 256,
+        squeeze: int = 64,
+        attend: int = 64,
+        spatial: list[str] | None = None,
+        dropout: float = 0.0,
+        unimodal: bool = False,
+    ) -> None:
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        places = (["image"] if "image" in dims else list(dims)[-1:]) if spatial is None else spatial
+        if unknown := [name for name in places if name not in dims]:
+            raise ValueError(f"SqueezeExcite: no modality '{unknown[0]}' to attend to; there are {', '.join(dims)}")
+        self.norm = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in dims.items()})
+        self.squeeze = nn.Sequential(nn.Linear(sum(dims.values()), squeeze), nn.ReLU())
+        self.excite = nn.ModuleDict({name: nn.Linear(squeeze, width) for name, width in dims.items()})
+        self.places = nn.ModuleDict({name: SpatialAttention(dims[name], squeeze, attend) for name in dims if name in places})
+        self.mix = nn.Sequential(nn.Linear(sum(dims.values()), dim), nn.GELU(), nn.Dropout(dropout))
+
+    def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
+        x = {name: self.norm[name](f.tokens) for name, f in features.items()}
+        z = self.squeeze(torch.cat([masked_mean(x[name], f.mask) for name, f in features.items()], dim=-1))
+        pooled = []
+        for name, f in features.items():
+            gate = 2 * self.excite[name](z).sigmoid()
+            if name in self.places:
+                pooled.append(self.places[name](x[name] * gate[:, None], z, f.mask))
+            else:
+                pooled.append(masked_mean(x[name], f.mask) * gate)  # the gate doesn't depend on the place
+        return self.mix(torch.cat(pooled, dim=-1))
+
+
+class SpatialAttention(nn.Module):
+    """The mean (B, D) of real tokens (B, N, D), weighted by what a summary (B, S) finds important."""
+
+    def __init__(self, dim: int, summary_dim: int, attend: int) -> None:
+        super().__init__()
+        self.token = nn.Linear(dim, attend)
+        self.summary = nn.Linear(summary_dim, attend, bias=False)
+        self.score = nn.Linear(attend, 1, bias=False)
+
+    def forward(self, tokens: Tensor, summary: Tensor, mask: Tensor) -> Tensor:
+        weights = self.attention_weights(tokens, summary, mask)[:, 0]  # (B, 1, N)
+        return (weights @ keep(tokens, mask)).squeeze(1)
+
+    def attention_weights(self, tokens: Tensor, summary: Tensor, mask: Tensor) -> Tensor:
+        """(B, 1, 1, N): one head, one place that asks."""
+        scores = self.score((self.token(tokens) + self.summary(summary)[:, None]).tanh()).mT  # (B, 1, N)
+        return masked_softmax(scores, mask[:, None], dim=-1)[:, None]

@@ -1,0 +1,46 @@
+"""Late fusion: a small model over the modalities' decisions."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fusion.features import keep
+from fusion.heads.late import LateHead
+
+
+class Stacking(LateHead):
+    """Classify each modality alone and let a small network decide over the decisions.
+
+        y = W_2 GELU(W_1 [p_1; ...; p_M; present])            p_m = softmax(f_m(x_m)), 0 if modality m is absent
+
+    Trained in one piece, so the decisions need not be votes: what one modality says may turn the meaning of what another says, and XOR
+    can be learnt. `by_modality` holds the decisions as logits; with `detach` the network learns from them and doesn't shape them, as
+    in stacked generalisation proper, and they need losses of their own.
+
+    Source: Wolpert (1992), "Stacked Generalization".
+    Reads: pooled features (B, D_m).
+    Cost: sum(D_m) * dim + M * dim * out_dim for the decisions, (M * (out_dim + 1) + out_dim) * hidden for the network over them.
+
+    >>> head = Stacking({"text": 8, "image": 16}, 3)
+    >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape
+    torch.Size([4, 3])
+    """
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        out_dim: int,
+        *,
+        dim: int = 256,
+        hidden: int = 64,
+        detach: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(dims, out_dim, dim=dim, dropout=dropout)
+        self.detach = detach
+        self.mix = nn.Sequential(nn.Linear(len(dims) * (out_dim + 1), hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out_dim))
+
+    def combine(self, logits: Tensor, present: Tensor) -> Tensor:
+        decisions = keep((logits.detach() if self.detach else logits).softmax(dim=-1), present)
+        return self.mix(torch.cat([decisions.flatten(1), present.to(decisions.dtype)], dim=-1))
