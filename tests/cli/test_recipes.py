@@ -3,8 +3,10 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from small_runs import ROOT
 
 from fusion.cli.parser import FusionCLI, expand_recipes
@@ -87,9 +89,23 @@ def test_every_fit_command_of_the_readme_is_accepted(line: str) -> None:
     FusionCLI(words[words.index("--recipe") :] if "--recipe" in words else words[2:])
 
 
-def test_the_readme_python_for_a_head_alone_runs() -> None:
-    (block,) = [code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "fusion.heads" in code]
-    found: dict[str, object] = {}
-    exec(block, found)
-    assert tuple(found["logits"].shape) == (4, 10)  # type: ignore[attr-defined]
-    assert bool(found["logits"].isfinite().all())  # type: ignore[attr-defined]
+def python_with_heads() -> list[str]:
+    return [code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "from fusion.heads" in code]
+
+
+@pytest.mark.parametrize("place", range(len(python_with_heads())))
+def test_the_python_of_the_readme_for_heads_alone_runs(place: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"folder": str(tmp_path)}
+    exec(python_with_heads()[place], found)
+    if "loss" in found:
+        assert found["logits"].shape == (4, 10)
+        assert found["loss"].isfinite()
+    if "maps" in found:
+        assert found["maps"]["layers.1.text.cross_attention"].shape == (4, 4, 12, 49)
+
+
+def test_a_head_goes_into_a_plain_loop_in_under_fifteen_lines() -> None:
+    lines = [line for line in python_with_heads()[0].splitlines() if line]
+    assert "CrossAttention" in python_with_heads()[0]
+    assert len(lines) < 15
