@@ -12,18 +12,20 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.nn.utils import clip_grad_norm_
 
+from fusion.cli.benchmark_heads import benchmark_heads, curve
 from fusion.cli.fit import quiet
 from fusion.cli.options import Options
 from fusion.cli.parser import FusionCLI
 from fusion.cli.tables import aligned
 from fusion.data import Batch, ImageTextData
 from fusion.errors import UserError, nearest
+from fusion.heads import available
 from fusion.training import Classification
 from fusion.training.progress import Progress
 from fusion.training.run_folder import RunFolder
 from fusion.training.steps import SaveOnInterrupt, SeedEachStep
 
-BENCHMARKS = ("overhead",)
+BENCHMARKS = ("overhead", "heads")
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -31,18 +33,44 @@ def benchmark(arguments: Sequence[str]) -> int:
     words = list(arguments)
     if not words or words[0] in ("-h", "--help"):
         print(
-            "usage: fusion benchmark overhead [--rounds N] [--updates N] --recipe NAME [any option of fit]\n\n"
+            "usage: fusion benchmark overhead [--rounds N] [--updates N] --recipe NAME [any option of fit]\n"
+            "       fusion benchmark heads [--heads PATTERN] [--rounds N] [--batch N] [--text N] [--image N] [--width N] [--curve]\n\n"
             "overhead: samples per second of the whole fit loop, of a bare PyTorch loop fed by the same loader, and of a bare loop\n"
-            "over batches that already sit in memory; same model, same optimiser, taken in turns in one process."
+            "over batches that already sit in memory; same model, same optimiser, taken in turns in one process.\n"
+            "heads: parameters, time and peak memory of each head, beside the plainest PyTorch of its formula, taken in turns;\n"
+            "with --curve, how time and memory grow from 512 to 8,192 text tokens."
         )
         return 0
     if words[0] not in BENCHMARKS:
         raise UserError(f"unknown benchmark '{words[0]}'. {nearest(words[0], BENCHMARKS)}")
+    if words[0] == "heads":
+        return heads(words[1:])
     options = Options("fusion benchmark overhead", "")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--updates", type=int, default=40)
     asked, rest = options.parse_known_args(words[1:])
     return overhead(rest, asked.rounds, asked.updates)
+
+
+def heads(arguments: Sequence[str]) -> int:
+    """Print the costs of the heads that match a pattern."""
+    options = Options("fusion benchmark heads", "")
+    options.add_argument("--heads", default="*")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--batch", type=int, default=64)
+    options.add_argument("--text", type=int, default=64)
+    options.add_argument("--image", type=int, default=196)
+    options.add_argument("--width", type=int, default=384)
+    options.add_argument("--curve", action="store_true")
+    asked = options.parse_args(list(arguments))
+    if not available(asked.heads):
+        raise UserError(f"no head matches '{asked.heads}'. {nearest(asked.heads, available())}")
+    sizes = {"batch": asked.batch, "image": asked.image, "width": asked.width, "rounds": asked.rounds}
+    if asked.curve:
+        curve(asked.heads, **sizes)
+    else:
+        benchmark_heads(asked.heads, text=asked.text, **sizes)
+    return 0
 
 
 def overhead(arguments: Sequence[str], rounds: int, updates: int) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_runs import TINY, InProcess, Run
 
+from fusion.cli.fit import fit
 from fusion.heads import available
 
 
@@ -60,11 +61,14 @@ def test_the_saved_recipe_runs_again_to_the_same_result(command: Run, trained: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", available())
-def test_every_head_trains_by_its_name_alone(command: Run, head: str) -> None:
+def test_every_head_trains_by_its_name_alone(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
+) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("FUSION_CACHE", str(world / "cache"))
     shape = [option for option in TINY if "head" not in option]
-    done = command("fit", *shape, f"--model.head={head}", f"--runs=runs-{head}")
-    assert done.returncode == 0, done.stderr
-    assert f"head   {head}" in done.stdout
+    assert fit([*shape, f"--model.head={head}", f"--runs=runs-{head}"]) == 0
+    assert f"head   {head}" in capsys.readouterr().out
 
 
 MISTAKES = {

@@ -4,8 +4,10 @@ import pytest
 import torch
 from test_contract import DIMS, whole
 
+from fusion.cli.benchmark import benchmark
 from fusion.cli.benchmark_heads import peak_bytes, taking_turns
 from fusion.cli.plain_heads import PLAIN
+from fusion.errors import UserError
 from fusion.features import Features
 from fusion.heads.registry import HEADS
 
@@ -41,3 +43,20 @@ def test_both_ways_are_timed_in_every_round() -> None:
     found = taking_turns([lambda: calls.append("a"), lambda: calls.append("b")], rounds=2)
     assert [len(times) for times in found] == [2, 2]
     assert calls.count("a") == calls.count("b") > 2
+
+
+def test_the_benchmark_prints_a_row_for_each_head_that_matches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark(["heads", "--heads=Lo*", "--batch=2", "--text=3", "--image=4", "--width=8", "--rounds=1"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("LowRankTensor", "LogitMean"):
+        (row,) = [line for line in printed.splitlines() if line.startswith(name)]
+        parameters, *measured = row.removeprefix(name).split()
+        head = HEADS[name]({"text": 8, "image": 8}, 100)
+        assert int(parameters.replace(",", "")) == sum(p.numel() for p in head.parameters())
+        assert len(measured) == 6
+        assert all(float(cell) > 0 for cell in measured)
+
+
+def test_the_benchmark_refuses_a_pattern_that_no_head_matches() -> None:
+    with pytest.raises(UserError, match=r"no head matches 'Gatd'\. Did you mean Gated"):
+        benchmark(["heads", "--heads=Gatd"])

@@ -1,0 +1,151 @@
+"""fusion benchmark heads: what each head costs, beside the plainest way to write it."""
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion.cli.plain_heads import PLAIN
+from fusion.cli.tables import aligned
+from fusion.features import Features
+from fusion.heads import FusionHead, available
+from fusion.heads.registry import HEADS
+
+CLASSES = 100
+LEVELS = 4
+
+
+def benchmark_heads(pattern: str, *, batch: int, text: int, image: int, width: int, rounds: int) -> None:
+    """Print parameters, times and peak memory of the heads that match, and their ratios to the plain formulations."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts = {"text": text, "image": image}
+    print(
+        f"{batch} samples, text {text} tokens x {width}, image {image} x {width}, float32 on {device}, {torch.get_num_threads()} threads\n"
+        f"median of {rounds} rounds; plain: the plainest PyTorch of the formula (fusion/cli/plain_heads.py), in turns in the same run\n"
+    )
+    rows = [["", "parameters", "forward ms", "of plain", "with backward ms", "of plain", "peak MiB", "of plain"]]
+    for name in available(pattern):
+        torch.manual_seed(0)
+        levels = HEADS[name].stage == "levels"
+        make: Any = HEADS[name]
+        head = make({m: [width] * LEVELS for m in counts} if levels else dict.fromkeys(counts, width), CLASSES).to(device)
+        given = {m: features(batch, count, width, device) for m, count in counts.items()}
+        rows.append([name, *compare(head, {m: [f] * LEVELS for m, f in given.items()} if levels else given, rounds)])
+    print(aligned(rows))
+
+
+def curve(pattern: str, *, batch: int, image: int, width: int, rounds: int) -> None:
+    """Print how time and peak memory of a training pass grow with the text's tokens, for the heads that match and read tokens."""
+    lengths = [512, 1024, 2048, 4096, 8192]
+    print(f"{batch} samples, image {image} tokens x {width}, float32, forward and backward: ms / peak MiB by text tokens\n")
+    rows = [["", *[f"{length:,}" for length in lengths]]]
+    for name in [name for name in available(pattern) if HEADS[name].stage in ("tokens", "embeddings")]:
+        cells = []
+        for length in lengths:
+            torch.manual_seed(0)
+            given = {m: features(batch, count, width, torch.device("cpu")) for m, count in (("text", length), ("image", image))}
+            make: Any = HEADS[name]
+            head = make(dict.fromkeys(given, width), CLASSES)
+            one = partial(once, head, partial(output, head, given), True)
+            (times,) = taking_turns([one], rounds)
+            peak = peak_bytes(one, partial(forget_gradients, head, given))
+            cells.append(f"{1000 * statistics.median(times):,.0f} / {peak / 2**20:,.0f}")
+        rows.append([name, *cells])
+    print(aligned(rows))
+
+
+def compare(head: FusionHead, given: Any, rounds: int) -> list[str]:
+    """The cells of a head's row."""
+    plain = PLAIN[type(head).__module__.rpartition(".")[2]]
+    ways: list[Callable[[], Tensor]] = [partial(output, head, given), partial(plain, head, given)]
+    cells = [f"{sum(p.numel() for p in head.parameters()):,}"]
+    for backward in (False, True):
+        own, other = taking_turns([partial(once, head, way, backward) for way in ways], rounds)
+        ratio = statistics.median(a / b for a, b in zip(own, other, strict=True))
+        cells += [f"{1000 * statistics.median(own):.2f}", f"{ratio:.2f}"]
+    own_peak, plain_peak = (peak_bytes(partial(once, head, way, True), forget=partial(forget_gradients, head, given)) for way in ways)
+    return [*cells, f"{own_peak / 2**20:.1f}", f"{own_peak / plain_peak:.2f}"]
+
+
+def output(head: FusionHead, given: Any) -> Tensor:
+    return head(given).output
+
+
+def once(head: FusionHead, way: Callable[[], Tensor], backward: bool) -> None:
+    """One pass; with gradients of every parameter and of the features, as between encoders and loss."""
+    if backward:
+        head.zero_grad()
+        way().sum().backward()
+    else:
+        with torch.no_grad():
+            way()
+
+
+def forget_gradients(head: FusionHead, given: Any) -> None:
+    """So that every pass that is measured has all of them to make."""
+    head.zero_grad()
+    for found in given.values():
+        for f in found if isinstance(found, list) else [found]:
+            f.tokens.grad = f.pooled.grad = None
+
+
+def features(batch: int, count: int, width: int, device: torch.device) -> Features:
+    """Random features that want a gradient; the last quarter of each sample's tokens is padding for every other sample."""
+    mask = torch.ones(batch, count, dtype=torch.bool, device=device)
+    mask[::2, count - count // 4 :] = False
+    tokens = torch.randn(batch, count, width, device=device, requires_grad=True)
+    return Features(tokens, mask, torch.randn(batch, width, device=device, requires_grad=True))
+
+
+def taking_turns(ways: list[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """Seconds of each way, round by round, the order reversed every other round; each round lasts a hundredth of a second or more."""
+    repeats = []
+    for way in ways:
+        way()
+        repeats.append(max(1, int(0.02 / seconds(way, 1))))
+    found: list[list[float]] = [[] for _ in ways]
+    for turn in range(rounds):
+        for place in range(len(ways))[:: 1 if turn % 2 else -1]:
+            found[place].append(seconds(ways[place], max(repeats)))
+    return found
+
+
+def seconds(way: Callable[[], None], repeats: int) -> float:
+    """Of one repeat."""
+    settle()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        way()
+    settle()
+    return (time.perf_counter() - began) / repeats
+
+
+def settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(way: Callable[[], None], forget: Callable[[], None] = lambda: None) -> int:
+    """The most memory that tensors made in one pass hold at once; what `forget` frees is freed before."""
+    forget()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        way()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler remarks on missing GPUs
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        way()
+    held = most = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
