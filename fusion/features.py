@@ -82,7 +82,7 @@ def as_one_token(features: Features) -> Features:
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
     """`x` (*mask.shape, D) where `mask` is True, else zero. `where`, since a product would keep NaN alive (NaN * 0 = NaN)."""
-    return torch.where(mask.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(mask.unsqueeze(-1), x, 0.0)
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
@@ -92,7 +92,6 @@ def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
 
 def masked_softmax(scores: Tensor, mask: Tensor, dim: int) -> Tensor:
     """Softmax over the entries of `dim` where `mask` (broadcast to `scores`) is True; the others, and rows without any, get exactly 0."""
-    mask = mask.expand_as(scores)
-    # A row that is all -inf would make NaN in value and gradient: such rows get zeros for scores, and are zeroed after.
-    allowed = scores.masked_fill(~mask, float("-inf")).masked_fill(~mask.any(dim=dim, keepdim=True), 0.0)
-    return torch.where(mask, allowed.softmax(dim=dim), torch.zeros((), dtype=scores.dtype, device=scores.device))
+    # The lowest number instead of -inf: softmax of a row that is all -inf is NaN, in value and gradient; such rows are zeroed after.
+    allowed = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.where(mask, allowed.softmax(dim=dim), 0.0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion.cli.plain_heads import PLAIN
+from fusion.cli.plain_heads import plain_output
 from fusion.cli.tables import aligned
 from fusion.features import Features
 from fusion.heads import FusionHead, available
@@ -62,8 +62,7 @@ def curve(pattern: str, *, batch: int, image: int, width: int, rounds: int) -> N
 
 def compare(head: FusionHead, given: Any, rounds: int) -> list[str]:
     """The cells of a head's row."""
-    plain = PLAIN[type(head).__module__.rpartition(".")[2]]
-    ways: list[Callable[[], Tensor]] = [partial(output, head, given), partial(plain, head, given)]
+    ways: list[Callable[[], Tensor]] = [partial(output, head, given), partial(plain_output, head, given)]
     cells = [f"{sum(p.numel() for p in head.parameters()):,}"]
     for backward in (False, True):
         own, other = taking_turns([partial(once, head, way, backward) for way in ways], rounds)

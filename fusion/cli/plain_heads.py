@@ -1,8 +1,7 @@
 """The heads as one would write them first: the plainest PyTorch of the same formulas, from a head's own weights.
 
-What `fusion benchmark heads` measures the heads against, and one more check that they compute what they say. Masks are honoured by
-multiplying and by filling scores, as is usual: finite values under a False mask are left out, NaN there would come through, and a sample
-that lacks a modality is not provided for.
+What `fusion benchmark heads` measures the heads against, and one more check that they compute what they say. What stands under a False
+mask is filled with zeros once, at the entrance; from there on masks are honoured as is usual, by multiplying and by filling scores.
 """
 
 from collections.abc import Callable
@@ -18,12 +17,34 @@ from fusion.heads.joint_transformer import sinusoid
 Given = dict[str, Features]
 
 
+def plain_output(head: Any, given: Any) -> Tensor:
+    """What the head gives, in the plain way."""
+    cleaned = {name: [clean(f, head.stage) for f in x] if isinstance(x, list) else clean(x, head.stage) for name, x in given.items()}
+    return PLAIN[type(head).__module__.rpartition(".")[2]](head, cleaned)
+
+
+def clean(f: Features, stage: str) -> Features:
+    if stage in ("pooled", "levels"):
+        return f._replace(pooled=f.pooled.masked_fill(~f.mask.any(dim=1, keepdim=True), 0.0))
+    return f._replace(tokens=f.tokens.masked_fill(~f.mask[..., None], 0.0))
+
+
+def there(f: Features) -> Tensor:
+    """(B, 1) 1 where a sample has the modality, else 0."""
+    return f.mask.any(dim=1, keepdim=True).float()
+
+
+def presence(given: Given) -> Tensor:
+    """(B, M, 1)."""
+    return torch.stack([there(f) for f in given.values()], dim=1)
+
+
 def mean(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    return (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+def softmax(scores: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
+    return scores.masked_fill(~mask, -1e9).softmax(dim=dim)
 
 
 def attention(layer: Any, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
@@ -32,7 +53,7 @@ def attention(layer: Any, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
 
     query, key, value = split(layer.query(x)), split(layer.key(context)), split(layer.value(context))
     weights = softmax(query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5, mask[:, None, None])
-    return layer.out((weights @ value).transpose(1, 2).reshape(x.shape))
+    return layer.out((weights @ value).transpose(1, 2).reshape(x.shape)) * mask.any(dim=1)[:, None, None]
 
 
 def self_layer(layer: Any, x: Tensor, mask: Tensor) -> Tensor:
@@ -65,28 +86,28 @@ def joint_transformer(head: Any, given: Given) -> Tensor:
 
 
 def concat(head: Any, given: Given) -> Tensor:
-    return head.classifier(head.mix(torch.cat([head.norm[name](f.pooled) for name, f in given.items()], dim=-1)))
+    return head.classifier(head.mix(torch.cat([head.norm[name](f.pooled) * there(f) for name, f in given.items()], dim=-1)))
 
 
 def residual_mlp(head: Any, given: Given) -> Tensor:
-    x = head.project(torch.cat([head.norm[name](f.pooled) for name, f in given.items()], dim=-1))
+    x = head.project(torch.cat([head.norm[name](f.pooled) * there(f) for name, f in given.items()], dim=-1))
     for block in head.blocks:
         x = x + block(x)
     return head.classifier(head.norm_joint(x))
 
 
 def gated(head: Any, given: Given) -> Tensor:
-    joint = torch.cat([f.pooled for f in given.values()], dim=-1)
-    z = torch.stack([head.gate[name](joint) for name in given]).softmax(dim=0)
-    h = torch.stack([head.candidate[name](f.pooled).tanh() for name, f in given.items()])
-    return head.classifier((z * h).sum(dim=0))
+    joint = torch.cat([f.pooled * there(f) for f in given.values()], dim=-1)
+    z = softmax(torch.stack([head.gate[name](joint) for name in given], dim=1), presence(given) > 0, dim=1)
+    h = torch.stack([head.candidate[name](f.pooled).tanh() for name, f in given.items()], dim=1)
+    return head.classifier((z * h).sum(dim=1))
 
 
 def film(head: Any, given: Given) -> Tensor:
     c = head.norm_condition(given[head.condition].pooled)
-    x = head.project(head.norm_stream(given[head.stream].pooled))
+    x = head.project(head.norm_stream(given[head.stream].pooled)) * there(given[head.stream])
     for first, second, modulate in zip(head.first, head.second, head.modulate, strict=True):
-        gamma, beta = modulate(c).chunk(2, dim=-1)
+        gamma, beta = (modulate(c) * there(given[head.condition])).chunk(2, dim=-1)
         h = torch.relu(first(x))
         y = second(h)
         x = h + torch.relu((gamma + 1) * layer_norm(y, y.shape[-1:]) + beta)
@@ -96,7 +117,7 @@ def film(head: Any, given: Given) -> Tensor:
 def tensor_fusion(head: Any, given: Given) -> Tensor:
     joint = torch.ones(len(next(iter(given.values())).mask), 1, device=head.classifier.weight.device)
     for name, f in given.items():
-        h = head.embed[name](f.pooled)
+        h = head.embed[name](f.pooled) * there(f)
         h = torch.cat([h, torch.ones(len(h), 1, device=h.device)], dim=-1)
         joint = torch.bmm(joint[:, :, None], h[:, None]).flatten(1)
     return head.classifier(head.mix(joint))
@@ -105,7 +126,7 @@ def tensor_fusion(head: Any, given: Given) -> Tensor:
 def low_rank_tensor(head: Any, given: Given) -> Tensor:
     product: Any = 1
     for name, f in given.items():
-        x = head.norm[name](f.pooled)
+        x = head.norm[name](f.pooled) * there(f)
         x = torch.cat([x, torch.ones(len(x), 1, device=x.device)], dim=-1)
         factor = torch.cat([head.factor[name].weight, head.factor[name].bias[:, None]], dim=1).view(head.rank, -1, x.shape[1])
         product = product * torch.matmul(x, factor.transpose(1, 2))  # (rank, B, dim)
@@ -113,31 +134,33 @@ def low_rank_tensor(head: Any, given: Given) -> Tensor:
 
 
 def factorized_bilinear(head: Any, given: Given) -> Tensor:
-    one, other = (head.factor[name](head.norm[name](f.pooled)) for name, f in given.items())
+    one, other = (head.factor[name](head.norm[name](f.pooled)).where(there(f) > 0, 1.0) for name, f in given.items())
     z = (one * other).view(len(one), -1, head.rank).sum(dim=-1)
     return head.classifier(normalize(z.sign() * z.abs().sqrt(), dim=-1))
 
 
 def mutan(head: Any, given: Given) -> Tensor:
-    (a, one), (b, other) = ((name, head.embed[name](f.pooled)) for name, f in given.items())
-    z: Any = 0
-    for m, n, c, d in zip(*(x.chunk(head.rank) for key in (a, b) for x in (head.factor[key].weight, head.factor[key].bias)), strict=True):
-        z = z + (one @ m.T + n) * (other @ c.T + d)
-    return head.classifier(z)
+    factors = []
+    for name, f in given.items():
+        h = head.embed[name](f.pooled)
+        parts = zip(head.factor[name].weight.chunk(head.rank), head.factor[name].bias.chunk(head.rank), strict=True)
+        factors.append([(h @ weight.T + bias).where(there(f) > 0, 1.0) for weight, bias in parts])
+    return head.classifier(torch.stack([one * other for one, other in zip(*factors, strict=True)]).sum(dim=0))
 
 
 def embrace(head: Any, given: Given) -> Tensor:
     docked = torch.stack([head.dock[name](f.pooled) for name, f in given.items()], dim=1)
+    likely = presence(given)[..., 0] * head.probabilities
     if head.training:
-        drawn = torch.multinomial(head.probabilities.expand(len(docked), -1), docked.shape[-1], replacement=True)
+        drawn = torch.multinomial(likely, docked.shape[-1], replacement=True)
         chosen = nn.functional.one_hot(drawn, len(given)).transpose(1, 2)
         return head.classifier(head.mix((docked * chosen).sum(dim=1)))
-    return head.classifier(head.mix((docked * head.probabilities[:, None]).sum(dim=1)))
+    return head.classifier(head.mix((docked * (likely / likely.sum(dim=1, keepdim=True))[..., None]).sum(dim=1)))
 
 
 def level_weighted(head: Any, given: dict[str, list[Features]]) -> Tensor:
     h = {
-        name: torch.stack([project(f.pooled) for project, f in zip(head.project[name], found, strict=True)], dim=1)
+        name: torch.stack([project(f.pooled) * there(f) for project, f in zip(head.project[name], found, strict=True)], dim=1)
         for name, found in given.items()
     }
     joint = torch.cat([x.flatten(1) for x in h.values()], dim=-1)
@@ -154,7 +177,7 @@ def squeeze_excite(head: Any, given: Given) -> Tensor:
         if name in head.places:
             place = head.places[name]
             scores = place.score((place.token(y) + place.summary(z)[:, None]).tanh()).squeeze(-1)
-            pooled.append((softmax(scores, f.mask)[..., None] * y).sum(dim=1))
+            pooled.append((softmax(scores, f.mask)[..., None] * y).sum(dim=1) * there(f))
         else:
             pooled.append(mean(y, f.mask))
     return head.classifier(head.mix(torch.cat(pooled, dim=-1)))
@@ -163,6 +186,7 @@ def squeeze_excite(head: Any, given: Given) -> Tensor:
 def bottleneck(head: Any, given: Given) -> Tensor:
     size = len(next(iter(given.values())).mask)
     shared = head.bottlenecks.expand(size, -1, -1)
+    present = presence(given)
     x, mask = {}, {}
     for name, f in given.items():
         x[name] = torch.cat([head.class_tokens[name].expand(size, 1, -1), head.project[name](f.tokens)], dim=1)
@@ -174,8 +198,9 @@ def bottleneck(head: Any, given: Given) -> Tensor:
             y = self_layer(layer[name], torch.cat([x[name], shared], dim=1), torch.cat([mask[name], everyone], dim=1))
             x[name], own = y.split([x[name].shape[1], shared.shape[1]], dim=1)
             said.append(own)
-        shared = torch.stack(said).mean(dim=0)
-    return head.classifier(torch.stack([head.norm[name](x[name][:, 0]) for name in x]).mean(dim=0))
+        shared = (torch.stack(said, dim=1) * present[..., None]).sum(dim=1) / present.sum(dim=1, keepdim=True)
+    ends = torch.stack([head.norm[name](x[name][:, 0]) for name in x], dim=1)
+    return head.classifier((ends * present).sum(dim=1) / present.sum(dim=1))
 
 
 def perceiver(head: Any, given: Given) -> Tensor:
@@ -205,27 +230,30 @@ def decisions(head: Any, given: Given) -> Tensor:
 
 
 def logit_mean(head: Any, given: Given) -> Tensor:
-    return decisions(head, given).mean(dim=1)
+    present = presence(given)
+    return (decisions(head, given) * present).sum(dim=1) / present.sum(dim=1)
 
 
 def weighted_logits(head: Any, given: Given) -> Tensor:
-    return (head.log_weights.softmax(dim=0)[:, None] * decisions(head, given)).sum(dim=1)
+    weights = softmax(head.log_weights[:, None].expand(len(presence(given)), -1, -1), presence(given) > 0, dim=1)
+    return (weights * decisions(head, given)).sum(dim=1)
 
 
 def product_of_experts(head: Any, given: Given) -> Tensor:
-    return decisions(head, given).log_softmax(dim=-1).sum(dim=1).log_softmax(dim=-1)
+    return (decisions(head, given).log_softmax(dim=-1) * presence(given)).sum(dim=1).log_softmax(dim=-1)
 
 
 def confidence_weighted(head: Any, given: Given) -> Tensor:
     logits = decisions(head, given)
     p = logits.softmax(dim=-1)
     sure = 1 + (p * p.log()).sum(dim=-1) / torch.tensor(float(logits.shape[-1])).log()
-    return ((head.log_sharpness.exp() * sure).softmax(dim=1)[..., None] * logits).sum(dim=1)
+    return (softmax(head.log_sharpness.exp() * sure[..., None], presence(given) > 0, dim=1) * logits).sum(dim=1)
 
 
 def stacking(head: Any, given: Given) -> Tensor:
-    p = decisions(head, given).softmax(dim=-1)
-    return head.mix(torch.cat([p.flatten(1), torch.ones(p.shape[:2], device=p.device)], dim=-1))
+    present = presence(given)
+    p = decisions(head, given).softmax(dim=-1) * present
+    return head.mix(torch.cat([p.flatten(1), present[..., 0]], dim=-1))
 
 
 def cross_attention(head: Any, given: Given) -> Tensor:
@@ -246,7 +274,9 @@ def co_attention(head: Any, given: Given) -> Tensor:
     for cross, own in zip(head.cross_layers, head.self_layers, strict=True):
         x, y = cross_layer(cross[a], x, one.mask, y, other.mask), cross_layer(cross[b], y, other.mask, x, one.mask)
         x, y = self_layer(own[a], x, one.mask), self_layer(own[b], y, other.mask)
-    return head.classifier(head.pool[a](mean(head.norm[a](x), one.mask)) * head.pool[b](mean(head.norm[b](y), other.mask)))
+    pooled_one = head.pool[a](mean(head.norm[a](x), one.mask)).where(there(one) > 0, 1.0)
+    pooled_other = head.pool[b](mean(head.norm[b](y), other.mask)).where(there(other) > 0, 1.0)
+    return head.classifier(pooled_one * pooled_other)
 
 
 def gated_cross_attention(head: Any, given: Given) -> Tensor:

@@ -57,7 +57,7 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         y = self.out(y.transpose(1, 2).flatten(2))
-        return torch.where(present[:, None, None], y, torch.zeros((), dtype=y.dtype, device=y.device))
+        return torch.where(present[:, None, None], y, 0.0)
 
     def attention_weights(self, x: Tensor, context: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
         """(B, H, N, K) how much each token reads of each real token of the context; rows sum to 1, or to 0 where there is none."""

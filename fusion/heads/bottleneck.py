@@ -89,5 +89,5 @@ class Bottleneck(FusionHead):
 def mean_of_present(x: Tensor, present: Tensor) -> Tensor:
     """(B, ...) the mean over the modalities of x (B, M, ...) that are present (B, M); zero where there are none."""
     there = present.reshape(*present.shape, *[1] * (x.dim() - 2))
-    kept = torch.where(there, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    kept = torch.where(there, x, 0.0)
     return kept.sum(dim=1) / there.sum(dim=1).clamp(min=1).to(x.dtype)

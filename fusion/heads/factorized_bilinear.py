@@ -52,7 +52,7 @@ class FactorizedBilinear(FusionHead):
 
 def factor_or_one(factor: Tensor, present: Tensor) -> Tensor:
     """A factor (B, D) of a product, 1 for the samples that lack its modality, so that the product is that of the others."""
-    return torch.where(present[:, None], factor, torch.ones((), dtype=factor.dtype, device=factor.device))
+    return torch.where(present[:, None], factor, 1.0)
 
 
 def signed_sqrt(z: Tensor) -> Tensor:
