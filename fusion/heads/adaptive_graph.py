@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize
 
-from fusion.features import Features, as_one_token, masked_mean, masked_softmax
+from fusion.features import Features, as_one_token, masked_mean
 from fusion.heads.attention import Projection
 from fusion.heads.base import FusionHead
 
@@ -85,7 +85,7 @@ class AdaptiveGraph(FusionHead):
 class Adjacency(nn.Module):
     """Edges (B, N, N) between nodes (B, N, D), of which mask (B, N) are real: row i says how much i takes from each j; rows sum to 1.
 
-    No edge leads from a node that isn't real.
+    No edge leads from a node that isn't real, where there is one that is.
     """
 
     def __init__(self, dim: int, kind: str, top_k: int | None, edge_dim: int) -> None:
@@ -105,7 +105,8 @@ class Adjacency(nn.Module):
         real = mask[:, None, :]
         if self.top_k is not None:
             real = real & strongest(scores, real, self.top_k)
-        return masked_softmax(scores, real, dim=-1)
+        # The lowest number, not -inf: a sample without any node gets edges from nobody to nobody, and no NaN.
+        return scores.masked_fill(~real, torch.finfo(scores.dtype).min).softmax(dim=-1)
 
     def scores(self, nodes: Tensor) -> Tensor:
         if self.kind == "cosine":

@@ -54,5 +54,5 @@ class TensorFusion(FusionHead):
         for name, f in features.items():
             h = keep(self.embed[name](f.pooled), f.present)
             h = torch.cat([h, torch.ones_like(h[:, :1])], dim=-1)
-            joint = h if joint is None else (joint.unsqueeze(-1) * h.unsqueeze(-2)).flatten(1)
+            joint = h if joint is None else torch.bmm(joint.unsqueeze(2), h.unsqueeze(1)).flatten(1)
         return self.mix(joint)
