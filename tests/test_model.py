@@ -138,3 +138,10 @@ def test_an_exported_model_answers_as_the_eager_one_for_other_batches_and_length
     for size, words in ((2, 3), (5, 11)):
         other = inputs(size, words, seed=size)
         torch.testing.assert_close(program(other).output, model(other).output, atol=1e-5, rtol=1e-5)
+
+
+def test_a_graph_of_pooled_nodes_asks_the_encoders_for_no_tokens() -> None:
+    model = FusionModel.build(encoders(), partial(EVERY_HEAD["AdaptiveGraph"], dim=8, nodes="pooled"), 3)
+    assert model.head.stage == "pooled"
+    assert EVERY_HEAD["AdaptiveGraph"].stage == "tokens"
+    assert model(inputs()).output.isfinite().all()

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize
 
-from fusion.features import Features, as_one_token, masked_mean
+from fusion.features import Features, masked_mean
 from fusion.heads.attention import Projection
-from fusion.heads.base import FusionHead
+from fusion.heads.base import FusionHead, Stage
 
 KINDS = ("cosine", "mlp")
 
@@ -36,7 +36,7 @@ class AdaptiveGraph(FusionHead):
     torch.Size([4, 3])
     """
 
-    stage = "tokens"
+    stage: Stage = "tokens"
     family = "intermediate"
 
     def __init__(
@@ -60,7 +60,8 @@ class AdaptiveGraph(FusionHead):
         if top_k is not None and top_k < 1:
             raise ValueError(f"AdaptiveGraph: top_k is {top_k}; expected at least 1 edge a node, or none to keep all")
         super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
-        self.nodes = nodes
+        if nodes == "pooled":  # the base then gives each modality as one token
+            self.stage = "pooled"
         self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})
         self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(dim)) for name in dims})
         self.adjacency = Adjacency(dim, adjacency, top_k, edge_dim)
@@ -70,8 +71,6 @@ class AdaptiveGraph(FusionHead):
         self.mix = nn.Sequential(nn.LayerNorm(len(dims) * dim), nn.Linear(len(dims) * dim, dim), nn.GELU())
 
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
-        if self.nodes == "pooled":
-            features = {name: as_one_token(f) for name, f in features.items()}
         h = torch.cat([self.project[name](f.tokens) + self.modality[name] for name, f in features.items()], dim=1)
         mask = torch.cat([f.mask for f in features.values()], dim=1)
         edges = self.adjacency(h, mask)

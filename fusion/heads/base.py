@@ -33,7 +33,7 @@ class FusionHead(nn.Module):
     linear prediction of its own from its pooled features, for auxiliary losses and for evidence.
     """
 
-    stage: ClassVar[Stage]
+    stage: Stage  # of the class; of one head, where an option makes it read less
     family: ClassVar[Family]
     reads_shared: ClassVar[bool] = False  # whether `fuse` takes features with `rows`
     fewest_modalities: ClassVar[int] = 2
