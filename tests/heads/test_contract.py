@@ -83,6 +83,8 @@ ONLY_TWO = [name for name in FUSING if HEADS[name.split()[0]].most_modalities ==
 fusing = pytest.mark.parametrize("name", FUSING)
 fusing_any_number = pytest.mark.parametrize("name", [name for name in FUSING if name not in ONLY_TWO])
 every = pytest.mark.parametrize("name", ALL)
+# Seconds each: the further forms of a head are left to the slow tests.
+traced = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in ALL])
 
 
 def dims_of(name: str) -> dict[str, int]:
@@ -290,7 +292,7 @@ def test_a_head_goes_to_the_meta_device_and_tells_its_shapes_there(name: str) ->
     assert all(p.is_meta for p in [*head.parameters(), *head.buffers()])
 
 
-@every
+@traced
 def test_an_exported_head_answers_as_the_eager_one_for_other_batches_and_lengths(name: str) -> None:
     dims = dims_of(name)
     head = make(name, dtype=torch.float32)
@@ -306,7 +308,7 @@ def test_an_exported_head_answers_as_the_eager_one_for_other_batches_and_lengths
         torch.testing.assert_close(program(features).output, head(features).output, atol=1e-5, rtol=1e-5)
 
 
-@every
+@traced
 def test_a_compiled_head_is_one_graph_and_answers_the_same(name: str) -> None:
     torch.compiler.reset()
     head = make(name)
