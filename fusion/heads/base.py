@@ -67,6 +67,11 @@ class FusionHead(nn.Module):
             return {name: as_one_token(f) for name, f in given.items()}
         return {name: zero_masked(f if self.reads_shared else f.unshared()) for name, f in given.items()}
 
+    def output_layers(self) -> list[nn.Module]:
+        """The linear maps that give `output` and `by_modality`."""
+        together = [] if self.classifier is None else [self.classifier]
+        return [*together, *([] if self.unimodal is None else self.unimodal.values())]
+
     def check_names(self, features: Mapping[str, object]) -> None:
         if features.keys() != self.dims.keys():
             raise ValueError(f"{type(self).__name__} was built for {', '.join(self.dims)}; got {', '.join(features) or 'nothing'}")

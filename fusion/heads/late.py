@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ class LateHead(FusionHead, ABC):
         alone = {name: self.decide[name](f.pooled) for name, f in clean.items()}
         present = torch.stack([f.present for f in clean.values()], dim=1)
         return FusionOutput(self.combine(torch.stack(list(alone.values()), dim=1), present), alone)
+
+    def output_layers(self) -> list[nn.Module]:
+        return [cast(nn.Sequential, decide)[-1] for decide in self.decide.values()]
 
     @abstractmethod
     def combine(self, logits: Tensor, present: Tensor) -> Tensor:

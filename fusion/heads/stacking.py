@@ -41,6 +41,9 @@ class Stacking(LateHead):
         self.detach = detach
         self.mix = nn.Sequential(nn.Linear(len(dims) * (out_dim + 1), hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out_dim))
 
+    def output_layers(self) -> list[nn.Module]:
+        return [*super().output_layers(), self.mix[-1]]
+
     def combine(self, logits: Tensor, present: Tensor) -> Tensor:
         decisions = keep((logits.detach() if self.detach else logits).softmax(dim=-1), present)
         return self.mix(torch.cat([decisions.flatten(1), present.to(decisions.dtype)], dim=-1))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusion.features import Features
 from fusion.heads.base import FusionHead, FusionOutput
@@ -31,6 +31,9 @@ class Unimodal(FusionHead):
         super().__init__(dims, out_dim, width=None)
         (self.name, width) = next(iter(dims.items()))
         self.decide = classifier(width, out_dim, dim, dropout)
+
+    def output_layers(self) -> list[nn.Module]:
+        return [self.decide[-1]]
 
     def forward(self, features: Mapping[str, Features | Tensor]) -> FusionOutput:
         logits = self.decide(self.read(features)[self.name].pooled)

@@ -214,20 +214,17 @@ def balanced(data: ImageTextData, classes: int) -> Tensor:
 
 
 def parameter_groups(model: FusionModel) -> list[dict[str, Any]]:
-    """Hidden matrices; embeddings and output layers; vectors and scalars (norms, biases, gates, tokens), which get no weight decay.
+    """Hidden matrices; embeddings, output layers and other tables; vectors and scalars (norms, biases, gates), which get no weight decay.
 
     `hidden` says which are which to optimisers that treat hidden matrices in their own way (Muon); others pay it no heed.
     """
-    outer = {
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module.out_features == model.head.out_dim)
-    }
+    mapping = {module.weight for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)}
+    hidden = mapping - {layer.weight for layer in model.head.output_layers()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.dim() > 1]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in matrices if p not in outer], "hidden": True},
-        {"params": [p for p in matrices if p in outer], "hidden": False},
+        {"params": [p for p in matrices if p in hidden], "hidden": True},
+        {"params": [p for p in matrices if p not in hidden], "hidden": False},
         {"params": [p for p in trainable if p.dim() <= 1], "hidden": False, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

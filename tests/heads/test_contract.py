@@ -670,3 +670,13 @@ def test_squeeze_excite_refuses_to_attend_to_a_modality_that_is_not_there() -> N
 def test_embrace_refuses_probabilities_that_do_not_fit(probabilities: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="positive number for each of a, b"):
         Embrace(DIMS, OUT, probabilities=probabilities)
+
+
+@every
+def test_the_output_layers_are_the_linear_maps_whose_values_leave_the_head(name: str) -> None:
+    """Found by their width, which no other layer of these small heads has."""
+    more = {"unimodal": True} if name in WITH_UNIMODAL else {}
+    head = ALL[name](dims_of(name), 11, **more)
+    wide = [part for part in head.modules() if isinstance(part, nn.Linear) and part.out_features == 11]
+    assert wide
+    assert {*head.output_layers()} == {*wide}

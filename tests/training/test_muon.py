@@ -1,12 +1,16 @@
 """Muon: hidden matrices move by orthogonal steps, everything else as with AdamW."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fusion.encoders import TransformersText
+from fusion.heads import Unimodal
+from fusion.model import FusionModel
 from fusion.training import Muon
 from fusion.training.classification import parameter_groups
 from fusion.training.muon import orthogonal
@@ -99,6 +103,8 @@ def test_embeddings_and_output_layers_are_not_hidden_and_everything_trains_once(
     assert {name for name in names.values() if "embeddings" in name or "classifier" in name}.isdisjoint(hidden)
     assert any("patch_embed.proj" in name for name in hidden)
     assert any("attention.self.query" in name for name in hidden)
+    (table,) = (name for name in names.values() if "pos_embed" in name)
+    assert table not in hidden
     grouped = [p for group in groups for p in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(names)
 
@@ -107,3 +113,14 @@ def test_embeddings_and_output_layers_are_not_hidden_and_everything_trains_once(
 def test_an_option_out_of_range_is_refused_by_name(option: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"Muon: {option}"):
         Muon([nn.Parameter(torch.ones(2, 2))], **{option: value})
+
+
+def test_a_hidden_matrix_as_wide_as_there_are_classes_stays_hidden() -> None:
+    shape = {"hidden_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 12}
+    encoder = TransformersText(config={"model_type": "bert", "vocab_size": 20} | shape)
+    model = FusionModel.build({"text": encoder}, partial(Unimodal, dim=12), 12)
+    names = {p: name for name, p in model.named_parameters()}
+    hidden = {names[p] for group in parameter_groups(model) if group["hidden"] for p in group["params"]}
+    assert "encoders.text.body.encoder.layer.0.attention.self.query.weight" in hidden
+    assert "head.decide.1.weight" in hidden
+    assert "head.decide.4.weight" not in hidden
