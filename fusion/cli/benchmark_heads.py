@@ -23,35 +23,26 @@ LEVELS = 4
 
 def benchmark_heads(pattern: str, *, batch: int, text: int, image: int, width: int, rounds: int) -> None:
     """Print parameters, times and peak memory of the heads that match, and their ratios to the plain formulations."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    counts = {"text": text, "image": image}
     print(
-        f"{batch} samples, text {text} tokens x {width}, image {image} x {width}, float32 on {device}, {torch.get_num_threads()} threads\n"
-        f"median of {rounds} rounds; plain: the plainest PyTorch of the formula (fusion/cli/plain_heads.py), in turns in the same run\n"
+        f"{batch} samples, text {text} tokens x {width}, image {image} x {width}, float32 on {device()}, "
+        f"{torch.get_num_threads()} threads, median of {rounds} rounds\n"
+        "plain: the plainest PyTorch of the formula (fusion/cli/plain_heads.py), in turns in the same run\n"
     )
     rows = [["", "parameters", "forward ms", "of plain", "with backward ms", "of plain", "peak MiB", "of plain"]]
     for name in available(pattern):
-        torch.manual_seed(0)
-        levels = HEADS[name].stage == "levels"
-        make: Any = HEADS[name]
-        head = make({m: [width] * LEVELS for m in counts} if levels else dict.fromkeys(counts, width), CLASSES).to(device)
-        given = {m: features(batch, count, width, device) for m, count in counts.items()}
-        rows.append([name, *compare(head, {m: [f] * LEVELS for m, f in given.items()} if levels else given, rounds)])
+        rows.append([name, *compare(*made(name, {"text": text, "image": image}, batch, width), rounds)])
     print(aligned(rows))
 
 
 def curve(pattern: str, *, batch: int, image: int, width: int, rounds: int) -> None:
     """Print how time and peak memory of a training pass grow with the text's tokens, for the heads that match and read tokens."""
     lengths = [512, 1024, 2048, 4096, 8192]
-    print(f"{batch} samples, image {image} tokens x {width}, float32, forward and backward: ms / peak MiB by text tokens\n")
+    print(f"{batch} samples, image {image} tokens x {width}, float32 on {device()}, forward and backward: ms / peak MiB by text tokens\n")
     rows = [["", *[f"{length:,}" for length in lengths]]]
     for name in [name for name in available(pattern) if HEADS[name].stage in ("tokens", "embeddings")]:
         cells = []
         for length in lengths:
-            torch.manual_seed(0)
-            given = {m: features(batch, count, width, torch.device("cpu")) for m, count in (("text", length), ("image", image))}
-            make: Any = HEADS[name]
-            head = make(dict.fromkeys(given, width), CLASSES)
+            head, given = made(name, {"text": length, "image": image}, batch, width)
             one = partial(once, head, partial(output, head, given), True)
             (times,) = taking_turns([one], rounds)
             peak = peak_bytes(one, partial(forget_gradients, head, given))
@@ -94,12 +85,26 @@ def forget_gradients(head: FusionHead, given: Any) -> None:
             f.tokens.grad = f.pooled.grad = None
 
 
-def features(batch: int, count: int, width: int, device: torch.device) -> Features:
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def made(name: str, counts: dict[str, int], batch: int, width: int) -> tuple[FusionHead, Any]:
+    """A head with its own defaults, and features of so many tokens a modality for it."""
+    torch.manual_seed(0)
+    levels = LEVELS if HEADS[name].stage == "levels" else 0
+    make: Any = HEADS[name]
+    head = make({m: [width] * levels or width for m in counts}, CLASSES).to(device())
+    given = {m: features(batch, count, width) for m, count in counts.items()}
+    return head, {m: [f] * levels or f for m, f in given.items()}
+
+
+def features(batch: int, count: int, width: int) -> Features:
     """Random features that want a gradient; the last quarter of each sample's tokens is padding for every other sample."""
-    mask = torch.ones(batch, count, dtype=torch.bool, device=device)
+    mask = torch.ones(batch, count, dtype=torch.bool, device=device())
     mask[::2, count - count // 4 :] = False
-    tokens = torch.randn(batch, count, width, device=device, requires_grad=True)
-    return Features(tokens, mask, torch.randn(batch, width, device=device, requires_grad=True))
+    tokens = torch.randn(batch, count, width, device=device(), requires_grad=True)
+    return Features(tokens, mask, torch.randn(batch, width, device=device(), requires_grad=True))
 
 
 def taking_turns(ways: list[Callable[[], None]], rounds: int) -> list[list[float]]:
