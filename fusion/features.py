@@ -4,6 +4,7 @@ Presence travels in the mask: a sample without a modality has an all-False row, 
 the values that stand under a False mask.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,11 @@ def zero_masked(features: Features) -> Features:
     """The same features with exact zeros under every False mask, so that noise, inf or NaN there reach no output and no gradient."""
     real = features.distinct_mask
     return features._replace(tokens=keep(features.tokens, real), pooled=keep(features.pooled, real.any(dim=1)))
+
+
+def presence(features: Mapping[str, Features]) -> Tensor:
+    """(B, M) bool: which of the M modalities each sample has."""
+    return torch.stack([f.present for f in features.values()], dim=1)
 
 
 def as_one_token(features: Features) -> Features:

@@ -104,15 +104,17 @@ def check_dims(head: str, dims: Mapping[str, int], out_dim: int, fewest: int, mo
 
 
 def stream_and_other(head: str, dims: Mapping[str, int], chosen: str | None, *, usual: str) -> tuple[str, str]:
-    """Of two modalities the one that is changed, and the one that changes it: as chosen, else `usual` where there is one.
-
-    Without either the image's place is the last, the text's the first.
+    """Of two modalities the one that is changed, and the one that changes it: as chosen, else the usual one.
 
     >>> stream_and_other("FiLM", {"text": 8, "image": 16}, None, usual="image")
     ('image', 'text')
     """
-    names = list(dims)
-    stream = chosen or (usual if usual in dims else names[-1] if usual == "image" else names[0])
+    stream = chosen or standing_for(usual, dims)
     if stream not in dims:
         raise ValueError(f"{head}: no modality '{stream}' to be the stream; there are {', '.join(dims)}")
-    return stream, next(name for name in names if name != stream)
+    return stream, next(name for name in dims if name != stream)
+
+
+def standing_for(usual: str, dims: Mapping[str, int]) -> str:
+    """The modality of that name, "text" or "image"; where the names are others, the first stands for the text, the last for the image."""
+    return usual if usual in dims else list(dims)[0 if usual == "text" else -1]

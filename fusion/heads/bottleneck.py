@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fusion.features import Features
+from fusion.features import Features, presence
 from fusion.heads.attention import Projection, SelfAttentionLayer
 from fusion.heads.base import FusionHead
 
@@ -71,7 +71,7 @@ class Bottleneck(FusionHead):
             # The tokens of an absent modality, its class token too, may compute what they will: nobody reads them.
             mask[name] = torch.cat([torch.ones_like(f.mask[:, :1]), f.mask], dim=1)
             wide[name] = torch.cat([mask[name], torch.ones_like(f.mask[:, :1]).expand(-1, len(self.bottlenecks))], dim=1)
-        present = torch.stack([f.present for f in features.values()], dim=1)
+        present = presence(features)
         shared = self.bottlenecks.expand(present.shape[0], -1, -1)
         for depth, layer in enumerate(self.layers):
             if depth < self.fusion_layer:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fusion.features import Features, keep
+from fusion.features import Features, keep, presence
 from fusion.heads.base import FusionHead
 
 
@@ -52,7 +52,7 @@ class Embrace(FusionHead):
 
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
         docked = torch.stack([self.dock[name](f.pooled) for name, f in features.items()], dim=1)  # (B, M, dim)
-        present = torch.stack([f.present for f in features.values()], dim=1)
+        present = presence(features)
         likely = present * self.probabilities
         shares = likely / likely.sum(dim=1, keepdim=True).clamp(min=torch.finfo(likely.dtype).tiny)  # (B, M), zeros if none is present
         if self.training:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fusion.features import Features, masked_softmax
+from fusion.features import Features, masked_softmax, presence
 from fusion.heads.base import FusionHead
 
 
@@ -37,7 +37,7 @@ class Gated(FusionHead):
 
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
         joint = torch.cat([f.pooled for f in features.values()], dim=-1)
-        present = torch.stack([f.present for f in features.values()], dim=1)  # (B, M)
+        present = presence(features)  # (B, M)
         candidates = torch.stack([self.candidate[name](f.pooled).tanh() for name, f in features.items()], dim=1)  # (B, M, dim)
         weights = masked_softmax(torch.stack([self.gate[name](joint) for name in features], dim=1), present.unsqueeze(-1), dim=1)
         return self.dropout((weights * candidates).sum(dim=1))

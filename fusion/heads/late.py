@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fusion.features import Features
+from fusion.features import Features, presence
 from fusion.heads.base import FusionHead, FusionOutput
 
 
@@ -28,7 +28,7 @@ class LateHead(FusionHead, ABC):
     def forward(self, features: Mapping[str, Features | Tensor]) -> FusionOutput:
         clean = self.read(features)
         alone = {name: self.decide[name](f.pooled) for name, f in clean.items()}
-        present = torch.stack([f.present for f in clean.values()], dim=1)
+        present = presence(clean)
         return FusionOutput(self.combine(torch.stack(list(alone.values()), dim=1), present), alone)
 
     def output_layers(self) -> list[nn.Module]:

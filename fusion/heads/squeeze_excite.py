@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.features import Features, keep, masked_mean, masked_softmax
-from fusion.heads.base import FusionHead
+from fusion.heads.base import FusionHead, standing_for
 
 
 class SqueezeExcite(FusionHead):
@@ -46,7 +46,7 @@ class SqueezeExcite(FusionHead):
         unimodal: bool = False,
     ) -> None:
         super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
-        places = (["image"] if "image" in dims else list(dims)[-1:]) if spatial is None else spatial
+        places = [standing_for("image", dims)] if spatial is None else spatial
         if unknown := [name for name in places if name not in dims]:
             raise ValueError(f"SqueezeExcite: no modality '{unknown[0]}' to attend to; there are {', '.join(dims)}")
         self.norm = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in dims.items()})
