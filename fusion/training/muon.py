@@ -15,7 +15,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(Optimizer):
-    """Small transformers from scratch learn from about half as many samples as with AdamW.
+    """Every step of a hidden matrix turns all its directions alike; small transformers from scratch learn from fewer samples by it.
 
         M <- mu M + (1 - mu) G        W <- (1 - lr * decay) W - lr * 0.2 sqrt(max(rows, columns)) * orthogonal((1 - mu) G + mu M)
 
@@ -24,7 +24,7 @@ class Muon(Optimizer):
     a convolution are taken as the rows of one matrix. Parameter groups with `hidden` False (embeddings, output layers, vectors) are
     AdamW's; without such a key every parameter of two or more dimensions is hidden.
 
-    Matrices of one shape are orthogonalised together in float32, which is what makes it affordable on a CPU.
+    Matrices of one shape are orthogonalised together, in float32.
 
     >>> layer = torch.nn.Linear(8, 8)
     >>> optimizer = Muon(layer.parameters(), lr=0.01)
