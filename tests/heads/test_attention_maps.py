@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_contract import DIMS, FUSING, batch_of, make
+from small_heads import DIMS, FUSING, batch_of, make
 
 from fusion.heads import AdaptiveGraph, CrossAttention, attention_maps
 from fusion.heads.attention import Attention

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_contract import DIMS, batch_of, smudged
+from small_heads import DIMS, batch_of, smudged
 
 from fusion.cli.benchmark import benchmark
 from fusion.cli.benchmark_heads import peak_bytes, taking_turns
