@@ -21,7 +21,7 @@ from fusion.cli.tables import aligned
 from fusion.data import ImageTextData
 from fusion.data.ceilings import ceilings
 from fusion.data.checkpoint import newest_whole
-from fusion.errors import UserError
+from fusion.errors import LOST_RANK, UserError
 from fusion.training import Classification
 from fusion.training.checkpoints import BestAndLast
 from fusion.training.guards import Guard
@@ -35,18 +35,8 @@ from fusion.training.weights import load_weights
 def fit(arguments: Sequence[str]) -> int:
     """Run the command; gives the exit status."""
     quiet()
-    resumed = resumed_run(arguments)
-    if resumed is not None:
-        others = [word for is_value, word in words(arguments, "--resume") if not is_value]
-        arguments = ["--config", str(resumed / "recipe.yaml"), *others]
-    if not arguments:
-        raise UserError(
-            "say what to train: --recipe quickstart, or --recipe own --data.manifest=FILE.csv; fusion fit --help tells the options"
-        )
-    cli = FusionCLI(arguments)
+    cli, resumed = settled(arguments)
     recipe = cli.resolved()
-    if resumed is not None:
-        refuse_difference(recipe, (resumed / "recipe.yaml").read_text(encoding="utf-8"))
     seed_everything(cli.config.seed_everything, workers=True)
     checkpoint = BestAndLast(cli.config.checkpoint.every_updates, cli.config.checkpoint.every_minutes)
     folder = None
@@ -78,11 +68,29 @@ def fit(arguments: Sequence[str]) -> int:
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise
-        raise UserError(
-            f"rank {trainer.global_rank} lost another rank ({str(error).splitlines()[0]}). From its last checkpoint the run goes on by:\n"
-            f"  {command('fit')} --resume {run.folder}"
-        ) from error
+        print(
+            f"error: rank {trainer.global_rank} lost another rank ({str(error).splitlines()[0]}). From its last checkpoint the run goes on "
+            f"by:\n  {command('fit')} --resume {run.folder}",
+            file=sys.stderr,
+        )
+        return LOST_RANK
     return 0
+
+
+def settled(arguments: Sequence[str]) -> tuple[FusionCLI, Path | None]:
+    """The settings, and the run folder that they continue, if any. Raises UserError for what can't be meant."""
+    resumed = resumed_run(arguments)
+    if resumed is not None:
+        others = [word for is_value, word in words(arguments, "--resume") if not is_value]
+        arguments = ["--config", str(resumed / "recipe.yaml"), *others]
+    if not arguments:
+        raise UserError(
+            "say what to train: --recipe quickstart, or --recipe own --data.manifest=FILE.csv; fusion fit --help tells the options"
+        )
+    cli = FusionCLI(arguments)
+    if resumed is not None:
+        refuse_difference(cli.resolved(), (resumed / "recipe.yaml").read_text(encoding="utf-8"))
+    return cli, resumed
 
 
 def standing_callbacks(run: RunFolder, seed: int) -> list[Callback]:
@@ -183,9 +191,16 @@ def run_name(arguments: Sequence[str]) -> str:
     return next((Path(word).stem for is_value, word in words(arguments, "--recipe") if is_value), "fit")
 
 
+FIT_COMMAND = "FUSION_FIT_COMMAND"  # set by what starts fit in its own way, and is to be used again to go on
+
+
 def command(name: str) -> str:
     """How this program was called, for another of its commands."""
+    if name == "fit" and FIT_COMMAND in os.environ:
+        return os.environ[FIT_COMMAND]
     script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        return f"python -m fusion {name}"
     return f"python {shlex.quote(str(script.with_name(f'{name}.py')))}" if script.suffix == ".py" else f"fusion {name}"
 
 

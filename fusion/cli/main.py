@@ -12,6 +12,7 @@ COMMANDS = {
     "fit": "train a model by recipe, or continue a run",
     "evaluate": "score a run on any split or manifest, also by group",
     "predict": "write a run's predictions for a manifest",
+    "launch": "train by recipe on a Ray cluster",
     "schedule": "draw the learning rate over a recipe's updates, before training",
     "benchmark": "measure what the training loop costs",
 }
