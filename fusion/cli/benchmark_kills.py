@@ -1,5 +1,6 @@
 """fusion benchmark kills: a run killed at random moments and resumed each time ends where the run that nobody disturbed does."""
 
+import csv
 import os
 import random
 import shutil
@@ -43,7 +44,7 @@ def benchmark_kills(arguments: Sequence[str], kills: int, seed: int) -> int:
                 resumed_s.append(began)
             rows.append([str(number), "before it" if ended is None else f"{ended:.1f}", disturbed.position()])
         disturbed.to_its_end()
-        found = difference(disturbed.checkpoint(), whole.checkpoint())
+        found = difference(disturbed.checkpoint(), whole.checkpoint()) or difference_of_logs(disturbed.log(), whole.log())
         print(aligned(rows))
         print(
             f"\nwhole run: {whole_s:.1f} s, of them {began_s:.1f} until training begins; resumed, until it goes on: "
@@ -119,6 +120,11 @@ class Run:
         assert self.folder is not None
         return read_checkpoint(self.folder / "checkpoints" / "last.ckpt")
 
+    def log(self) -> list[dict[str, str]]:
+        assert self.folder is not None
+        with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
 
 def until_training(process: subprocess.Popen[str]) -> tuple[str, bool]:
     """What it prints until training begins; whether it did."""
@@ -134,6 +140,12 @@ def until_training(process: subprocess.Popen[str]) -> tuple[str, bool]:
 def difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
     """The first difference of two checkpoints, None if there is none."""
     return next((f"{part}: {found}" for part in PARTS if (found := unlike(a.get(part), b.get(part))) is not None), None)
+
+
+def difference_of_logs(a: list[dict[str, str]], b: list[dict[str, str]]) -> str | None:
+    """The same of two logs, whatever the order of their columns."""
+    rows = [[dict(sorted(row.items())) for row in log] for log in (a, b)]
+    return None if (found := unlike(*rows)) is None else f"metrics.csv, row {found}"
 
 
 def unlike(a: Any, b: Any) -> str | None:

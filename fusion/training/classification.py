@@ -58,12 +58,8 @@ class Classification(Task):
             alone = self.losses_alone(output.by_modality, batch.target, there)
             self.balance.observe(self, alone, true_class_scores(output.by_modality, batch.target, there))
             loss = self.balance.total(loss, alone)
-        self.note(loss, batch_idx)
         hits = (output.output.detach().argmax(dim=1) == batch.target).float().mean()
-        many = self.trainer.world_size > 1
-        self.log_dict(
-            {"train/loss": loss.detach(), "train/accuracy": hits}, on_step=True, on_epoch=True, batch_size=len(batch.target), sync_dist=many
-        )
+        self.note({"loss": loss, "accuracy": hits}, len(batch.target), batch_idx)
         return loss
 
     def losses_alone(self, by_modality: dict[str, Tensor], target: Tensor, there: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ class Guard(Callback):
         """Say what is not finite and where it began; raises UserError on every rank."""
         assert task.model is not None
         bad = [name for name, p in task.model.named_parameters() if p.grad is not None and not finite([p.grad])]
-        loss = float(torch.stack(task.losses).mean())
+        loss = float(task.update_means()["loss"])
         origin = next(filter(None, (first_not_finite(task, batch) for batch in self.batches)), "")
         ids = self.ids(trainer)
         found = {

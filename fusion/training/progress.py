@@ -8,6 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from fusion.training.task import Task
+
 
 class Progress(ProgressBar):
     """Loss, the last validation accuracy and samples a second; every epoch leaves one line."""
@@ -54,13 +56,15 @@ class Progress(ProgressBar):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        scores = {name: float(value) for name, value in trainer.callback_metrics.items()}  # on every rank: it may have to sum over them
+        assert isinstance(module, Task)
+        scores: dict[str, Any] = {f"train/{name}": mean for name, mean in module.epoch_means().items()}  # on every rank, over which it sums
+        scores |= trainer.callback_metrics
         if not self.enabled:
             return
-        parts = [f"{key} {scores[name]:.4f}" for key, name in SHOWN.items() if name in scores]
+        parts = [f"{key} {float(scores[name]):.4f}" for key, name in SHOWN.items() if name in scores]
         rate = self.samples / max(getattr(self, "training_s", time.monotonic() - self.began), 1e-9)
         epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         print(f"epoch {trainer.current_epoch + 1}{epochs}  " + "  ".join([*parts, f"{rate:,.0f} samples/s"]), flush=True)
 
 
-SHOWN = {"loss": "train/loss_epoch", "val loss": "val/loss", "val accuracy": "val/accuracy"}
+SHOWN = {"loss": "train/loss", "val loss": "val/loss", "val accuracy": "val/accuracy"}

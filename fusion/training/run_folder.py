@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from fusion.errors import UserError
 
@@ -29,6 +30,7 @@ class RunFolder(Callback):
 
     def __init__(self, folder: Path | None, recipe: str, checkpoint: ModelCheckpoint | None, *, log: bool = True) -> None:
         self.folder, self.recipe, self.checkpoint, self.log = folder, recipe, checkpoint, log
+        self.logged: dict[str, Any] = {"rows": 0, "waiting": {}}  # when the checkpoint was made that this run goes on from
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -37,9 +39,10 @@ class RunFolder(Callback):
         if self.checkpoint is not None:
             self.checkpoint.dirpath = str(self.folder / "checkpoints")
         if self.log:
-            self.earlier = earlier_metrics(self.folder, trainer.is_global_zero)
+            self.earlier: list[dict[str, str]] | None = earlier_metrics(self.folder, trainer.is_global_zero)
+            self.csv = CountingCSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=50)
             trainer.loggers = [
-                CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=50),
+                self.csv,
                 TensorBoardLogger(self.folder, name="", version="tensorboard"),
             ]
         if trainer.is_global_zero:
@@ -48,19 +51,50 @@ class RunFolder(Callback):
             trainer.datamodule.ledger.write(self.folder / "data_issues.csv")  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.go_on_with_the_log(trainer)
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.go_on_with_the_log(trainer)  # a run that was already at its end doesn't start
+
+    def go_on_with_the_log(self, trainer: Trainer) -> None:
         """A resumed run's metrics go on where its checkpoint stood; CSVLogger has deleted the file."""
-        if trainer.is_global_zero and self.log:
-            # The loggers' steps count skipped updates too, which global_step doesn't.
-            kept = [row for row in self.earlier if int(row["step"]) < trainer.fit_loop.epoch_loop._batches_that_stepped]
-            trainer.loggers[0].experiment.metrics[:0] = kept  # type: ignore[attr-defined]
-            trainer.loggers[0].save()
-            assert self.folder is not None
-            (self.folder / EARLIER).unlink(missing_ok=True)
+        if not (trainer.is_global_zero and self.log and self.earlier is not None):
+            return
+        kept = self.earlier[: self.logged["rows"]]
+        self.earlier = None
+        self.csv.experiment.metrics[:0] = kept
+        self.csv.rows = len(kept)
+        if self.logged["waiting"]:
+            trainer._logger_connector.log_metrics(self.logged["waiting"])
+        self.csv.save()
+        assert self.folder is not None
+        (self.folder / EARLIER).unlink(missing_ok=True)
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The metrics up to a checkpoint are on the disk before it is: a run killed later goes on with all of them."""
-        if trainer.is_global_zero and self.log and trainer.loggers:
-            trainer.loggers[0].save()
+        if not (trainer.is_global_zero and self.log and trainer.loggers):
+            return
+        self.csv.save()
+        loop = trainer.fit_loop.epoch_loop
+        seen: Any = loop.batch_progress.total
+        # Lightning logs an update after the hook in which it may be saved.
+        waits = seen.completed < seen.processed and trainer._logger_connector.should_update_logs
+        waiting = {name: float(value) for name, value in loop._results.metrics(on_step=True)["log"].items()} if waits else {}
+        checkpoint["logged"] = {"rows": self.csv.rows, "waiting": waiting}
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.logged = checkpoint.get("logged", self.logged)
+
+
+class CountingCSVLogger(CSVLogger):
+    """And how many rows it has written."""
+
+    rows = 0
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.rows += 1
+        super().log_metrics(metrics, step)
 
 
 EARLIER = "metrics-earlier.csv"

@@ -38,18 +38,20 @@ class Interrupted(Exception):
 class SaveInTime(Checkpoint):
     """Saves within epochs: when the checkpoint's schedule says so, and when a signal asks the run to end.
 
-    Ctrl-C (SIGINT), SIGTERM and SIGUSR1 (what SLURM sends before a job's time is up) end the run after the update at hand, with a
-    checkpoint; a second Ctrl-C ends it at once. After an epoch's last update it waits for the epoch's validation and its checkpoint, as
-    the uninterrupted run would make them.
+    Ctrl-C (SIGINT), SIGTERM and SIGUSR1 (what SLURM sends before a job's time is up) end the run after the update or the batch of
+    validation at hand, with a checkpoint; a second Ctrl-C ends it at once. A validation that was cut short is made anew when the run goes
+    on, one that follows an update at which a checkpoint is due comes after it.
 
-    All ranks agree after each update, over a channel between CPUs that waits for no GPU: saving is a collective, and a signal may reach
+    All ranks agree after each of these, over a channel between CPUs that waits for no GPU: saving is a collective, and a signal may reach
     one rank alone. (A Checkpoint, since Lightning calls those last: what it saves has what the other callbacks did after the update, such
     as averages of the weights.)
     """
 
     def __init__(self) -> None:
         self.asked = 0
-        self.stop_after_epoch = 0
+        self.due = False
+        self.cut_short = False
+        self.validation_to_come = False
         self.before: dict[signal.Signals, Any] = {}
         self.group: Any = None
         self.checkpoint: BestAndLast | None = None
@@ -80,24 +82,56 @@ class SaveInTime(Checkpoint):
         assert isinstance(module, Task)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:  # a checkpoint holds no half-accumulated gradients
             return
-        due = self.checkpoint is not None and self.checkpoint.due(module.updates)
-        self.asked, due = self.agreed(trainer, self.asked, due)
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self.stop_after_epoch = self.asked
+        self.agree(trainer, due=self.checkpoint is not None and self.checkpoint.due(module.updates))
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.is_last_batch or loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
+            return  # Lightning would leave out a validation that follows a checkpoint made here
+        if self.due or self.asked:
+            self.save(trainer)
+        self.leave_if_asked()
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.due:
+            self.save(trainer, validation_to_come=True)
+
+    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if (due or self.asked) and self.checkpoint is not None:
+        self.agree(trainer)
+        if self.asked and not trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch:
+            self.cut_short = True
+            raise StopIteration  # which ends the loop, so that what is undone after validation is: averaged weights go back
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.cut_short:  # before the scores are made, which would be of a part
+            self.save(trainer, validation_to_come=True)
+            self.leave_if_asked()
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.agree(trainer)
+        self.leave_if_asked()  # the epoch's checkpoint is there
+
+    def agree(self, trainer: Trainer, *, due: bool = False) -> None:
+        """On the strongest wish of any rank."""
+        self.due = due
+        if trainer.world_size > 1:
+            wishes = torch.tensor([self.asked, due])
+            dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.group)
+            self.asked, self.due = int(wishes[0]), bool(wishes[1])
+
+    def save(self, trainer: Trainer, *, validation_to_come: bool = False) -> None:
+        self.validation_to_come, self.due = validation_to_come, False
+        if self.checkpoint is not None:
             self.checkpoint.save_now(trainer)
+        self.validation_to_come = False
+
+    def leave_if_asked(self) -> None:
         if self.asked:
             raise Interrupted(self.asked)
 
-    def agreed(self, trainer: Trainer, asked: int, due: bool) -> tuple[int, bool]:
-        """The strongest wish of any rank."""
-        if trainer.world_size == 1:
-            return asked, due
-        wishes = torch.tensor([asked, due])
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.group)
-        return int(wishes[0]), bool(wishes[1])
-
-    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.stop_after_epoch:
-            raise Interrupted(self.stop_after_epoch)
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.validation_to_come:
+            # What Lightning takes for a run that stopped in its first batch of validation, to which it goes back.
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress = {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
+            checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = progress

@@ -6,6 +6,7 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import MixedPrecision
@@ -21,7 +22,7 @@ from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError, nearest
 from fusion.heads import CrossAttention, FusionHead, FusionOutput, Unimodal
 from fusion.model import FusionModel, check_part, factory_parts, head_class
-from fusion.training.balance import Balance
+from fusion.training.balance import Balance, summed
 from fusion.training.ddp import DDP
 from fusion.training.freezing import Freeze, Freezing, wrap_again
 from fusion.training.fsdp import FSDP, shard
@@ -31,7 +32,7 @@ from fusion.training.muon import Muon
 from fusion.training.precision import scaler_of
 from fusion.training.schedules import Constant, Schedule
 
-FORMAT = 2
+FORMAT = 3
 ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
 
 
@@ -97,7 +98,8 @@ class Task(LightningModule):
         if not 0 <= modality_dropout < 1:
             raise UserError(f"model.modality_dropout is {modality_dropout}; expected a probability, from 0 to below 1")
         self.modality_dropout, self.allow_unused = modality_dropout, allow_unused
-        self.losses: list[Tensor] = []
+        self.noted: list[dict[str, Tensor]] = []  # by accumulated batch of the update at hand
+        self.sums: dict[str, Tensor | float] = {"samples": 0}  # of the epoch, on this rank
         self.balance = balance
         if balance is not None:
             if len(self.modalities) < 2:
@@ -167,17 +169,42 @@ class Task(LightningModule):
         kept = drop_modalities(inputs, self.modality_dropout) if self.modality_dropout else None
         return self.model(inputs, kept), kept
 
-    def note(self, loss: Tensor, batch_idx: int) -> None:
-        """Remember the losses of the update at hand, one an accumulated batch."""
+    def note(self, figures: dict[str, Tensor], samples: int, batch_idx: int) -> None:
+        """Keep what a training batch gave: its mean loss, and other means, for the log of its update and of its epoch."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.losses.clear()
-        self.losses.append(loss.detach())
+            self.noted = []
+        self.noted.append({name: value.detach() for name, value in figures.items()})
+        self.sums["samples"] += samples
+        for name, value in self.noted[-1].items():
+            self.sums[name] = self.sums.get(name, 0) + value * samples
+
+    def update_means(self) -> dict[str, Tensor]:
+        """What the update at hand gave, on this rank."""
+        return {name: torch.stack([figures[name] for figures in self.noted]).mean() for name in self.noted[0]}
+
+    def epoch_sums(self) -> dict[str, float]:
+        """What the epoch gave so far, over all ranks. A collective: all ranks call it."""
+        if len(self.sums) == 1:
+            return {"samples": 0}
+        own = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in self.sums.values()]
+        return dict(zip(self.sums, summed(self, torch.stack(own)).tolist(), strict=True))
+
+    def epoch_means(self) -> dict[str, float]:
+        """Of the epoch so far, over all ranks and what a run that was resumed had seen before. A collective."""
+        sums = self.epoch_sums()
+        return {name: total / sums["samples"] for name, total in sums.items() if name != "samples"}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.balance is not None:
             self.log_dict({f"balance/{name}": value for name, value in self.balance.modulate(self).items()})
 
     def on_train_epoch_end(self) -> None:
+        means = {f"train/{name}_epoch": mean for name, mean in self.epoch_means().items()}
+        self.log_dict(means, logger=False)
+        # At once, since Lightning would do it after the epoch's checkpoint is made, which knows what was logged before.
+        for logger in self.loggers:
+            logger.log_metrics(means | {"epoch": self.current_epoch}, step=self.trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        self.sums = {"samples": 0}
         if self.balance is not None:
             self.balance.end_epoch(self)
         data: ImageTextData = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -247,6 +274,7 @@ class Task(LightningModule):
                 progress.completed -= 1
         if self.trainer._logger_connector.should_update_logs:  # a call of log costs a millisecond, reading a scale waits for the device
             self.log_dict({"train/lr": rate, **self.figures()})
+            self.log_dict({f"train/{name}_step": mean for name, mean in self.update_means().items()}, sync_dist=self.trainer.world_size > 1)
 
     def figures(self) -> dict[str, float]:
         """What else is logged of an update."""
@@ -278,6 +306,7 @@ class Task(LightningModule):
             "processor": self.processor.state(),
             "balance": self.balance.state_dict() if self.balance is not None else {},
             "compression": self.compression_state(),
+            "epoch_sums": self.epoch_sums(),
             "updates": self.updates,
             "skipped": self.skipped,
         }
@@ -288,6 +317,8 @@ class Task(LightningModule):
             raise UserError(f"the checkpoint has format {found}, this version of fusion {FORMAT}; --init_from takes its weights")
         self.updates = self.scheduled = checkpoint["fusion"]["updates"]
         self.skipped = checkpoint["fusion"]["skipped"]
+        sums = checkpoint["fusion"]["epoch_sums"]
+        self.sums = sums if self.trainer.global_rank == 0 else dict.fromkeys(sums, 0)
         if self.balance is not None:
             self.balance.load_state_dict(checkpoint["fusion"]["balance"])
         if isinstance(self.trainer.strategy, DDP):

@@ -123,15 +123,21 @@ def fit_command(tmp_path):
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Sends the process a Ctrl-C during the batch with this number in the run (from 1), once."""
+    """Sends the process a Ctrl-C during the batch with this number in the run (from 1), of training or of validation, once."""
 
-    def arrange(number):
+    def arrange(number, in_validation=False):
         class Stopping(SaveInTime):
             seen = 0
 
             def on_train_batch_start(self, trainer, module, batch, batch_idx):
-                self.seen += 1
-                if self.seen == number:
+                self.count(not in_validation)
+
+            def on_validation_batch_start(self, *_):
+                self.count(in_validation)
+
+            def count(self, counted):
+                self.seen += counted
+                if counted and self.seen == number:
                     signal.raise_signal(signal.SIGINT)
 
         monkeypatch.setattr(command, "SaveInTime", Stopping)
@@ -143,10 +149,10 @@ def stop_after(monkeypatch):
 def interrupted_and_whole(tiny, fit_here, stop_after, monkeypatch):
     """Two runs of the same recipe: one stopped after a batch, resumed; the other never stopped."""
 
-    def make(stop, *options):
+    def make(stop, *options, in_validation=False):
         recipe = tiny(dropout=0.4)
         whole = fit_here("--recipe", recipe, *options, runs="whole")
-        stop_after(stop)
+        stop_after(stop, in_validation)
         stopped = fit_here("--recipe", recipe, *options, runs="stopped")
         assert stopped.status == INTERRUPTED
         monkeypatch.setattr(command, "SaveInTime", SaveInTime)

@@ -20,7 +20,7 @@ from tiny_world import REPOSITORY, ROUNDING, TWO, Run, assert_same_end, furthest
 import fusion.cli.fit as command
 from fusion.cli.benchmark_kills import unlike
 from fusion.data.checkpoint import find_damage, newest_whole, read_checkpoint
-from fusion.errors import REQUEUE, UserError
+from fusion.errors import LOST_RANK, REQUEUE, UserError
 from fusion.training.checkpoints import AtomicCheckpointIO, BestAndLast
 from fusion.training.steps import SaveInTime
 from fusion.training.weights import load_weights
@@ -168,9 +168,8 @@ def test_a_run_killed_between_two_checkpoints_keeps_its_log(tiny, fit_here, monk
     monkeypatch.setattr(command, "SaveInTime", SaveInTime)
     folder = newest(tmp_path / "killed")
     resumed = Run(command.fit(["--resume", str(folder), "--checkpoint.every_updates=5"]), folder)
-    losses = whole.column("train/loss_step")
-    assert resumed.column("train/loss_step") == losses[:4] + losses[5:]  # Lightning logs a step after the hook that saves it
-    assert resumed.column("val/loss") == whole.column("val/loss")
+    for name in ("train/loss_step", "val/loss"):
+        assert resumed.column(name) == whole.column(name), name
 
 
 # Signals.
@@ -219,7 +218,7 @@ def assert_saved_and_told(process, out, err, folder):
     assert "Traceback" not in err
     updates, named = re.search(r"Interrupted after ([\d,]+) updates and saved. To go on:\n  python \S*fit\.py --resume (\S+)", out).groups()
     assert Path(named) == folder
-    assert Run(75, folder).checkpoint()["fusion"]["updates"] == int(updates.replace(",", "")) > 8
+    assert Run(75, folder).checkpoint()["fusion"]["updates"] == int(updates.replace(",", "")) >= 8
 
 
 @pytest.mark.slow
@@ -254,7 +253,7 @@ def test_a_dead_rank_ends_the_other_with_a_message_and_no_hang(tiny, tmp_path):
     sent = time.monotonic()
     _, err = ended(process)
     assert time.monotonic() - sent < 30
-    assert process.returncode != 0
+    assert process.returncode == LOST_RANK
     assert "rank 0 lost another rank" in err
     assert f"--resume {newest(tmp_path / 'runs')}" in err
 
@@ -271,7 +270,7 @@ def test_a_silent_rank_ends_the_other_after_the_timeout(tiny, tmp_path):
         os.kill(other, signal.SIGKILL)
     assert 5 < time.monotonic() - sent < 55
     _, err = ended(process)
-    assert process.returncode != 0
+    assert process.returncode == LOST_RANK
     assert "rank 0 lost another rank" in err
 
 

@@ -89,12 +89,51 @@ def test_resume_is_exact_with_workers_and_augmentation(interrupted_and_whole, fi
 def test_the_log_of_a_resumed_run_tells_the_whole_run(interrupted_and_whole, fit_here, stop):
     stopped, whole = interrupted_and_whole(stop)
     resumed = fit_here("--resume", stopped.folder)
-    for name in ("val/accuracy", "val/loss"):
+    for name in ("val/accuracy", "val/loss", "train/loss_step", "train/loss_epoch", "train/accuracy_epoch", "train/lr"):
         assert resumed.column(name) == whole.column(name), name
-    losses = whole.column("train/loss_step")
-    if stop % 8:  # Lightning logs a step after the hook in which the run was stopped: this one is missing
-        del losses[stop - 1]
-    assert resumed.column("train/loss_step") == losses
+
+
+TWICE = "--trainer.val_check_interval=0.5"
+EMA = ("--recipe", "engine/ema", "--trainer.callbacks.decay=0.8")
+
+
+@pytest.mark.parametrize(
+    ("stop", "updates", "options"),
+    [(2, 8, []), (6, 16, EMA), (2, 4, [TWICE]), pytest.param(9, 12, [TWICE, *EMA], marks=pytest.mark.slow)],
+)
+def test_a_validation_that_was_cut_short_is_made_anew(interrupted_and_whole, fit_here, stop, updates, options):
+    stopped, whole = interrupted_and_whole(stop, "--data.eval_batch_size=4", *options, in_validation=True)  # four batches
+    assert stopped.checkpoint()["fusion"]["updates"] == updates
+    before = len(stopped.column("val/accuracy"))
+    resumed = fit_here("--resume", stopped.folder)
+    assert before == updates // (4 if TWICE in options else 8) - 1
+    for name in ("val/accuracy", "val/loss", "train/loss_step", "train/loss_epoch"):
+        assert resumed.column(name) == whole.column(name), name
+    assert_same_end(resumed, whole)
+    for part in ("current_model_state", "averaging_state"):
+        assert unlike(resumed.checkpoint().get(part), whole.checkpoint().get(part)) is None
+
+
+@pytest.mark.parametrize("batch", [4, 8])
+def test_a_run_that_died_in_a_validation_after_which_a_checkpoint_was_due_makes_it_anew(tiny, fit_here, monkeypatch, tmp_path, batch):
+    recipe, options = tiny(dropout=0.4), ["--checkpoint.every_updates=4", TWICE, "--data.eval_batch_size=4"]
+    whole = fit_here("--recipe", recipe, *options, runs="whole")
+
+    class Dies(SaveInTime):
+        def on_validation_batch_start(self, trainer, module, *_):
+            if module.updates == batch:
+                raise RuntimeError("power cut")
+
+    monkeypatch.setattr(command, "SaveInTime", Dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit_here("--recipe", recipe, *options, runs="died")
+    monkeypatch.setattr(command, "SaveInTime", SaveInTime)
+    died = Run(1, newest(tmp_path / "died"))
+    assert died.checkpoint()["fusion"]["updates"] == batch
+    resumed = fit_here("--resume", died.folder)
+    for name in ("val/loss", "train/loss_step"):
+        assert resumed.column(name) == whole.column(name), name
+    assert_same_end(resumed, whole)
 
 
 def test_ctrl_c_in_the_very_last_update_lets_the_run_finish(tiny, fit_here, stop_after):
@@ -136,12 +175,16 @@ def test_a_folder_that_is_no_run_is_refused_with_what_it_lacks(stopped, missing)
         command.fit(["--resume", str(stopped)])
 
 
-def test_a_finished_run_resumes_to_its_own_result(tiny, fit_here):
+def test_a_finished_run_resumes_to_its_own_result_and_log(tiny, fit_here):
     run = fit_here("--recipe", tiny(), "--trainer.max_epochs=1")
+    columns = ("train/loss_step", "train/loss_epoch", "val/loss", "test/loss")
     before, result = run.checkpoint()["state_dict"], (run.folder / "results.json").read_text()
+    log = [run.column(name) for name in columns]
     again = fit_here("--resume", run.folder)
     assert unlike(again.checkpoint()["state_dict"], before) is None
     assert (again.folder / "results.json").read_text() == result
+    assert [again.column(name) for name in columns] == log
+    assert all(log)
 
 
 # The signal, to a real process.
