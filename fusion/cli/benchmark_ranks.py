@@ -1,0 +1,114 @@
+"""fusion benchmark ranks: the same recipe on one process and on several of one core each: speed, bytes, losses, scores."""
+
+import csv
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fusion.cli.parser import FusionCLI
+from fusion.cli.tables import aligned
+from fusion.errors import UserError
+
+ALONE = ["--trainer.devices=1", "--trainer.strategy=auto"]
+ONE, HALVES, APART = "one rank", "one rank, accumulation x 2", "runs of one rank at once"
+
+
+@dataclass
+class Measured:
+    """What the runs of one variant gave."""
+
+    rates: list[float] = field(default_factory=list)  # samples a second, of all its processes
+    losses: list[float] = field(default_factory=list)  # by update
+    by_epoch: list[float] = field(default_factory=list)
+    sent: float | None = None  # bytes a rank an update
+    accuracy: float | None = None
+
+
+def benchmark_ranks(arguments: Sequence[str], ranks: int, rounds: int, curves: Path | None) -> int:
+    """Run the command `fit` with these arguments on one process and on so many, with each compression that gloo has, and beside them as many
+    runs at once that share nothing, each with a rank's share of the batch; print how they compare. curves: a CSV file for all losses.
+    """
+    share, left = divmod(FusionCLI(arguments).config.data.batch_size, ranks)
+    if left:
+        raise UserError(f"data.batch_size is not a multiple of {ranks} ranks")
+    ddp = ["--recipe", "engine/ddp", f"--trainer.devices={ranks}"]
+    many = f"{ranks} ranks"
+    variants = {
+        ONE: ALONE,
+        HALVES: [*ALONE, "--trainer.accumulate_grad_batches=2"],
+        APART: [*ALONE, f"--data.batch_size={share}"],
+        many: ddp,
+        f"{many}, fp16": [*ddp, "--trainer.strategy.init_args.compress=fp16"],
+        f"{many}, sign": [*ddp, "--trainer.strategy.init_args.compress=sign"],
+    }
+    measured = {name: Measured() for name in variants}
+    for _ in range(rounds):
+        for name, options in variants.items():
+            measure([*arguments, *options], ranks if name == APART else 1, measured[name])
+    plain = measured[ONE]
+    rows = [["", "samples/s", "against one rank", "sent bytes", "accuracy", "largest difference of the loss"]]
+    for name, found in measured.items():
+        rate = statistics.median(found.rates)
+        times = f"{rate / statistics.median(plain.rates):.2f}"
+        if name == APART:
+            rows.append([name, f"{rate:,.0f}", times, "", "", ""])
+            continue
+        sent = "" if found.sent is None else f"{found.sent:,.0f}"
+        furthest = max(abs(a - b) for a, b in zip(found.losses, plain.losses, strict=True))
+        accuracy = "" if found.accuracy is None else f"{found.accuracy:.4f}"
+        rows.append([name, f"{rate:,.0f}", times, sent, accuracy, "" if name == ONE else f"{furthest:.1e}"])
+    print(f"{aligned(rows)}\n\nloss by epoch")
+    print(aligned([[name, *(f"{loss:.4f}" for loss in found.by_epoch)] for name, found in measured.items() if name != APART]))
+    efficiency = [both / apart for both, apart in zip(measured[many].rates, measured[APART].rates, strict=True)]
+    alone = statistics.median(measured[many].rates) / statistics.median(plain.rates) / ranks
+    print(
+        f"\nefficiency of {ranks} ranks of one core each: {statistics.median(efficiency):.3f} ({min(efficiency):.3f} to {max(efficiency):.3f}) "
+        f"of {ranks} runs at once that share nothing; {alone:.3f} of {ranks} times one rank that takes the whole batch"
+    )
+    if curves is not None:
+        named = {name: found.losses for name, found in measured.items() if name != APART}
+        with open(curves, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["update", *named])
+            writer.writerows([update, *losses] for update, losses in enumerate(zip(*named.values(), strict=True)))
+    return 0
+
+
+def measure(arguments: Sequence[str], at_once: int, into: Measured) -> None:
+    """Run fit so often at once, each process with one thread. Raises UserError where one fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "fusion", "fit", *arguments, "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"]
+        running = [
+            subprocess.Popen(
+                [*words, f"--runs={folder}/{number}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            )
+            for number in range(at_once)
+        ]
+        told = [process.communicate()[0] for process in running]
+        for process, text in zip(running, told, strict=True):
+            if process.returncode:
+                raise UserError(f"a run ended with status {process.returncode}: {text.strip().splitlines()[-1]}")
+        into.rates.append(sum(rate(text) for text in told))
+        run = next(Path(folder).glob("0/*/*"))
+        rows = list(csv.DictReader((run / "metrics.csv").read_text(encoding="utf-8").splitlines()))
+        into.losses, into.by_epoch, sent = (column(rows, f"train/{name}") for name in ("loss_step", "loss_epoch", "sent_bytes"))
+        into.sent = statistics.mean(sent) if sent else None
+        into.accuracy = json.loads((run / "results.json").read_text(encoding="utf-8"))["test"].get("accuracy")
+
+
+def rate(told: str) -> float:
+    """Samples a second in training, the median of the epochs but the first, which warms up."""
+    rates = [float(found.replace(",", "")) for found in re.findall(r"^epoch .* ([\d,]+) samples/s$", told, re.MULTILINE)]
+    return statistics.median(rates[1:] or rates)
+
+
+def column(rows: Sequence[dict[str, str]], name: str) -> list[float]:
+    return [float(row[name]) for row in rows if row.get(name)]
