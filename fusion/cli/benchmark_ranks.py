@@ -32,8 +32,8 @@ class Measured:
 
 
 def benchmark_ranks(arguments: Sequence[str], ranks: int, rounds: int, curves: Path | None) -> int:
-    """Run the command `fit` with these arguments on one process and on so many, with each compression that gloo has, and beside them as many
-    runs at once that share nothing, each with a rank's share of the batch; print how they compare. curves: a CSV file for all losses.
+    """Run `fit` with these arguments on one process, on so many with each compression that gloo has, and as so many at once that share
+    nothing, each with a rank's share of the batch; print how they compare. curves: a CSV file for all losses.
     """
     share, left = divmod(FusionCLI(arguments).config.data.batch_size, ranks)
     if left:
@@ -69,8 +69,8 @@ def benchmark_ranks(arguments: Sequence[str], ranks: int, rounds: int, curves: P
     efficiency = [both / apart for both, apart in zip(measured[many].rates, measured[APART].rates, strict=True)]
     alone = statistics.median(measured[many].rates) / statistics.median(plain.rates) / ranks
     print(
-        f"\nefficiency of {ranks} ranks of one core each: {statistics.median(efficiency):.3f} ({min(efficiency):.3f} to {max(efficiency):.3f}) "
-        f"of {ranks} runs at once that share nothing; {alone:.3f} of {ranks} times one rank that takes the whole batch"
+        f"\nefficiency of {ranks} ranks of one core each: {statistics.median(efficiency):.3f} of {ranks} runs at once that share nothing "
+        f"({min(efficiency):.3f} to {max(efficiency):.3f}); {alone:.3f} of {ranks} times one rank that takes the whole batch"
     )
     if curves is not None:
         named = {name: found.losses for name, found in measured.items() if name != APART}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -38,6 +39,7 @@ def fit(arguments: Sequence[str]) -> int:
     cli, resumed = settled(arguments)
     recipe = cli.resolved()
     seed_everything(cli.config.seed_everything, workers=True)
+    torch.set_float32_matmul_precision(cli.config.float32_matmul_precision)
     checkpoint = BestAndLast(cli.config.checkpoint.every_updates, cli.config.checkpoint.every_minutes)
     folder = None
     if is_rank_zero():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
@@ -60,6 +60,12 @@ class FusionCLI(LightningCLI):
         )
         parser.add_argument("--checkpoint.every_updates", type=int | None, help="Also save last.ckpt after so many updates.")
         parser.add_argument("--checkpoint.every_minutes", type=float | None, help="Also save last.ckpt after so many minutes.")
+        parser.add_argument(
+            "--float32_matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="Of float32 products on GPUs, as torch.set_float32_matmul_precision: high is tf32, faster and of fewer digits.",
+        )
         parser.add_argument("--runs", type=str, default="runs", help="Folder under which run folders are made.")
         parser.link_arguments("seed_everything", "data.init_args.seed" if self.subclass_mode_data else "data.seed")
 

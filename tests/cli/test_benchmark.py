@@ -1,7 +1,10 @@
-"""fusion benchmark overhead runs as its usage says."""
+"""fusion benchmark runs as its usage says."""
 
+import csv
 import re
+from pathlib import Path
 
+import pytest
 from small_runs import TINY, Run
 
 
@@ -12,3 +15,17 @@ def test_the_overhead_of_the_fit_loop_is_measured_against_two_bare_loops(command
     for loop in ("the whole fit loop", "bare loop, same loader", "bare loop, batches in memory"):
         assert re.search(rf"^{loop} +[1-9][\d,]*", done.stdout, re.MULTILINE), done.stdout
     assert len(re.findall(r"[\d.]+  \([\d.]+ to [\d.]+\)", done.stdout)) == 2
+
+
+@pytest.mark.slow
+def test_one_process_and_several_are_measured_beside_each_other(command: Run, tmp_path: Path) -> None:
+    done = command("benchmark", "ranks", f"--csv={tmp_path / 'curves.csv'}", *TINY, "--trainer.limit_train_batches=4")
+    assert done.returncode == 0, done.stderr
+    sent = {name: re.search(rf"^{name} +[\d,]+ +[\d.]+ +([\d,]+)", done.stdout, re.MULTILINE) for name in ("2 ranks", "2 ranks, sign")}
+    numbers = {name: int(found.group(1).replace(",", "")) for name, found in sent.items() if found}
+    assert numbers["2 ranks"] > 25 * numbers["2 ranks, sign"] > 0
+    assert re.search(r"efficiency of 2 ranks of one core each: [\d.]+ of 2 runs", done.stdout)
+    with open(tmp_path / "curves.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    assert all(float(loss) > 0 for row in rows for loss in row.values() if loss != row["update"])

@@ -174,3 +174,12 @@ def test_gradients_are_clipped_after_they_are_unscaled(parts, how, measure):
         trainer.fit(model, datamodule=data)
         moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before) / 0.05
         assert float(measure(moved)) == pytest.approx(0.01, rel=0.01)
+
+
+def test_tf32_is_chosen_in_the_recipe(tiny, fit_here):
+    assert torch.get_float32_matmul_precision() == "highest"
+    try:
+        fit_here("--recipe", tiny(), "--trainer.max_steps=1", "--float32_matmul_precision=high")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
