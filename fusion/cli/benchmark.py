@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from fusion.cli.benchmark_heads import benchmark_heads, curve
 from fusion.cli.benchmark_kills import benchmark_kills
+from fusion.cli.benchmark_memory import benchmark_memory
 from fusion.cli.benchmark_ranks import benchmark_ranks
 from fusion.cli.fit import quiet, standing_callbacks
 from fusion.cli.options import Options
@@ -26,7 +27,7 @@ from fusion.heads import available
 from fusion.training import Classification
 from fusion.training.run_folder import RunFolder
 
-BENCHMARKS = ("overhead", "heads", "kills", "ranks")
+BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory")
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -38,14 +39,16 @@ def benchmark(arguments: Sequence[str]) -> int:
             "       fusion benchmark heads [--heads PATTERN] [--rounds N] [--batch N] [--text N] [--image N] [--width N]\n"
             "                              [--options JSON] [--curve]\n"
             "       fusion benchmark kills [--kills N] [--seed N] --recipe NAME [any option of fit]\n"
-            "       fusion benchmark ranks [--ranks N] [--rounds N] [--csv FILE] --recipe NAME [any option of fit]\n\n"
+            "       fusion benchmark ranks [--ranks N] [--rounds N] [--csv FILE] --recipe NAME [any option of fit]\n"
+            "       fusion benchmark memory [--rounds N] --recipe NAME [any option of fit]\n\n"
             "overhead: samples per second of the whole fit loop, of a bare PyTorch loop fed by the same loader, and of a bare loop\n"
             "over batches that already sit in memory; same model, same optimiser, taken in turns in one process.\n"
             "heads: parameters, time and peak memory of each head, beside the plainest PyTorch of its formula, taken in turns;\n"
             "with --curve, how time and memory grow from 512 to 8,192 text tokens; --options: of the heads, as JSON.\n"
             "kills: a run killed (SIGKILL) at random moments and resumed each time, compared with one that nobody disturbed.\n"
             "ranks: one process, accumulation, and several processes of one core each with every compression: speed, bytes sent, losses\n"
-            "and scores beside each other; --csv: the loss of every update."
+            "and scores beside each other; --csv: the loss of every update.\n"
+            "memory: peak memory and time of a training batch, the activations of each part kept or computed again."
         )
         return 0
     if words[0] not in BENCHMARKS:
@@ -58,6 +61,11 @@ def benchmark(arguments: Sequence[str]) -> int:
         options.add_argument("--seed", type=int, default=0)
         asked, rest = options.parse_known_args(words[1:])
         return benchmark_kills(rest, asked.kills, asked.seed)
+    if words[0] == "memory":
+        options = Options("fusion benchmark memory", "")
+        options.add_argument("--rounds", type=int, default=5)
+        asked, rest = options.parse_known_args(words[1:])
+        return benchmark_memory(rest, asked.rounds)
     if words[0] == "ranks":
         options = Options("fusion benchmark ranks", "")
         options.add_argument("--ranks", type=int, default=2)

@@ -17,6 +17,14 @@ def test_the_overhead_of_the_fit_loop_is_measured_against_two_bare_loops(command
     assert len(re.findall(r"[\d.]+  \([\d.]+ to [\d.]+\)", done.stdout)) == 2
 
 
+def test_memory_is_measured_with_activations_kept_and_computed_again(command: Run) -> None:
+    done = command("benchmark", "memory", "--rounds=1", *TINY)
+    assert done.returncode == 0, done.stderr
+    peaks = {name: float(mib) for name, mib in re.findall(r"^(\S.*\S) +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+$", done.stdout, re.MULTILINE)}
+    assert list(peaks) == ["all kept", *(f"{part} computed again" for part in ("image", "text", "head", "all"))]
+    assert 0 < peaks["all computed again"] < peaks["all kept"]
+
+
 @pytest.mark.slow
 def test_one_process_and_several_are_measured_beside_each_other(command: Run, tmp_path: Path) -> None:
     done = command("benchmark", "ranks", f"--csv={tmp_path / 'curves.csv'}", *TINY, "--trainer.limit_train_batches=4")
