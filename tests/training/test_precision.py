@@ -107,10 +107,11 @@ def test_the_scale_grows_after_the_interval_without_overflow(parts):
     assert watch.scales == [1024, 1024, 4096, 4096, 4096, 16384, 16384]
 
 
-def test_fp16_learns_what_float32_learns(parts):
+@pytest.mark.parametrize("options", [FP16, ["--trainer.precision=bf16-mixed"]], ids=["fp16", "bf16"])
+def test_half_precision_learns_what_float32_learns(parts, options):
     losses = []
-    for options in ([], FP16):
-        model, data, trainer = parts(*options, *SEVEN)
+    for precision in ([], options):
+        model, data, trainer = parts(*precision, *SEVEN)
         trainer.fit(model, datamodule=data)
         losses.append(float(trainer.callback_metrics["train/loss_epoch"]))
     assert losses[0] != losses[1]
