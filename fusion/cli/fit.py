@@ -16,13 +16,14 @@ import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fusion.cli.parser import FusionCLI, words
 from fusion.cli.tables import aligned
 from fusion.data import ImageTextData
 from fusion.data.ceilings import ceilings
 from fusion.data.checkpoint import newest_whole
-from fusion.errors import LOST_RANK, UserError
+from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
 from fusion.training import Classification
 from fusion.training.checkpoints import BestAndLast
 from fusion.training.guards import Guard
@@ -67,6 +68,9 @@ def fit(arguments: Sequence[str]) -> int:
     except Interrupted as stopped:
         tell(f"\nInterrupted after {model.updates:,} updates and saved. To go on:\n  {command('fit')} --resume {run.folder}")
         return stopped.status
+    except SystemExit as stopped:  # how Lightning ends at a signal that comes outside training, as while the best checkpoint is scored
+        tell(f"\nInterrupted. From its last checkpoint the run goes on by:\n  {command('fit')} --resume {run.folder}")
+        return REQUEUE if isinstance(stopped, SIGTERMException) else INTERRUPTED
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise

@@ -52,7 +52,7 @@ def launch(arguments: Sequence[str]) -> int:
     job = Job(
         new=["--trainer.strategy.class_path=fusion.training.DDP", *fit_words],  # first, so that a recipe may bring another
         more=[word for is_value, word in words(fit_words, "--resume") if resumed and not is_value],
-        accelerator="cpu" if cli.config.trainer.accelerator == "cpu" else "gpu",
+        accelerator=cli.config.trainer.accelerator,
         runs=str(Path(cli.config.runs).absolute() / name),
         resume=str(resumed.absolute()) if resumed else None,
         folder=os.getcwd(),
@@ -66,6 +66,7 @@ def on_ray(job: Job, asked: Any) -> int:
         import ray
         from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     except ImportError as error:
         raise UserError(f"fusion launch --engine ray needs Ray ({error}). Install it with: pip install 'fusion[ray]'") from error
 
@@ -75,13 +76,16 @@ def on_ray(job: Job, asked: Any) -> int:
         where = asked.address or os.environ.get("RAY_ADDRESS") or "here"
         raise UserError(f"fusion launch: no Ray cluster at {where} ({first_line(error)})") from error
     try:
-        there = ray.cluster_resources()
-        gpus = int(there.get("GPU", 0)) if job.accelerator == "gpu" else 0
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = 0 if job.accelerator == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
         workers = asked.workers or gpus
-        refuse_what_does_not_fit(workers, asked.cpus, gpus, int(there.get("CPU", 0)))
+        refuse_what_does_not_fit(job.accelerator, workers, asked.cpus, gpus, nodes)
         job.accelerator = "gpu" if gpus else "cpu"
-        job.environment[FIT_COMMAND] = f"{command('launch')} --engine ray --workers {workers}"
-        job.line = ray.remote(num_cpus=0)(Line).remote()
+        address = f" --address {asked.address}" if asked.address else ""
+        how = f"--engine ray --workers {workers} --cpus {asked.cpus} --restarts {asked.restarts}{address}"
+        job.environment[FIT_COMMAND] = f"{command('launch')} {how}"
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # which lives as long as the command
+        job.line = ray.remote(num_cpus=0)(Line).options(scheduling_strategy=here).remote()
         trainer = DataParallelTrainer(
             work,
             train_loop_config={"job": job},
@@ -98,20 +102,24 @@ def on_ray(job: Job, asked: Any) -> int:
         except TrainingFailedError as error:
             run = job.resume or last_run(job.runs)
             onward = f" From its last checkpoint the run goes on by:\n  {job.environment[FIT_COMMAND]} --resume {run}" if run else ""
-            print(f"error: failed {asked.restarts + 1} times; the last time: {first_line(error)}.{onward}", file=sys.stderr)
+            print(f"error: the workers failed, after up to {asked.restarts} restarts: {first_line(error)}.{onward}", file=sys.stderr)
             return 1
     finally:
         ray.shutdown()
 
 
-def refuse_what_does_not_fit(workers: int, cpus: int, gpus: int, all_cpus: int) -> None:
+def refuse_what_does_not_fit(accelerator: str, workers: int, cpus: int, gpus: int, nodes: Sequence[Any]) -> None:
     """For which Ray would wait for ever."""
+    if accelerator in ("gpu", "cuda") and not gpus:
+        raise UserError(f"fusion launch: the recipe asks for trainer.accelerator={accelerator}, but the cluster has no GPU")
     if not workers:
-        raise UserError("fusion launch: the cluster has no GPU; say with --workers=N how many workers are to train on its CPUs")
+        raise UserError("fusion launch: say with --workers=N how many workers are to train on the cluster's CPUs")
     if gpus and workers > gpus:
         raise UserError(f"fusion launch: --workers={workers}, but the cluster has {gpus} GPUs; to train on CPUs: --trainer.accelerator=cpu")
-    if workers * cpus > all_cpus:
-        raise UserError(f"fusion launch: {workers} workers of {cpus} CPUs each, but the cluster has {all_cpus} in all")
+    room = sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if gpus else workers)) for node in nodes)
+    if workers > room:
+        has = ", ".join(f"{node.get('CPU', 0):.0f}" for node in nodes)
+        raise UserError(f"fusion launch: {workers} workers of {cpus} CPUs each, but the cluster has room for {room} (CPUs there: {has})")
 
 
 def waited_for(trainer: Any, line: Any) -> int:

@@ -1,6 +1,7 @@
 """What runs in each worker of a Ray cluster: fit, as a process of its own. Light, since all of Ray's processes import it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,11 +28,11 @@ class Job:
 
 
 class Line:
-    """Between the command and the workers: what they print one way, signals the other."""
+    """Between the command and the workers: what they print one way, signals the other. And between the workers: that one gave up."""
 
     def __init__(self) -> None:
         self.said: list[tuple[int, str]] = []
-        self.asked = 0
+        self.asked = self.mistake = 0
 
     def say(self, rank: int, text: str) -> None:
         self.said.append((rank, text))
@@ -41,8 +42,13 @@ class Line:
         said, self.said, self.asked = self.said, [], asked
         return said
 
-    def signal(self) -> int:
-        return self.asked
+    def give_up(self, status: int) -> None:
+        """Because of a mistake, which may be that of one machine alone."""
+        self.mistake = status
+
+    def wishes(self) -> tuple[int, int]:
+        """The signal that was sent to the command, and the status of a worker that gave up; 0 if none."""
+        return self.asked, self.mistake
 
 
 def work(config: dict[str, Job]) -> int:
@@ -54,6 +60,9 @@ def work(config: dict[str, Job]) -> int:
     from ray.train.collective import broadcast_from_rank_zero
 
     job, context = config["job"], get_context()
+    asked, _ = ray.get(job.line.wishes.remote())
+    if asked:
+        return status_of(asked)
     rank, world = context.get_world_rank(), context.get_world_size()
     mine = (ray.util.get_node_ip_address(), free_port(), job.resume or last_run(job.runs)) if rank == 0 else None
     address, port, run = broadcast_from_rank_zero(mine)
@@ -72,20 +81,34 @@ def work(config: dict[str, Job]) -> int:
     )
     reader = threading.Thread(target=lambda: [job.line.say.remote(rank, text.rstrip("\n")) for text in process.stdout or ()])
     reader.start()
-    stopping = 0
+    passed_on = 0
     while reader.is_alive():
         reader.join(1)
-        if not stopping and (stopping := ray.get(job.line.signal.remote())):
-            process.send_signal(stopping)
+        asked, mistake = ray.get(job.line.wishes.remote())
+        if mistake:
+            process.kill()
+            return mistake
+        if asked and not passed_on:
+            process.send_signal(asked)
+            passed_on = asked
     status = process.wait()
-    if status in (0, USER_MISTAKE) or (stopping and status in (REQUEUE, INTERRUPTED)):
+    if status == USER_MISTAKE:
+        ray.get(job.line.give_up.remote(status))
+    if status in (0, USER_MISTAKE):
         return status
+    if passed_on:
+        return status_of(passed_on)
     raise RuntimeError(f"rank {rank} ended with status {status}")
 
 
-# `fusion fit`, which the death of its worker ends as well (on Linux, where a process can ask for that).
+def status_of(number: int) -> int:
+    return INTERRUPTED if number == signal.SIGINT else REQUEUE
+
+
+# `fusion fit`, which the death of its worker ends as well (on Linux, where a process can ask for that). Ray blocks Ctrl-C in all it starts.
 CHILD = """
 import ctypes, os, signal, sys
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 os.execv(sys.executable, [sys.executable, "-m", "fusion", "fit", *sys.argv[1:]])
@@ -94,7 +117,7 @@ os.execv(sys.executable, [sys.executable, "-m", "fusion", "fit", *sys.argv[1:]])
 
 def last_run(runs: str) -> str | None:
     """The run under this folder that has a checkpoint to go on from."""
-    return max((str(found.parent.parent) for found in Path(runs).glob("*/*/checkpoints/last.ckpt")), default=None)
+    return max((str(found.parent.parent) for found in Path(runs).glob("*/*/checkpoints/*.ckpt")), default=None)
 
 
 def free_port() -> int:

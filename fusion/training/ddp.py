@@ -1,5 +1,6 @@
 """Distributed data parallel whose gradients may be compressed on their way between the ranks, and whose bytes are counted."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -126,16 +127,18 @@ def exchange(strategy: DDP, bucket: dist.GradBucket) -> torch.futures.Future[Ten
 
 
 class SignCompression:
-    """One bit a value, and one number a parameter: the sign of the gradient and its mean size, with error feedback.
+    """One bit a value, and one byte a row and a column: the sign of the gradient and its factored size, with error feedback.
 
-        p = g + e        sent: sign(p), mean |p|        e <- p - mean |p| sign(p)        gradient = mean over the ranks of mean |p| sign(p)
+        p = g + e        sent: sign(p), r, c        q = r c' * sign(p)        e <- p - q        gradient = mean over the ranks of q
 
-    What a rank could not say in one bit, e, it says with its next gradient. Both are kept in units of the loss, whatever the gradient
-    scaler's scale; of an update that is skipped nothing was said. Values that are not finite make all ranks' gradients NaN, so that all
-    see them, and leave e as it was.
+    r and c are the mean sizes of the rows and the columns of |p|, scaled so that r c' is as near to |p| as can be; a vector has one number.
+    What a rank could not say so, e, it says with its next gradient. (With one size for a whole matrix e is twice as large; optimisers that
+    turn all directions alike, such as Muon, make much of it.) Both are kept in units of the loss, whatever the gradient scaler's scale; of
+    an update that is skipped nothing was said. Values that are not finite make all ranks' gradients NaN, so that all see them, and leave e
+    as it was.
 
     Source: Karimireddy et al. (2019), "Error Feedback Fixes SignSGD and other Gradient Compression Schemes"; Seide et al. (2014),
-    "1-Bit Stochastic Gradient Descent".
+    "1-Bit Stochastic Gradient Descent"; factored sizes: Shazeer and Stern (2018), "Adafactor".
     """
 
     def __init__(self) -> None:
@@ -152,37 +155,76 @@ class SignCompression:
     def exchange(self, strategy: DDP, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
         parameters, gradients = bucket.parameters(), bucket.gradients()
-        signs, sizes = [], []
+        signs, sizes, tops = [], [], []
         for p, gradient in zip(parameters, gradients, strict=True):
             said = gradient.float() / self.scale
             if p in self.residual:
                 said = said + self.residual[p]
-            size = said.abs().mean()
-            positive = said >= 0
-            left = said - torch.where(positive, size, -size)
-            self.next[p] = torch.where(size.isfinite(), left, self.residual.get(p, torch.zeros_like(said)))
-            signs.append(positive.flatten())
+            positive = said.flatten() >= 0
+            size, top = factored(said)
+            left = said - spoken(positive, size, top, said.shape)
+            self.next[p] = torch.where(top.isfinite(), left, self.residual.get(p, torch.zeros_like(said)))
+            signs.append(positive)
             sizes.append(size)
-        message = torch.cat([packed(torch.cat(signs)), torch.stack(sizes).view(torch.uint8)])
+            tops.append(top)
+        counts, lengths = [len(s) for s in signs], [len(s) for s in sizes]
+        message = torch.cat([packed(torch.cat(signs)), torch.cat(sizes).view(torch.uint8), torch.stack(tops).view(torch.uint8)])
         strategy.sent += message.nbytes
+        parts = [len(message) - sum(lengths) - 4 * len(tops), sum(lengths), 4 * len(tops)]
         world = strategy.world_size
-        heard = [torch.empty_like(message) for _ in range(world)]
-        work = dist.all_gather(heard, message, async_op=True)
-        counts = [gradient.numel() for gradient in gradients]
-        repeats = torch.tensor(counts, device=buffer.device)
+        everywhere = [torch.empty_like(message) for _ in range(world)]
+        work = dist.all_gather(everywhere, message, async_op=True)
 
         def mean(_: Any) -> Tensor:
-            total = torch.zeros(sum(counts), device=buffer.device)
-            for one in heard:
-                bits, numbers = one[: -4 * len(counts)], one[-4 * len(counts) :].clone().view(torch.float32)
-                size = numbers.repeat_interleave(repeats, output_size=len(total))
-                total += torch.where(unpacked(bits, len(total)), size, -size)
-            # DDP lays a bucket's gradients out one after the other, as `gradients` are.
-            for gradient, part in zip(gradients, total.split(counts), strict=True):
-                gradient.copy_((part * (self.scale / world)).view_as(gradient))
+            total = [torch.zeros(gradient.shape, device=buffer.device) for gradient in gradients]
+            for one in everywhere:
+                bits, size, top = one.split(parts)
+                heard = zip(
+                    total,
+                    unpacked(bits, sum(counts)).split(counts),
+                    size.view(torch.float8_e4m3fn).split(lengths),
+                    top.clone().view(torch.float32),  # cloned, since it may begin anywhere
+                    strict=True,
+                )
+                for whole, own, factors, largest in heard:
+                    whole += spoken(own, factors, largest, whole.shape)
+            for gradient, whole in zip(gradients, total, strict=True):
+                gradient.copy_(whole * (self.scale / world))
             return buffer
 
         return work.get_future().then(mean)
+
+
+def factored(p: Tensor) -> tuple[Tensor, Tensor]:
+    """(R + C,) float8, how large the rows and the columns of |p| are beside each other, and the number that brings their products nearest
+    to |p|. Of a vector, which has no rows: none, and its mean size.
+
+    >>> factors, top = factored(torch.tensor([[1.0, -2.0], [-2.0, 4.0]]))
+    >>> spoken(torch.tensor([True, False, False, True]), factors, top, (2, 2))
+    tensor([[ 1., -2.],
+            [-2.,  4.]])
+    """
+    if p.dim() < 2:
+        return torch.empty(0, dtype=torch.float8_e4m3fn, device=p.device), p.abs().mean()
+    sizes = p.flatten(1).abs()
+    factors = torch.cat([most_is_one(sizes.mean(dim=1)), most_is_one(sizes.mean(dim=0))]).to(torch.float8_e4m3fn)
+    products = outer(factors, len(p))
+    return factors, (sizes * products).sum() / products.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def most_is_one(sizes: Tensor) -> Tensor:
+    return sizes / sizes.max().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def outer(factors: Tensor, rows: int) -> Tensor:
+    """(R, C): the products of the factors of rows and columns."""
+    return factors[:rows].float()[:, None] * factors[rows:].float()
+
+
+def spoken(positive: Tensor, factors: Tensor, top: Tensor, shape: Sequence[int]) -> Tensor:
+    """What others hear: each value's sign (n,), times its size."""
+    sizes = outer(factors, shape[0]).flatten() * top if len(factors) else top
+    return torch.where(positive, sizes, -sizes).view(shape)
 
 
 BITS = (1, 2, 4, 8, 16, 32, 64, 128)

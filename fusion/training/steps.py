@@ -52,6 +52,7 @@ class SaveInTime(Checkpoint):
         self.due = False
         self.cut_short = False
         self.validation_to_come = False
+        self.epoch_saved = False
         self.before: dict[signal.Signals, Any] = {}
         self.group: Any = None
         self.checkpoint: BestAndLast | None = None
@@ -83,19 +84,18 @@ class SaveInTime(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:  # a checkpoint holds no half-accumulated gradients
             return
         self.agree(trainer, due=self.checkpoint is not None and self.checkpoint.due(module.updates))
-        loop = trainer.fit_loop.epoch_loop
-        if loop.batch_progress.is_last_batch or loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or validation_follows(trainer) or over(trainer):
             return  # Lightning would leave out a validation that follows a checkpoint made here
         if self.due or self.asked:
             self.save(trainer)
         self.leave_if_asked()
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.due:
+        if self.due and may_be_made_anew(trainer):
             self.save(trainer, validation_to_come=True)
 
     def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if not may_be_made_anew(trainer):
             return
         self.agree(trainer)
         if self.asked and not trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch:
@@ -107,9 +107,13 @@ class SaveInTime(Checkpoint):
             self.save(trainer, validation_to_come=True)
             self.leave_if_asked()
 
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.epoch_saved = True
+
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.agree(trainer)
-        self.leave_if_asked()  # the epoch's checkpoint is there
+        if self.epoch_saved:
+            self.leave_if_asked()
 
     def agree(self, trainer: Trainer, *, due: bool = False) -> None:
         """On the strongest wish of any rank."""
@@ -135,3 +139,23 @@ class SaveInTime(Checkpoint):
             begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
             progress = {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
             checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = progress
+
+
+def over(trainer: Trainer) -> bool:
+    """Whether max_steps are done. Such a run is let finish: Lightning would not go back into the epoch of a checkpoint made of it."""
+    return 0 < trainer.max_steps <= trainer.global_step
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether the batch at hand is followed by validation; by a clock (val_check_interval as a time), on which ranks need not agree, no."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer._val_check_time_interval is not None or loop.val_loop.skip:  # type: ignore[attr-defined]
+        return False
+    return loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def may_be_made_anew(trainer: Trainer) -> bool:
+    """Whether a run could go on from the start of the validation at hand: not within an update's accumulated batches."""
+    if trainer.state.fn != "fit" or trainer.sanity_checking or trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
+        return False
+    return not over(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate()

@@ -173,7 +173,7 @@ class Task(LightningModule):
         """Keep what a training batch gave: its mean loss, and other means, for the log of its update and of its epoch."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.noted = []
-        self.noted.append({name: value.detach() for name, value in figures.items()})
+        self.noted.append({name: value.detach().float() for name, value in figures.items()})
         self.sums["samples"] += samples
         for name, value in self.noted[-1].items():
             self.sums[name] = self.sums.get(name, 0) + value * samples

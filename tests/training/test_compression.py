@@ -4,6 +4,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_world import REPOSITORY, ROUNDING, TWO, furthest, furthest_weights
 
-from fusion.training.ddp import SignCompression, packed, unpacked
+from fusion.training.ddp import SignCompression, factored, packed, spoken, unpacked
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=50))
@@ -68,7 +69,7 @@ def test_what_is_said_and_what_is_left_add_up_to_the_gradients(alone):
     for _ in range(20):
         gradients = [torch.randn(shape) for shape in SHAPES]
         out = said(compression, alone, parameters, gradients)
-        assert all(len(o.abs().unique()) == 1 for o in out)  # one size a parameter
+        assert all(len(o.abs().unique()) == 1 for o in out[1:])  # one size a vector
         true = [t + g for t, g in zip(true, gradients, strict=True)]
         heard = [h + o for h, o in zip(heard, out, strict=True)]
     for t, h, p in zip(true, heard, parameters, strict=True):
@@ -80,6 +81,27 @@ def test_the_size_is_the_mean_size_of_what_is_said(alone):
     (out,) = said(SignCompression(), alone, [p], [torch.tensor([1.0, -2.0, 3.0, -4.0])])
     assert out.tolist() == [2.5, -2.5, 2.5, -2.5]
     assert alone.sent == 1 + 4
+
+
+def test_a_matrix_is_said_by_sizes_of_its_rows_and_columns(alone):
+    """Nearer to it than one size could be; exactly where its sizes are such products. Summed in float64."""
+    rng = np.random.default_rng(0)
+    spread = rng.lognormal(size=(20, 1)) * rng.lognormal(size=(1, 30)) * rng.standard_normal((20, 30))
+    p = torch.nn.Parameter(torch.zeros(20, 30))
+    (out,) = said(SignCompression(), alone, [p], [torch.from_numpy(spread).float()])
+    assert alone.sent == 75 + 20 + 30 + 4
+    sizes = np.abs(spread)
+    products = np.outer(sizes.mean(axis=1), sizes.mean(axis=0))
+    expected = np.sign(spread) * products * (sizes * products).sum() / (products**2).sum()
+    assert np.abs(out.numpy() - expected).max() < 0.13 * np.abs(expected).max()  # two float8 of 3 bits each
+    assert np.square(spread - out.numpy()).sum() < 0.7 * np.square(spread - np.sign(spread) * sizes.mean()).sum()
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6))
+def test_what_is_left_is_never_more_than_what_was_to_be_said(rows, columns, seed):
+    p = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) ** 5
+    factors, top = factored(p)
+    assert (p - spoken(p.flatten() >= 0, factors, top, p.shape)).square().sum() <= p.square().sum() * (1 + 1e-5)
 
 
 def test_the_gradient_scalers_scale_changes_nothing_but_the_scale(alone):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_world import REPOSITORY, TWO, Run, assert_same_end, newest
 
-from fusion.cli.launch import launch
-from fusion.errors import REQUEUE, UserError
+from fusion.cli.launch import launch, refuse_what_does_not_fit
+from fusion.errors import INTERRUPTED, UserError
 
 LAUNCH = [sys.executable, str(REPOSITORY / "scripts/launch.py"), "--engine", "ray", "--workers=2"]
 LONG = ["--trainer.max_epochs=40", "--checkpoint.every_updates=5", "--trainer.accelerator=cpu"]
@@ -47,11 +47,11 @@ def test_a_run_whose_worker_is_killed_and_which_is_then_told_to_end_and_launched
     while "of them done; schedule" not in again:  # the plan of a run that goes on
         again += until_an_epoch_is_over(process)
     assert "rank 0 lost another rank" in again
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)  # which Ray blocks in what it starts
     told, err = process.communicate(timeout=60)
-    assert process.returncode == REQUEUE, told + err
+    assert process.returncode == INTERRUPTED, told + err
     folder = newest(next((tmp_path / "runs").iterdir()))
-    assert f"launch.py --engine ray --workers 2 --resume {folder}\n" in told
+    assert f"launch.py --engine ray --workers 2 --cpus 1 --restarts 3 --resume {folder}\n" in told
     done = subprocess.run([*LAUNCH, "--resume", str(folder)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 devices x 8" in done.stdout
@@ -73,7 +73,23 @@ def test_what_cannot_be_launched_is_told_before_anything_is_started(options, tol
         launch(options)
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "workers", "cpus", "gpus", "told"),
+    [
+        ("gpu", 2, 1, 0, "asks for trainer.accelerator=gpu, but the cluster has no GPU"),
+        ("auto", 0, 1, 0, "say with --workers=N"),
+        ("auto", 3, 1, 2, "has 2 GPUs; to train on CPUs"),
+        ("cpu", 1, 6, 0, r"room for 0 \(CPUs there: 4, 4\)"),
+        ("auto", 2, 4, 2, r"room for 1 "),
+    ],
+)
+def test_what_the_cluster_has_no_room_for_is_refused(accelerator, workers, cpus, gpus, told):
+    nodes = [{"CPU": 4.0, "GPU": float(gpus)}, {"CPU": 4.0}]
+    with pytest.raises(UserError, match=told):
+        refuse_what_does_not_fit(accelerator, workers, cpus, gpus, nodes)
+
+
 @pytest.mark.slow
 def test_more_workers_than_the_cluster_has_room_for_are_refused(tiny):
-    with pytest.raises(UserError, match=r"1000 workers of 1 CPUs each, but the cluster has \d+ in all"):
+    with pytest.raises(UserError, match=r"1000 workers of 1 CPUs each, but the cluster has room for \d+"):
         launch(["--engine=ray", "--workers=1000", "--recipe", str(tiny())])

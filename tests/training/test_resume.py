@@ -136,6 +136,36 @@ def test_a_run_that_died_in_a_validation_after_which_a_checkpoint_was_due_makes_
     assert_same_end(resumed, whole)
 
 
+def test_a_signal_in_the_validation_after_the_last_update_of_all_lets_the_run_finish(tiny, fit_here, stop_after):
+    stop_after(2, in_validation=True)
+    run = fit_here("--recipe", tiny(), "--trainer.max_steps=4", TWICE, "--data.eval_batch_size=4", "--checkpoint.every_updates=4")
+    assert run.status == 0
+    assert run.results()["updates"] == 4
+    assert len(run.column("val/loss")) == 1
+
+
+def test_a_validation_within_an_update_is_not_cut_short(interrupted_and_whole, fit_here):
+    """Whose gradients of the batches before would be lost."""
+    options = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=5", "--data.eval_batch_size=4"]
+    stopped, whole = interrupted_and_whole(1, *options, in_validation=True)
+    assert stopped.checkpoint()["fusion"]["updates"] == 3
+    assert_same_end(fit_here("--resume", stopped.folder), whole)
+
+
+def test_without_a_val_split_checkpoints_are_made_where_they_are_due(tiny, write_manifest, fit_here, monkeypatch, tmp_path):
+    manifest = write_manifest(lambda i, row: dict(row, split="train" if row["split"] == "val" else row["split"]))
+
+    class Dies(SaveInTime):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if module.updates == 5:
+                raise RuntimeError("power cut")
+
+    monkeypatch.setattr(command, "SaveInTime", Dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit_here("--recipe", tiny(manifest=manifest), TWICE, "--checkpoint.every_updates=4", runs="died")
+    assert Run(1, newest(tmp_path / "died")).checkpoint()["fusion"]["updates"] == 4
+
+
 def test_ctrl_c_in_the_very_last_update_lets_the_run_finish(tiny, fit_here, stop_after):
     stop_after(16)
     run = fit_here("--recipe", tiny())
