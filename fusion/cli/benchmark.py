@@ -39,7 +39,8 @@ def benchmark(arguments: Sequence[str]) -> int:
             "       fusion benchmark heads [--heads PATTERN] [--rounds N] [--batch N] [--text N] [--image N] [--width N]\n"
             "                              [--options JSON] [--curve]\n"
             "       fusion benchmark kills [--kills N] [--seed N] --recipe NAME [any option of fit]\n"
-            "       fusion benchmark ranks [--ranks N] [--rounds N] [--csv FILE] --recipe NAME [any option of fit]\n"
+            "       fusion benchmark ranks [--ranks N] [--rounds N] [--compress fp16 sign] [--csv FILE]\n"
+            "                              --recipe NAME [any option of fit]\n"
             "       fusion benchmark memory [--rounds N] --recipe NAME [any option of fit]\n\n"
             "overhead: samples per second of the whole fit loop, of a bare PyTorch loop fed by the same loader, and of a bare loop\n"
             "over batches that already sit in memory; same model, same optimiser, taken in turns in one process.\n"
@@ -70,9 +71,10 @@ def benchmark(arguments: Sequence[str]) -> int:
         options = Options("fusion benchmark ranks", "")
         options.add_argument("--ranks", type=int, default=2)
         options.add_argument("--rounds", type=int, default=1)
+        options.add_argument("--compress", nargs="*", default=["fp16", "sign"])
         options.add_argument("--csv", type=Path)
         asked, rest = options.parse_known_args(words[1:])
-        return benchmark_ranks(rest, asked.ranks, asked.rounds, asked.csv)
+        return benchmark_ranks(rest, asked.ranks, asked.rounds, asked.compress, asked.csv)
     options = Options("fusion benchmark overhead", "")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--updates", type=int, default=40)

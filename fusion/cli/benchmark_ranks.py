@@ -31,8 +31,8 @@ class Measured:
     accuracy: float | None = None
 
 
-def benchmark_ranks(arguments: Sequence[str], ranks: int, rounds: int, curves: Path | None) -> int:
-    """Run `fit` with these arguments on one process, on so many with each compression that gloo has, and as so many at once that share
+def benchmark_ranks(arguments: Sequence[str], ranks: int, rounds: int, compress: Sequence[str], curves: Path | None) -> int:
+    """Run `fit` with these arguments on one process, on so many, also with each of the compressions, and as so many at once that share
     nothing, each with a rank's share of the batch; print how they compare. curves: a CSV file for all losses.
     """
     share, left = divmod(FusionCLI(arguments).config.data.batch_size, ranks)
@@ -45,14 +45,15 @@ def benchmark_ranks(arguments: Sequence[str], ranks: int, rounds: int, curves: P
         HALVES: [*ALONE, "--trainer.accumulate_grad_batches=2"],
         APART: [*ALONE, f"--data.batch_size={share}"],
         many: ddp,
-        f"{many}, fp16": [*ddp, "--trainer.strategy.init_args.compress=fp16"],
-        f"{many}, sign": [*ddp, "--trainer.strategy.init_args.compress=sign"],
-    }
+    } | {f"{many}, {how}": [*ddp, f"--trainer.strategy.init_args.compress={how}"] for how in compress}
     measured = {name: Measured() for name in variants}
     for _ in range(rounds):
         for name, options in variants.items():
             measure([*arguments, *options], ranks if name == APART else 1, measured[name])
     plain = measured[ONE]
+    counts = {name: len(found.losses) for name, found in measured.items() if name != APART}
+    if len(set(counts.values())) > 1:
+        raise UserError(f"the updates differ: {counts}; shorten runs by --trainer.max_steps, which counts them, not batches")
     rows = [["", "samples/s", "against one rank", "sent bytes", "accuracy", "largest difference of the loss"]]
     for name, found in measured.items():
         rate = statistics.median(found.rates)

@@ -27,7 +27,7 @@ def test_memory_is_measured_with_activations_kept_and_computed_again(command: Ru
 
 @pytest.mark.slow
 def test_one_process_and_several_are_measured_beside_each_other(command: Run, tmp_path: Path) -> None:
-    done = command("benchmark", "ranks", f"--csv={tmp_path / 'curves.csv'}", *TINY, "--trainer.limit_train_batches=4")
+    done = command("benchmark", "ranks", "--compress", "sign", f"--csv={tmp_path / 'curves.csv'}", *TINY, "--trainer.max_steps=4")
     assert done.returncode == 0, done.stderr
     sent = {name: re.search(rf"^{name} +[\d,]+ +[\d.]+ +([\d,]+)", done.stdout, re.MULTILINE) for name in ("2 ranks", "2 ranks, sign")}
     numbers = {name: int(found.group(1).replace(",", "")) for name, found in sent.items() if found}

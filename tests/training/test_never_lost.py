@@ -275,11 +275,10 @@ def test_a_silent_rank_ends_the_other_after_the_timeout(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], TWO], ids=["one rank", "two ranks"])
-def test_a_run_killed_again_and_again_ends_where_the_whole_one_does(tiny, options, capsys):
+def test_a_run_killed_again_and_again_ends_where_the_whole_one_does(tiny, capsys):
     from fusion.cli.benchmark import benchmark
 
-    arguments = ["--recipe", str(tiny(dropout=0.4)), "--trainer.max_epochs=10", "--checkpoint.every_updates=9", *options]
+    arguments = ["--recipe", str(tiny(dropout=0.4)), "--trainer.max_epochs=10", "--checkpoint.every_updates=9", *TWO]
     assert benchmark(["kills", "--kills=2", *arguments]) == 0
     assert "after 2 kills: the same to the bit" in capsys.readouterr().out
 
