@@ -1,4 +1,4 @@
-"""The command line: fusion fit, evaluate, predict, benchmark."""
+"""The command line: one file a command."""
 
 from fusion.cli.main import main
 

@@ -1,4 +1,4 @@
-"""fusion benchmark: measure what the training loop costs."""
+"""fusion benchmark: what the training loop, heads, activations and ranks cost, and whether a run survives being killed."""
 
 import json
 import statistics
@@ -57,29 +57,27 @@ def benchmark(arguments: Sequence[str]) -> int:
     if words[0] == "heads":
         return heads(words[1:])
     if words[0] == "kills":
-        options = Options("fusion benchmark kills", "")
-        options.add_argument("--kills", type=int, default=20)
-        options.add_argument("--seed", type=int, default=0)
-        asked, rest = options.parse_known_args(words[1:])
+        asked, rest = own_options(words, kills=20, seed=0)
         return benchmark_kills(rest, asked.kills, asked.seed)
     if words[0] == "memory":
-        options = Options("fusion benchmark memory", "")
-        options.add_argument("--rounds", type=int, default=5)
-        asked, rest = options.parse_known_args(words[1:])
+        asked, rest = own_options(words, rounds=5)
         return benchmark_memory(rest, asked.rounds)
     if words[0] == "ranks":
-        options = Options("fusion benchmark ranks", "")
-        options.add_argument("--ranks", type=int, default=2)
-        options.add_argument("--rounds", type=int, default=1)
-        options.add_argument("--compress", nargs="*", default=["fp16", "sign"])
-        options.add_argument("--csv", type=Path)
-        asked, rest = options.parse_known_args(words[1:])
-        return benchmark_ranks(rest, asked.ranks, asked.rounds, asked.compress, asked.csv)
-    options = Options("fusion benchmark overhead", "")
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--updates", type=int, default=40)
-    asked, rest = options.parse_known_args(words[1:])
+        asked, rest = own_options(words, ranks=2, rounds=1, compress=["fp16", "sign"], csv=None)
+        return benchmark_ranks(rest, asked.ranks, asked.rounds, asked.compress, asked.csv and Path(asked.csv))
+    asked, rest = own_options(words, rounds=5, updates=40)
     return overhead(rest, asked.rounds, asked.updates)
+
+
+def own_options(words: Sequence[str], **defaults: Any) -> tuple[Any, list[str]]:
+    """The values of a benchmark's own options, and the words that are fit's."""
+    options = Options(f"fusion benchmark {words[0]}", "")
+    for name, default in defaults.items():
+        if isinstance(default, list):
+            options.add_argument(f"--{name}", nargs="*", default=default)
+        else:
+            options.add_argument(f"--{name}", type=int if isinstance(default, int) else str, default=default)
+    return options.parse_known_args(words[1:])
 
 
 def heads(arguments: Sequence[str]) -> int:

@@ -1,6 +1,5 @@
 """fusion benchmark kills: a run killed at random moments and resumed each time ends where the run that nobody disturbed does."""
 
-import csv
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ import torch
 from fusion.cli.tables import aligned
 from fusion.data.checkpoint import read_checkpoint
 from fusion.errors import UserError
+from fusion.training.run_folder import read_metrics
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "Fp16", "current_model_state", "averaging_state", "fusion")
 TRAINING = "  precision "  # the last line of the plan, printed as training begins
@@ -122,8 +122,7 @@ class Run:
 
     def log(self) -> list[dict[str, str]]:
         assert self.folder is not None
-        with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return read_metrics(self.folder / "metrics.csv")
 
 
 def until_training(process: subprocess.Popen[str]) -> tuple[str, bool]:

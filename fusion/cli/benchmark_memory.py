@@ -6,25 +6,25 @@ from functools import partial
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch.nn.functional import cross_entropy
 
 from fusion.cli.benchmark_heads import device, peak_bytes, taking_turns
-from fusion.cli.fit import build, quiet
+from fusion.cli.fit import build, quiet, tell_of
 from fusion.cli.parser import FusionCLI
 from fusion.cli.tables import aligned
-from fusion.data import Batch
-from fusion.training import Task
+from fusion.data import Batch, ImageTextData
+from fusion.training import Classification
 
 
 def benchmark_memory(arguments: Sequence[str], rounds: int) -> int:
     """Print peak memory and time of the forward and backward pass of a batch of the recipe; the parts checkpointed one by one, then all."""
     quiet()
-    told = FusionCLI(arguments).model_and_data()
-    build(*told)
-    batch: Batch = move_data_to_device(next(iter(told[1].train_dataloader())), device())
-    parts = [*told[0].modalities, "head"]
-    variants: dict[str, list[str]] = {"all kept": []} | {f"{part} computed again": [part] for part in parts} | {"all computed again": parts}
-    tasks = [made(arguments, chosen) for chosen in variants.values()]
+    kept, data = made(arguments, [])
+    tell_of(data)
+    batch: Batch = move_data_to_device(next(iter(data.train_dataloader())), device())
+    parts = [*kept.modalities, "head"]
+    again = {f"{part} computed again": [part] for part in parts} | {"all computed again": parts}
+    variants = {"all kept": kept} | {name: made(arguments, chosen)[0] for name, chosen in again.items()}
+    tasks = list(variants.values())
     ways: list[Callable[[], None]] = [partial(one_pass, task, batch) for task in tasks]
     peaks = [peak_bytes(way, task.zero_grad) for way, task in zip(ways, tasks, strict=True)]
     times = taking_turns(ways, rounds)
@@ -37,13 +37,12 @@ def benchmark_memory(arguments: Sequence[str], rounds: int) -> int:
     return 0
 
 
-def made(arguments: Sequence[str], checkpointed: list[str]) -> Task:
+def made(arguments: Sequence[str], checkpointed: list[str]) -> tuple[Classification, ImageTextData]:
     task, data = FusionCLI([*arguments, f"--model.checkpoint_activations={checkpointed}"]).model_and_data()
-    task.build(data)
-    return task.to(device()).train()
+    build(task, data)
+    return task.to(device()).train(), data
 
 
-def one_pass(task: Task, batch: Batch) -> None:
-    assert task.model is not None
+def one_pass(task: Classification, batch: Batch) -> None:
     task.zero_grad()
-    cross_entropy(task.model(batch.inputs).output, batch.target).backward()
+    task.loss(task(batch.inputs), batch.target).backward()

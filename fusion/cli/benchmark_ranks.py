@@ -14,7 +14,9 @@ from pathlib import Path
 
 from fusion.cli.parser import FusionCLI
 from fusion.cli.tables import aligned
+from fusion.data.sampler import GlobalBatches
 from fusion.errors import UserError
+from fusion.training.run_folder import read_metrics
 
 ALONE = ["--trainer.devices=1", "--trainer.strategy=auto"]
 ONE, HALVES, APART = "one rank", "one rank, accumulation x 2", "runs of one rank at once"
@@ -35,51 +37,56 @@ def benchmark_ranks(arguments: Sequence[str], ranks: int, rounds: int, compress:
     """Run `fit` with these arguments on one process, on so many, also with each of the compressions, and as so many at once that share
     nothing, each with a rank's share of the batch; print how they compare. curves: a CSV file for all losses.
     """
-    share, left = divmod(FusionCLI(arguments).config.data.batch_size, ranks)
-    if left:
-        raise UserError(f"data.batch_size is not a multiple of {ranks} ranks")
+    batch = FusionCLI(arguments).config.data.batch_size
+    GlobalBatches(batch, batch, seed=0, world=ranks)  # which refuses a batch that they can't share
     ddp = ["--recipe", "engine/ddp", f"--trainer.devices={ranks}"]
     many = f"{ranks} ranks"
     variants = {
         ONE: ALONE,
         HALVES: [*ALONE, "--trainer.accumulate_grad_batches=2"],
-        APART: [*ALONE, f"--data.batch_size={share}"],
+        APART: [*ALONE, f"--data.batch_size={batch // ranks}"],
         many: ddp,
     } | {f"{many}, {how}": [*ddp, f"--trainer.strategy.init_args.compress={how}"] for how in compress}
     measured = {name: Measured() for name in variants}
     for _ in range(rounds):
         for name, options in variants.items():
             measure([*arguments, *options], ranks if name == APART else 1, measured[name])
-    plain = measured[ONE]
-    counts = {name: len(found.losses) for name, found in measured.items() if name != APART}
-    if len(set(counts.values())) > 1:
-        raise UserError(f"the updates differ: {counts}; shorten runs by --trainer.max_steps, which counts them, not batches")
-    rows = [["", "samples/s", "against one rank", "sent bytes", "accuracy", "largest difference of the loss"]]
-    for name, found in measured.items():
-        rate = statistics.median(found.rates)
-        times = f"{rate / statistics.median(plain.rates):.2f}"
-        if name == APART:
-            rows.append([name, f"{rate:,.0f}", times, "", "", ""])
-            continue
-        sent = "" if found.sent is None else f"{found.sent:,.0f}"
-        furthest = max(abs(a - b) for a, b in zip(found.losses, plain.losses, strict=True))
-        accuracy = "" if found.accuracy is None else f"{found.accuracy:.4f}"
-        rows.append([name, f"{rate:,.0f}", times, sent, accuracy, "" if name == ONE else f"{furthest:.1e}"])
-    print(f"{aligned(rows)}\n\nloss by epoch")
-    print(aligned([[name, *(f"{loss:.4f}" for loss in found.by_epoch)] for name, found in measured.items() if name != APART]))
-    efficiency = [both / apart for both, apart in zip(measured[many].rates, measured[APART].rates, strict=True)]
-    alone = statistics.median(measured[many].rates) / statistics.median(plain.rates) / ranks
+    apart = measured.pop(APART)
+    print(f"{compared(measured, apart)}\n\nloss by epoch")
+    print(aligned([[name, *(f"{loss:.4f}" for loss in found.by_epoch)] for name, found in measured.items()]))
+    efficiency = [both / alone for both, alone in zip(measured[many].rates, apart.rates, strict=True)]
+    of_one = statistics.median(measured[many].rates) / statistics.median(measured[ONE].rates) / ranks
     print(
         f"\nefficiency of {ranks} ranks of one core each: {statistics.median(efficiency):.3f} of {ranks} runs at once that share nothing "
-        f"({min(efficiency):.3f} to {max(efficiency):.3f}); {alone:.3f} of {ranks} times one rank that takes the whole batch"
+        f"({min(efficiency):.3f} to {max(efficiency):.3f}); {of_one:.3f} of {ranks} times one rank that takes the whole batch"
     )
     if curves is not None:
-        named = {name: found.losses for name, found in measured.items() if name != APART}
         with open(curves, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["update", *named])
-            writer.writerows([update, *losses] for update, losses in enumerate(zip(*named.values(), strict=True)))
+            writer.writerow(["update", *measured])
+            losses = zip(*(found.losses for found in measured.values()), strict=True)
+            writer.writerows([update, *of_all] for update, of_all in enumerate(losses))
     return 0
+
+
+def compared(measured: dict[str, Measured], apart: Measured) -> str:
+    """The table of the variants. Raises UserError where they can't be compared update by update."""
+    counts = {name: len(found.losses) for name, found in measured.items()}
+    if len(set(counts.values())) > 1:
+        raise UserError(f"the updates differ: {counts}; shorten runs by --trainer.max_steps, which counts them, not batches")
+    plain = measured[ONE]
+
+    def speed(found: Measured) -> list[str]:
+        each = statistics.median(found.rates)
+        return [f"{each:,.0f}", f"{each / statistics.median(plain.rates):.2f}"]
+
+    rows = [["", "samples/s", "against one rank", "sent bytes", "accuracy", "largest difference of the loss"]]
+    for name, found in measured.items():
+        sent = "" if found.sent is None else f"{found.sent:,.0f}"
+        accuracy = "" if found.accuracy is None else f"{found.accuracy:.4f}"
+        furthest = max(abs(a - b) for a, b in zip(found.losses, plain.losses, strict=True))
+        rows.append([name, *speed(found), sent, accuracy, "" if found is plain else f"{furthest:.1e}"])
+    return aligned([*rows, [APART, *speed(apart), "", "", ""]])
 
 
 def measure(arguments: Sequence[str], at_once: int, into: Measured) -> None:
@@ -99,7 +106,7 @@ def measure(arguments: Sequence[str], at_once: int, into: Measured) -> None:
                 raise UserError(f"a run ended with status {process.returncode}: {text.strip().splitlines()[-1]}")
         into.rates.append(sum(rate(text) for text in told))
         run = next(Path(folder).glob("0/*/*"))
-        rows = list(csv.DictReader((run / "metrics.csv").read_text(encoding="utf-8").splitlines()))
+        rows = read_metrics(run / "metrics.csv")
         into.losses, into.by_epoch, sent = (column(rows, f"train/{name}") for name in ("loss_step", "loss_epoch", "sent_bytes"))
         into.sent = statistics.mean(sent) if sent else None
         into.accuracy = json.loads((run / "results.json").read_text(encoding="utf-8"))["test"].get("accuracy")
@@ -112,4 +119,4 @@ def rate(told: str) -> float:
 
 
 def column(rows: Sequence[dict[str, str]], name: str) -> list[float]:
-    return [float(row[name]) for row in rows if row.get(name)]
+    return [float(row[name]) for row in rows if name in row]

@@ -49,6 +49,7 @@ def fit(arguments: Sequence[str]) -> int:
     try:
         model, data, trainer = cli.make([Plan(), *standing_callbacks(run, cli.config.seed_everything), checkpoint])
         build(model, data)
+        tell_of(data)
     except BaseException:
         if folder is not None and resumed is None:
             folder.rmdir()
@@ -118,6 +119,10 @@ def build(model: Classification, data: ImageTextData) -> None:
         raise
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+def tell_of(data: ImageTextData) -> None:
+    """What the data's preparer says of it, and what was dropped."""
     if data.card:
         tell(data.card)
     if data.ledger.issues:

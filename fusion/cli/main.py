@@ -14,7 +14,7 @@ COMMANDS = {
     "predict": "write a run's predictions for a manifest",
     "launch": "train by recipe on a Ray cluster",
     "schedule": "draw the learning rate over a recipe's updates, before training",
-    "benchmark": "measure what the training loop costs",
+    "benchmark": "measure speed, memory, heads, several ranks, and runs that are killed",
 }
 
 

@@ -101,17 +101,21 @@ EARLIER = "metrics-earlier.csv"
 
 
 def earlier_metrics(folder: Path, writes: bool) -> list[dict[str, str]]:
-    """The rows of the folder's metrics.csv, each with the columns that it fills. They are kept in a file of another name until the new
-    one has them, since CSVLogger begins by deleting.
+    """The rows of the folder's metrics.csv. They are kept in a file of another name until the new one has them, since CSVLogger begins by
+    deleting.
     """
     path, kept = folder / "metrics.csv", folder / EARLIER
     if writes and path.is_file() and not kept.is_file():
         path.replace(kept)
     if not kept.is_file():
         return []
-    with open(kept, newline="", encoding="utf-8") as file:
-        rows = [{key: value for key, value in row.items() if key and value} for row in csv.DictReader(file)]
-    return [row for row in rows if row.get("step", "").isdigit()]  # a kill may have torn the last line
+    return [row for row in read_metrics(kept) if row.get("step", "").isdigit()]  # a kill may have torn the last line
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv, each with the columns that it fills."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{key: value for key, value in row.items() if key and value} for row in csv.DictReader(file)]
 
 
 def new_run_folder(runs: Path, name: str) -> Path:
