@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +16,7 @@ from fusion.cli.fit import FIT_COMMAND, command, quiet, settled
 from fusion.cli.options import Options
 from fusion.cli.parser import words
 from fusion.cli.ray_worker import Job, Line, last_run, work
-from fusion.errors import UserError
+from fusion.errors import UserError, nearest
 
 ENGINES = ("ray",)
 
@@ -46,14 +47,17 @@ def launch(arguments: Sequence[str]) -> int:
         given = getattr(asked, name)
         if given is not None and given < least:
             raise UserError(f"fusion launch: --{name}={given}; expected at least {least}")
+    own = [option.removeprefix("--") for action in options._actions for option in action.option_strings if option.startswith("--")]
+    for word in fit_words:
+        if word.startswith("--") and get_close_matches(name := word.partition("=")[0].removeprefix("--"), own, cutoff=0.8):
+            raise UserError(f"fusion launch: unknown option --{name}. {nearest(name, own)}")
     quiet()
     cli, resumed = settled(fit_words)  # a mistake in the recipe is told here, before anything is started
-    name = f"ray-{datetime.now():%Y-%m-%d_%H-%M-%S}"
     job = Job(
         new=["--trainer.strategy.class_path=fusion.training.DDP", *fit_words],  # first, so that a recipe may bring another
         more=[word for is_value, word in words(fit_words, "--resume") if resumed and not is_value],
         accelerator=cli.config.trainer.accelerator,
-        runs=str(Path(cli.config.runs).absolute() / name),
+        runs=str(Path(cli.config.runs).absolute() / f"ray-{datetime.now():%Y-%m-%d_%H-%M-%S}"),
         resume=str(resumed.absolute()) if resumed else None,
         folder=os.getcwd(),
     )

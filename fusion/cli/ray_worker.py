@@ -60,12 +60,14 @@ def work(config: dict[str, Job]) -> int:
     from ray.train.collective import broadcast_from_rank_zero
 
     job, context = config["job"], get_context()
-    asked, _ = ray.get(job.line.wishes.remote())
-    if asked:
-        return status_of(asked)
     rank, world = context.get_world_rank(), context.get_world_size()
-    mine = (ray.util.get_node_ip_address(), free_port(), job.resume or last_run(job.runs)) if rank == 0 else None
-    address, port, run = broadcast_from_rank_zero(mine)
+    mine = None
+    if rank == 0:
+        asked, _ = ray.get(job.line.wishes.remote())
+        mine = (asked, ray.util.get_node_ip_address(), free_port(), job.resume or last_run(job.runs))
+    asked, address, port, run = broadcast_from_rank_zero(mine)
+    if asked:  # while the workers were being started
+        return status_of(asked)
     words = ["--resume", run, *job.more] if run else [*job.new, f"--runs={job.runs}"]
     words += ["--trainer.devices=1", f"--trainer.num_nodes={world}", f"--trainer.accelerator={job.accelerator}"]
     # As torchrun would tell it, each worker a node.

@@ -132,10 +132,10 @@ class SignCompression:
         p = g + e        sent: sign(p), r, c        q = r c' * sign(p)        e <- p - q        gradient = mean over the ranks of q
 
     r and c are the mean sizes of the rows and the columns of |p|, scaled so that r c' is as near to |p| as can be; a vector has one number.
-    What a rank could not say so, e, it says with its next gradient. (With one size for a whole matrix e is twice as large; optimisers that
-    turn all directions alike, such as Muon, make much of it.) Both are kept in units of the loss, whatever the gradient scaler's scale; of
-    an update that is skipped nothing was said. Values that are not finite make all ranks' gradients NaN, so that all see them, and leave e
-    as it was.
+    What a rank could not say so, e, it says with its next gradient. (One size for a whole matrix would leave more of it unsaid, of which
+    optimisers that turn all directions alike, such as Muon, make much.) Both are kept in units of the loss, whatever the gradient scaler's
+    scale; of an update that is skipped nothing was said. Values that are not finite make all ranks' gradients NaN, so that all see them,
+    and leave e as it was.
 
     Source: Karimireddy et al. (2019), "Error Feedback Fixes SignSGD and other Gradient Compression Schemes"; Seide et al. (2014),
     "1-Bit Stochastic Gradient Descent"; factored sizes: Shazeer and Stern (2018), "Adafactor".

@@ -65,7 +65,7 @@ def test_a_run_whose_worker_is_killed_and_which_is_then_told_to_end_and_launched
         (["--engine=ray", "--workers=0"], "--workers=0; expected at least 1"),
         (["--engine=ray", "--recipe=quickstrat"], "Did you mean .*quickstart"),
         (["--engine=ray", "--resume=nowhere"], "can't resume 'nowhere'"),
-        (["--engine=ray", "--recipe=quickstart", "--worker=2"], "worker"),
+        (["--engine=ray", "--recipe=quickstart", "--worker=2"], "unknown option --worker. Did you mean workers"),
     ],
 )
 def test_what_cannot_be_launched_is_told_before_anything_is_started(options, told):

@@ -13,7 +13,8 @@ from tiny_world import REPOSITORY, TWO, Run, assert_same_end, newest
 import fusion.cli.fit as command
 from fusion.cli.benchmark_kills import unlike
 from fusion.cli.main import run as run_command
-from fusion.errors import INTERRUPTED, UserError
+from fusion.errors import INTERRUPTED, REQUEUE, UserError
+from fusion.training import Classification
 from fusion.training.steps import SaveInTime
 
 # An epoch has 8 batches of 16; the run has two epochs.
@@ -171,6 +172,27 @@ def test_ctrl_c_in_the_very_last_update_lets_the_run_finish(tiny, fit_here, stop
     run = fit_here("--recipe", tiny())
     assert run.status == 0
     assert (run.folder / "results.json").is_file()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, REQUEUE), (signal.SIGINT, INTERRUPTED)])
+def test_a_signal_while_the_test_split_is_scored_ends_with_its_status_and_the_command_to_go_on(
+    tiny, fit_here, monkeypatch, capsys, number, status
+):
+    options = ["--recipe", tiny(), "--data.eval_batch_size=4"]
+    whole = fit_here(*options, runs="whole")
+    score = Classification.test_step
+
+    def stopped(self, batch, batch_idx):
+        signal.raise_signal(number)
+        score(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classification, "test_step", stopped)
+    run = fit_here(*options)
+    assert run.status == status
+    assert f"--resume {run.folder}" in capsys.readouterr().out
+    assert not (run.folder / "results.json").exists()
+    monkeypatch.undo()
+    assert_same_end(fit_here("--resume", run.folder), whole)
 
 
 def test_the_last_checkpoint_is_of_the_last_epoch_even_if_an_earlier_one_was_better(tiny, fit_here):
