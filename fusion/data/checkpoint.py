@@ -12,7 +12,9 @@ import torch
 from fusion.errors import UserError
 
 # What zipfile meets in a file that is no longer what was written.
-DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, OverflowError, ValueError)
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, OverflowError, ValueError, OSError)
+
+A_FOLDER = 0x10  # the bit in a member's attributes
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -40,9 +42,14 @@ def find_damage(path: str | Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             altered = archive.testzip()
+            folders = [member.filename for member in archive.infolist() if member.external_attr & A_FOLDER]
         if altered:
             return f"{altered} is not what was written (its checksum differs)"
+        if folders:  # torch would read nothing, and take what was in memory for it
+            return f"{folders[0]} is not what was written (it is marked as a folder)"
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # whether torch finds its way in it; reads no tensor
+    except (FileNotFoundError, PermissionError):
+        raise
     except DAMAGE as error:
         return f"it is not whole ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None

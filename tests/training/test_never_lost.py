@@ -57,6 +57,21 @@ def test_a_byte_that_was_altered_is_found_or_changes_nothing(checkpoint, data):
         assert unlike(read_checkpoint(other), held) is None
 
 
+@pytest.mark.parametrize(
+    ("record", "field", "flip"),
+    [(b"PK\1\2", 38, 0x10), (b"PK\6\6", 48, 0xFF), (b"PK\6\6", 49, 0xF0)],
+    ids=["a tensor marked as a folder", "where the list of members begins", "where it can't begin"],
+)
+def test_what_is_altered_in_the_list_of_members_is_found(checkpoint, record, field, flip):
+    """Which torch reads in its own way: a folder's content it takes from memory that nothing was written to."""
+    path, content, _ = checkpoint
+    altered = bytearray(content)
+    altered[content.index(record) + field] ^= flip
+    other = path.with_name("altered.ckpt")
+    other.write_bytes(altered)
+    assert "not what was written" in find_damage(other) or "not whole" in find_damage(other)
+
+
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.999))
 def test_a_torn_file_is_found(checkpoint, share):
