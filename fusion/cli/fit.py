@@ -75,11 +75,11 @@ def fit(arguments: Sequence[str]) -> int:
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise
-        print(
-            f"error: rank {trainer.global_rank} lost another rank ({str(error).splitlines()[0]}). From its last checkpoint the run goes on "
-            f"by:\n  {command('fit')} --resume {run.folder}",
-            file=sys.stderr,
-        )
+        lost = f"rank {trainer.global_rank} {'lost' if dist.is_initialized() else 'could not reach'} another rank"
+        then = "Before its first checkpoint: start the run anew"
+        if run.folder is not None and has_checkpoint(run.folder):
+            then = f"From its last checkpoint the run goes on by:\n  {command('fit')} --resume {run.folder}"
+        print(f"error: {lost} ({str(error).splitlines()[0]}). {then}", file=sys.stderr)
         return LOST_RANK
     return 0
 
@@ -107,8 +107,9 @@ def standing_callbacks(run: RunFolder, seed: int) -> list[Callback]:
 
 def lost_a_rank(error: RuntimeError) -> bool:
     """Whether it is what gloo or NCCL say when a peer is gone or silent."""
-    distributed = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
-    return distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not dist.is_available():
+        return False
+    return isinstance(error, dist.DistError) or (dist.is_initialized() and ("gloo" in str(error) or "NCCL" in str(error)))
 
 
 def build(model: Classification, data: ImageTextData) -> None:
@@ -165,9 +166,13 @@ def resumed_run(arguments: Sequence[str]) -> Path | None:
     folder = folders[-1]
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"can't resume '{folder}': it has no recipe.yaml; expected the run folder that fit printed")
-    if not any((folder / "checkpoints").glob("*.ckpt")):
+    if not has_checkpoint(folder):
         raise UserError(f"can't resume '{folder}': it has no checkpoints/last.ckpt; it ended before its first checkpoint, so start it anew")
     return folder
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("*.ckpt"))
 
 
 MAY_DIFFER = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "checkpoint.")

@@ -46,12 +46,12 @@ class DDP(DDPStrategy):
         self.powersgd: powerSGD_hook.PowerSGDState | None = None
         self.sent = 0
 
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        backend = dist.get_backend()
-        if self.compress in ("bf16", "powersgd") and backend != "nccl":
+    def _configure_launcher(self) -> None:
+        """Refuse, before any other process is started, what their backend can't do."""
+        if self.compress in ("bf16", "powersgd") and self._get_process_group_backend() != "nccl":
             why = "gloo doesn't sum bf16" if self.compress == "bf16" else "its low-rank exchange is unreliable over gloo"
             raise UserError(f"DDP: compress={self.compress} needs NCCL, that is GPUs: {why}. On a CPU take fp16 or sign")
+        super()._configure_launcher()
 
     def _register_ddp_hooks(self) -> None:
         model = self.model

@@ -273,6 +273,22 @@ def test_a_dead_rank_ends_the_other_with_a_message_and_no_hang(tiny, tmp_path):
     assert f"--resume {newest(tmp_path / 'runs')}" in err
 
 
+def test_a_rank_that_never_comes_ends_the_other_with_a_message(tiny, tmp_path):
+    alone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "none"}
+    options = ["--recipe", str(tiny()), f"--runs={tmp_path / 'runs'}", *TWO, "--trainer.strategy.init_args.timeout_s=2"]
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "scripts/fit.py"), *options],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | alone | rendezvous,
+    )
+    assert done.returncode == LOST_RANK, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "rank 0 could not reach another rank" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_silent_rank_ends_the_other_after_the_timeout(tiny, tmp_path):
     process = begun(tiny(), tmp_path, *TWO, "--trainer.strategy.init_args.timeout_s=20")
