@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_world import ROUNDING, TWO, furthest, furthest_weights
 
 from fusion.errors import UserError
-from fusion.training.ddp import SignCompression, factored, packed, spoken, unpacked
+from fusion.training.sign_compression import SignCompression, factored, packed, spoken, unpacked
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=50))
