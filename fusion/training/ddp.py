@@ -78,30 +78,15 @@ class DDP(DDPStrategy):
         """Bytes that this rank has handed to the exchange of gradients in the last update."""
         return full_bytes(self.lightning_module) if self.compress == "none" else self.sent
 
-    # What exact resuming needs: the residuals, which differ from rank to rank.
+    # What exact resuming needs.
 
-    def compression_state(self, parameters: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """By rank and parameter name, what is left to be sent. A collective: all ranks call it."""
-        if self.compress != "sign" or not self.sign.residual:
-            return []
-        mine = {name: self.sign.residual[p] for name, p in parameters.items() if p in self.sign.residual}
-        flat = torch.cat([r.flatten() for r in mine.values()])
-        gathered = [torch.empty_like(flat) for _ in range(self.world_size)]
-        dist.all_gather(gathered, flat)
-        sizes = [r.numel() for r in mine.values()]
-        return [
-            {name: part.view_as(mine[name]).cpu() for name, part in zip(mine, of_rank.split(sizes), strict=True)} for of_rank in gathered
-        ]
+    def compression_state(self, parameters: dict[str, Tensor]) -> dict[str, Any]:
+        """A collective: all ranks call it."""
+        return self.sign.state(parameters, self) if self.compress == "sign" else {}
 
-    def load_compression_state(self, state: list[dict[str, Tensor]], parameters: dict[str, Tensor]) -> None:
-        """Each rank takes its own; with another number of ranks, each takes an equal share of their sum."""
-        if not state:
-            return
-        if len(state) == self.world_size:
-            own = state[self.global_rank]
-        else:
-            own = {name: sum(of_rank[name] for of_rank in state) / len(state) for name in state[0]}  # type: ignore[misc]
-        self.sign.residual = {parameters[name]: r.to(parameters[name].device) for name, r in own.items()}
+    def load_compression_state(self, state: dict[str, Any], parameters: dict[str, Tensor]) -> None:
+        if state:
+            self.sign.load_state(state, parameters, self)
 
 
 def full_bytes(model: Any) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,105 +15,239 @@ if TYPE_CHECKING:
     from fusion.training.ddp import DDP
 
 
+LONGEST = 1024  # a longer side keeps its own axes
+MEMORY = 0.95  # how much of an axis's past an update leaves
+TURN_EVERY = 5  # updates
+
+
 class SignCompression:
     """One bit a value, and one byte a row and a column: the sign of the gradient and its factored size, with error feedback.
 
-        p = g + e        sent: sign(p), r, c        q = r c' * sign(p)        e <- p - q        gradient = mean over the ranks of q
+        p = g + e        sent: sign(U' p V), r, c        q = U (r c' * sign(U' p V)) V'        e <- p - q
+        gradient = mean over the ranks of q
 
-    r and c are the mean sizes of the rows and the columns of |p|, scaled so that r c' is as near to |p| as can be; a vector has one number.
-    What a rank could not say so, e, it says with its next gradient. (One size for a whole matrix would leave more of it unsaid, of which
-    optimisers that turn all directions alike, such as Muon, make much.) Both are kept in units of the loss, whatever the gradient scaler's
+    r and c are the mean sizes of the rows and the columns of |U' p V|, scaled so that r c' is as near to it as can be; a vector has one
+    number. U and V turn a matrix to the axes along which the gradients heard so far were large or small (an eigenbasis, in which all ranks
+    agree without a byte, since all heard the same): what is left unsaid is then small where gradients are small. In the matrix's own axes
+    it would be alike everywhere, and optimisers that turn all directions alike, such as Muon, would make as much of it as of the gradient.
+    Only matrices are turned (no filters), on sides of up to 1,024, for which four squares of a side are kept and a resumed run needs them.
+
+    What a rank could not say so, e, it says with its next gradient. Both are kept in units of the loss, whatever the gradient scaler's
     scale; of an update that is skipped nothing was said. Values that are not finite make all ranks' gradients NaN, so that all see them,
     and leave e as it was.
 
     Source: Karimireddy et al. (2019), "Error Feedback Fixes SignSGD and other Gradient Compression Schemes"; Seide et al. (2014),
-    "1-Bit Stochastic Gradient Descent"; factored sizes: Shazeer and Stern (2018), "Adafactor".
+    "1-Bit Stochastic Gradient Descent"; factored sizes: Shazeer and Stern (2018), "Adafactor"; the axes and how they are followed: Gupta
+    et al. (2018), "Shampoo", and Vyas et al. (2024), "SOAP". That a sign is taken in these axes is our own.
     """
 
     def __init__(self) -> None:
         self.scale = 1.0
         self.residual: dict[Tensor, Tensor] = {}  # by parameter: DDP's buckets change after the first update
-        self.next: dict[Tensor, Tensor] = {}
+        self.axes: dict[Tensor, Sides] = {}
+        self.updates = 0
+        self.left: dict[Tensor, Tensor] = {}  # of the update at hand
+        self.heard: dict[Tensor, Tensor] = {}
 
     def settle(self, *, skipped: bool) -> None:
-        """After an update: keep what it left to be said, unless it was skipped."""
+        """After an update: keep what it left to be said, and learn of what was heard, unless it was skipped."""
         if not skipped:
-            self.residual |= self.next
-        self.next = {}
+            self.residual |= self.left
+            for alike in same_shape(list(self.heard)):
+                heard = torch.stack([self.heard[p] for p in alike])
+                for side, across in ((0, heard), (1, heard.mT)):
+                    sides = [axes for p in alike if (axes := self.axes[p][side]) is not None]
+                    if sides:
+                        for axes, product in zip(sides, across @ across.mT, strict=True):
+                            axes.moment.lerp_(product, 1 - MEMORY)
+            self.updates += 1
+            if self.updates % TURN_EVERY == 0:
+                turn([axes for sides in self.axes.values() for axes in sides if axes is not None])
+        self.left, self.heard = {}, {}
 
     def exchange(self, strategy: DDP, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        buffer = bucket.buffer()
-        parameters, gradients = bucket.parameters(), bucket.gradients()
-        signs, sizes, tops = [], [], []
-        for p, gradient in zip(parameters, gradients, strict=True):
-            said = gradient.float() / self.scale
-            if p in self.residual:
-                said = said + self.residual[p]
-            positive = said.flatten() >= 0
-            size, top = factored(said)
-            left = said - spoken(positive, size, top, said.shape)
-            self.next[p] = torch.where(top.isfinite(), left, self.residual.get(p, torch.zeros_like(said)))
-            signs.append(positive)
-            sizes.append(size)
-            tops.append(top)
-        counts, lengths = [len(s) for s in signs], [len(s) for s in sizes]
-        message = torch.cat([packed(torch.cat(signs)), torch.cat(sizes).view(torch.uint8), torch.stack(tops).view(torch.uint8)])
+        buffer, gradients = bucket.buffer(), dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
+        groups = same_shape(list(gradients))
+        said = [self.encode(alike, torch.stack([gradients[p] for p in alike])) for alike in groups]
+        bits = packed(torch.cat([positive.flatten() for positive, _, _ in said]))
+        factors = torch.cat([factors.flatten() for _, factors, _ in said])
+        tops = torch.cat([top for _, _, top in said])
+        message = torch.cat([bits, factors.view(torch.uint8), tops.view(torch.uint8)])
         strategy.sent += message.nbytes
-        parts = [len(message) - sum(lengths) - 4 * len(tops), sum(lengths), 4 * len(tops)]
         world = strategy.world_size
         everywhere = [torch.empty_like(message) for _ in range(world)]
         work = dist.all_gather(everywhere, message, async_op=True)
 
         def mean(_: Any) -> Tensor:
-            total = [torch.zeros(gradient.shape, device=buffer.device) for gradient in gradients]
+            total = [torch.zeros(positive.shape, device=buffer.device) for positive, _, _ in said]
             for one in everywhere:
-                bits, size, top = one.split(parts)
+                own_bits, own_factors, own_tops = one.split([len(bits), len(factors), 4 * len(tops)])
                 heard = zip(
                     total,
-                    unpacked(bits, sum(counts)).split(counts),
-                    size.view(torch.float8_e4m3fn).split(lengths),
-                    top.clone().view(torch.float32),  # cloned, since it may begin anywhere
+                    unpacked(own_bits, sum(whole.numel() for whole in total)).split([whole.numel() for whole in total]),
+                    own_factors.view(torch.float8_e4m3fn).split([f.numel() for _, f, _ in said]),
+                    own_tops.clone().view(torch.float32).split([len(alike) for alike in groups]),  # cloned, since it may begin anywhere
                     strict=True,
                 )
-                for whole, own, factors, largest in heard:
-                    whole += spoken(own, factors, largest, whole.shape)
-            for gradient, whole in zip(gradients, total, strict=True):
-                gradient.copy_(whole * (self.scale / world))
+                for whole, positive, factor, top in heard:
+                    whole += spoken(positive.view(whole.shape), factor.view(len(whole), -1), top)
+            for alike, whole in zip(groups, total, strict=True):
+                for p, own in zip(alike, self.turned_back(alike, whole / world), strict=True):
+                    gradients[p].copy_(own.view_as(p) * self.scale)
+                    if any(self.axes[p]):
+                        self.heard[p] = torch.where(own.isfinite().all(), own, 0.0)
             return buffer
 
         return work.get_future().then(mean)
 
+    def encode(self, parameters: list[Tensor], gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is said of parameters of one shape: signs, factors of the sizes, and sizes. Keeps what that leaves."""
+        for p in parameters:
+            if p not in self.axes:
+                self.axes[p] = axes_of(p)
+                self.residual.setdefault(p, torch.zeros_like(p, dtype=torch.float32))
+        before = torch.stack([self.residual[p] for p in parameters])
+        said = gradients.float() / self.scale + before
+        seen = self.turned(parameters, said if said.dim() < 4 else said.flatten(2))
+        positive = seen >= 0
+        factors, top = factored(seen)
+        left = said - self.turned_back(parameters, spoken(positive, factors, top)).view_as(said)
+        left = torch.where(top.isfinite().view(-1, *[1] * (left.dim() - 1)), left, before)
+        self.left |= dict(zip(parameters, left, strict=True))
+        return positive, factors, top
+
+    # What exact resuming needs: what is left to be said, which differs from rank to rank, and the axes, which don't.
+
+    def state(self, parameters: dict[str, Tensor], strategy: DDP) -> dict[str, Any]:
+        """As plain data, by parameter name. A collective: all ranks call it."""
+        mine = {name: self.residual[p] for name, p in parameters.items() if p in self.residual}
+        if not mine:
+            return {}
+        flat = torch.cat([r.flatten() for r in mine.values()])
+        gathered = [torch.empty_like(flat) for _ in range(strategy.world_size)]
+        dist.all_gather(gathered, flat)
+        sizes = [r.numel() for r in mine.values()]
+        residual = [
+            {name: part.view_as(mine[name]).cpu() for name, part in zip(mine, of_rank.split(sizes), strict=True)} for of_rank in gathered
+        ]
+        axes = {name: [side and {"moment": side.moment, "basis": side.basis} for side in self.axes[parameters[name]]] for name in mine}
+        return {"residual": residual, "axes": axes, "updates": self.updates}
+
+    def load_state(self, state: dict[str, Any], parameters: dict[str, Tensor], strategy: DDP) -> None:
+        """Each rank takes its own residuals; with another number of ranks, each takes an equal share of their sum."""
+        by_rank = state["residual"]
+        if len(by_rank) == strategy.world_size:
+            own = by_rank[strategy.global_rank]
+        else:
+            own = {name: sum(of_rank[name] for of_rank in by_rank) / len(by_rank) for name in by_rank[0]}
+        self.residual = {parameters[name]: r.to(parameters[name].device) for name, r in own.items()}
+        for name, sides in state["axes"].items():
+            device = parameters[name].device
+            rows, columns = (side and Axes(side["moment"].to(device), side["basis"].to(device)) for side in sides)
+            self.axes[parameters[name]] = rows, columns
+        self.updates = state["updates"]
+
+    def turned(self, parameters: list[Tensor], matrices: Tensor) -> Tensor:
+        """U' M V of each of (n, R, C)."""
+        rows, columns = self.bases(parameters)
+        matrices = matrices if rows is None else rows.mT @ matrices
+        return matrices if columns is None else matrices @ columns
+
+    def turned_back(self, parameters: list[Tensor], matrices: Tensor) -> Tensor:
+        """U M V', which undoes `turned`."""
+        rows, columns = self.bases(parameters)
+        matrices = matrices if rows is None else rows @ matrices
+        return matrices if columns is None else matrices @ columns.mT
+
+    def bases(self, parameters: list[Tensor]) -> list[Tensor | None]:
+        """(n, R, R) and (n, C, C); None where a side keeps its own axes."""
+        by_side = zip(*(self.axes[p] for p in parameters), strict=True)
+        return [None if None in side else torch.stack([axes.basis for axes in side]) for side in by_side]
+
+
+def same_shape(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What can be computed at once."""
+    groups: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    for p in parameters:
+        groups[p.shape].append(p)
+    return list(groups.values())
+
+
+@dataclass
+class Axes:
+    """One side of a matrix, of length n.
+
+    moment: (n, n), the running mean of the products of its rows (or columns) with each other, of what was heard.
+    basis: (n, n), whose columns are the axes: orthonormal, near the moment's eigenvectors.
+    """
+
+    moment: Tensor
+    basis: Tensor
+
+    @classmethod
+    def of(cls, length: int, device: torch.device) -> Axes:
+        return cls(torch.zeros(length, length, device=device), torch.eye(length, device=device))
+
+
+Sides = tuple[Axes | None, Axes | None]  # of rows and of columns
+
+
+def axes_of(p: Tensor) -> Sides:
+    if p.dim() != 2:
+        return None, None
+    rows, columns = (Axes.of(length, p.device) if length <= LONGEST else None for length in p.shape)
+    return rows, columns
+
+
+def turn(sides: Sequence[Axes]) -> None:
+    """Bring axes nearer to their moments' eigenvectors, by one step of the power method. The moments are damped, so that it isn't
+    rounding that decides of axes along which nothing was heard.
+    """
+    same_length: dict[int, list[Axes]] = defaultdict(list)
+    for side in sides:
+        same_length[len(side.moment)].append(side)
+    for length, alike in same_length.items():
+        moments = torch.stack([side.moment for side in alike])
+        level = moments.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        damped = moments / level[:, None, None] + 0.01 * torch.eye(length, device=moments.device)
+        bases = torch.linalg.qr(damped @ torch.stack([side.basis for side in alike]))[0]
+        for side, basis in zip(alike, bases, strict=True):
+            side.basis = basis.clone()
+
 
 def factored(p: Tensor) -> tuple[Tensor, Tensor]:
-    """(R + C,) float8, how large the rows and the columns of |p| are beside each other, and the number that brings their products nearest
-    to |p|. Of a vector, which has no rows: none, and its mean size.
+    """Of each of the matrices (n, R, C): (R + C,) float8, how large the rows and the columns of |p| are beside each other, and the number
+    that brings their products nearest to |p|. Of each of the vectors (n, L), which have no rows: none, and its mean size.
 
-    >>> factors, top = factored(torch.tensor([[1.0, -2.0], [-2.0, 4.0]]))
-    >>> spoken(torch.tensor([True, False, False, True]), factors, top, (2, 2))
-    tensor([[ 1., -2.],
-            [-2.,  4.]])
+    >>> factors, top = factored(torch.tensor([[[1.0, -2.0], [-2.0, 4.0]]]))
+    >>> spoken(torch.tensor([[[True, False], [False, True]]]), factors, top)
+    tensor([[[ 1., -2.],
+             [-2.,  4.]]])
     """
-    if p.dim() < 2:
-        return torch.empty(0, dtype=torch.float8_e4m3fn, device=p.device), p.abs().mean()
-    sizes = p.flatten(1).abs()
-    factors = torch.cat([most_is_one(sizes.mean(dim=1)), most_is_one(sizes.mean(dim=0))]).to(torch.float8_e4m3fn)
-    products = outer(factors, len(p))
-    return factors, (sizes * products).sum() / products.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    if p.dim() < 3:
+        return torch.empty(len(p), 0, dtype=torch.float8_e4m3fn, device=p.device), p.abs().flatten(1).mean(dim=1)
+    sizes = p.abs()
+    factors = torch.cat([most_is_one(sizes.mean(dim=2)), most_is_one(sizes.mean(dim=1))], dim=1).to(torch.float8_e4m3fn)
+    products = outer(factors, p.shape[1])
+    norms = products.square().sum(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+    return factors, (sizes * products).sum(dim=(1, 2)) / norms
 
 
 def most_is_one(sizes: Tensor) -> Tensor:
-    return sizes / sizes.max().clamp(min=torch.finfo(torch.float32).tiny)
+    return sizes / sizes.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def outer(factors: Tensor, rows: int) -> Tensor:
-    """(R, C): the products of the factors of rows and columns."""
-    return factors[:rows].float()[:, None] * factors[rows:].float()
+    """(n, R, C): the products of the factors of rows and columns."""
+    return factors[:, :rows, None].float() * factors[:, None, rows:].float()
 
 
-def spoken(positive: Tensor, factors: Tensor, top: Tensor, shape: Sequence[int]) -> Tensor:
-    """What others hear: each value's sign (n,), times its size."""
-    sizes = outer(factors, shape[0]).flatten() * top if len(factors) else top
-    return torch.where(positive, sizes, -sizes).view(shape)
+def spoken(positive: Tensor, factors: Tensor, top: Tensor) -> Tensor:
+    """What others hear: each value's sign, times its size."""
+    sizes = top.view(-1, *[1] * (positive.dim() - 1))
+    if factors.shape[1]:
+        sizes = outer(factors, positive.shape[1]) * sizes
+    return torch.where(positive, sizes, -sizes)
 
 
 BITS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -324,9 +324,9 @@ class Task(LightningModule):
         if isinstance(self.trainer.strategy, DDP):
             self.trainer.strategy.load_compression_state(checkpoint["fusion"]["compression"], dict(self.named_parameters()))
 
-    def compression_state(self) -> list[dict[str, Tensor]]:
+    def compression_state(self) -> dict[str, Any]:
         strategy = self.trainer.strategy
-        return strategy.compression_state(dict(self.named_parameters())) if isinstance(strategy, DDP) else []
+        return strategy.compression_state(dict(self.named_parameters())) if isinstance(strategy, DDP) else {}
 
 
 def type_path(thing: object) -> str:

@@ -1,5 +1,6 @@
 """Compressed gradients: what the bits say, what they leave for later, and what two ranks learn by them."""
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_world import ROUNDING, TWO, furthest, furthest_weights
 
 from fusion.errors import UserError
+from fusion.training.muon import orthogonal
 from fusion.training.sign_compression import SignCompression, factored, packed, spoken, unpacked
 
 
@@ -98,9 +100,73 @@ def test_a_matrix_is_said_by_sizes_of_its_rows_and_columns(alone):
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6))
 def test_what_is_left_is_never_more_than_what_was_to_be_said(rows, columns, seed):
-    p = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) ** 5
-    factors, top = factored(p)
-    assert (p - spoken(p.flatten() >= 0, factors, top, p.shape)).square().sum() <= p.square().sum() * (1 + 1e-5)
+    p = torch.randn(1, rows, columns, generator=torch.Generator().manual_seed(seed)) ** 5
+    assert (p - spoken(p >= 0, *factored(p))).square().sum() <= p.square().sum() * (1 + 1e-5)
+
+
+def uneven(updates, shape, seed=0):
+    """Gradients whose directions are of very different sizes, as those of layers are."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in shape)
+    small = min(shape)
+    for _ in range(updates):
+        noise = torch.randn(shape, generator=generator)
+        noise[:small] *= torch.logspace(0, -4, small)[:, None]
+        noise[:, :small] *= torch.logspace(0, -4, small)
+        yield left @ noise @ right
+
+
+def test_in_the_axes_of_what_was_heard_small_directions_are_not_drowned(alone, monkeypatch):
+    """What Muon makes of momentum that was said, beside the momentum as it was: far nearer than in the matrix's own axes."""
+    off = {}
+    for longest in (0, 64):
+        monkeypatch.setattr("fusion.training.sign_compression.LONGEST", longest)
+        p, compression = torch.nn.Parameter(torch.zeros(24, 32)), SignCompression()
+        true, heard = torch.zeros(24, 32), torch.zeros(24, 32)
+        for gradient in uneven(80, (24, 32)):
+            (out,) = said(compression, alone, [p], [gradient])
+            true, heard = true.lerp(gradient, 0.05), heard.lerp(out, 0.05)
+        straight, turned = orthogonal(torch.stack([true, heard]))
+        off[longest] = float((straight - turned).square().sum() / straight.square().sum())
+    print(off)
+    assert off[64] < 0.3 * off[0]
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (3, 8), (8, 1)])
+def test_the_axes_stay_at_right_angles(alone, shape):
+    p, compression = torch.nn.Parameter(torch.zeros(shape)), SignCompression()
+    for gradient in uneven(30, shape):
+        said(compression, alone, [p], [1e-12 * gradient])
+    for axes in compression.axes[p]:
+        assert torch.allclose(axes.basis.T @ axes.basis, torch.eye(len(axes.basis)), atol=1e-5)
+        assert len(axes.basis) == 1 or not torch.equal(axes.basis.abs(), torch.eye(len(axes.basis)))
+    matrices = torch.randn(1, *shape)
+    assert torch.allclose(compression.turned_back([p], compression.turned([p], matrices)), matrices, atol=1e-5)
+
+
+def test_a_side_too_long_to_turn_keeps_its_axes(alone, monkeypatch):
+    monkeypatch.setattr("fusion.training.sign_compression.LONGEST", 8)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 9), (9, 9), (8, 3, 3, 3), (8,))]
+    compression = SignCompression()
+    said(compression, alone, parameters, [torch.ones_like(p) for p in parameters])
+    assert [[side is not None for side in compression.axes[p]] for p in parameters] == [[True, False], *[[False, False]] * 3]
+
+
+def test_compression_goes_on_from_its_state_to_the_bit(alone):
+    alone.global_rank = 0
+    named = {f"p{i}": torch.nn.Parameter(torch.zeros(shape)) for i, shape in enumerate(SHAPES)}
+    parameters, whole = list(named.values()), SignCompression()
+    gradients = [[torch.randn(s, generator=torch.Generator().manual_seed(i)) for s in SHAPES] for i in range(20)]
+    for values in gradients[:13]:
+        said(whole, alone, parameters, values)
+    file = io.BytesIO()
+    torch.save(whole.state(named, alone), file)
+    file.seek(0)
+    resumed = SignCompression()
+    resumed.load_state(torch.load(file, weights_only=True), named, alone)
+    for values in gradients[13:]:
+        for one, other in zip(said(whole, alone, parameters, values), said(resumed, alone, parameters, values), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_the_gradient_scalers_scale_changes_nothing_but_the_scale(alone):
@@ -128,11 +194,12 @@ def test_a_value_that_is_not_finite_is_heard_and_leaves_the_rest_to_be_said_as_i
 
 
 def test_a_skipped_update_has_said_nothing(alone):
-    p, compression = torch.nn.Parameter(torch.zeros(3)), SignCompression()
-    said(compression, alone, [p], [torch.tensor([1.0, 2.0, 6.0])])
-    before = compression.residual[p].clone()
-    said(compression, alone, [p], [torch.tensor([5.0, -2.0, 1.0])], skipped=True)
-    assert torch.equal(compression.residual[p], before)
+    p, compression = torch.nn.Parameter(torch.zeros(1, 3)), SignCompression()
+    said(compression, alone, [p], [torch.tensor([[1.0, 2.0, 6.0]])])
+    before = compression.residual[p].clone(), compression.axes[p][1].moment.clone()
+    said(compression, alone, [p], [torch.tensor([[5.0, -2.0, 1.0]])], skipped=True)
+    assert torch.equal(compression.residual[p], before[0])
+    assert torch.equal(compression.axes[p][1].moment, before[1])
 
 
 # Two ranks.
