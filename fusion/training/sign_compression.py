@@ -47,23 +47,22 @@ class SignCompression:
         self.axes: dict[Tensor, Sides] = {}
         self.updates = 0
         self.left: dict[Tensor, Tensor] = {}  # of the update at hand
-        self.heard: dict[Tensor, Tensor] = {}
+        self.heard: list[tuple[list[Tensor], Tensor]] = []
 
     def settle(self, *, skipped: bool) -> None:
         """After an update: keep what it left to be said, and learn of what was heard, unless it was skipped."""
         if not skipped:
             self.residual |= self.left
-            for alike in same_shape(list(self.heard)):
-                heard = torch.stack([self.heard[p] for p in alike])
-                for side, across in ((0, heard), (1, heard.mT)):
-                    sides = [axes for p in alike if (axes := self.axes[p][side]) is not None]
-                    if sides:
+            for alike, heard in self.heard:
+                heard = torch.where(heard.isfinite().all(dim=(1, 2), keepdim=True), heard, 0.0)
+                for sides, across in zip(zip(*(self.axes[p] for p in alike), strict=True), (heard, heard.mT), strict=True):
+                    if None not in sides:
                         for axes, product in zip(sides, across @ across.mT, strict=True):
                             axes.moment.lerp_(product, 1 - MEMORY)
             self.updates += 1
             if self.updates % TURN_EVERY == 0:
                 turn([axes for sides in self.axes.values() for axes in sides if axes is not None])
-        self.left, self.heard = {}, {}
+        self.left, self.heard = {}, []
 
     def exchange(self, strategy: DDP, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         buffer, gradients = bucket.buffer(), dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
@@ -82,20 +81,21 @@ class SignCompression:
             total = [torch.zeros(positive.shape, device=buffer.device) for positive, _, _ in said]
             for one in everywhere:
                 own_bits, own_factors, own_tops = one.split([len(bits), len(factors), 4 * len(tops)])
-                heard = zip(
+                parts = zip(
                     total,
                     unpacked(own_bits, sum(whole.numel() for whole in total)).split([whole.numel() for whole in total]),
                     own_factors.view(torch.float8_e4m3fn).split([f.numel() for _, f, _ in said]),
                     own_tops.clone().view(torch.float32).split([len(alike) for alike in groups]),  # cloned, since it may begin anywhere
                     strict=True,
                 )
-                for whole, positive, factor, top in heard:
+                for whole, positive, factor, top in parts:
                     whole += spoken(positive.view(whole.shape), factor.view(len(whole), -1), top)
             for alike, whole in zip(groups, total, strict=True):
-                for p, own in zip(alike, self.turned_back(alike, whole / world), strict=True):
+                heard = self.turned_back(alike, whole / world)
+                for p, own in zip(alike, heard, strict=True):
                     gradients[p].copy_(own.view_as(p) * self.scale)
-                    if any(self.axes[p]):
-                        self.heard[p] = torch.where(own.isfinite().all(), own, 0.0)
+                if any(self.axes[alike[0]]):
+                    self.heard.append((alike, heard))
             return buffer
 
         return work.get_future().then(mean)
