@@ -62,6 +62,7 @@ class DDP(DDPStrategy):
             self.powersgd = powerSGD_hook.PowerSGDState(
                 None, matrix_approximation_rank=self.powersgd_rank, start_powerSGD_iter=self.powersgd_start
             )
+        self.sign.embeddings = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
         model.register_comm_hook(self, exchange)
 
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:

@@ -30,7 +30,8 @@ class SignCompression:
     number. U and V turn a matrix to the axes along which the gradients heard so far were large or small (an eigenbasis, in which all ranks
     agree without a byte, since all heard the same): what is left unsaid is then small where gradients are small. In the matrix's own axes
     it would be alike everywhere, and optimisers that turn all directions alike, such as Muon, would make as much of it as of the gradient.
-    Only matrices are turned (no filters), on sides of up to 1,024, for which four squares of a side are kept and a resumed run needs them.
+    Only matrices are turned (no filters; nor embeddings, whose rare rows would bear the error of the common ones), on sides of up to 1,024,
+    of each of which two squares are kept.
 
     What a rank could not say so, e, it says with its next gradient. Both are kept in units of the loss, whatever the gradient scaler's
     scale; of an update that is skipped nothing was said. Values that are not finite make all ranks' gradients NaN, so that all see them,
@@ -43,6 +44,7 @@ class SignCompression:
 
     def __init__(self) -> None:
         self.scale = 1.0
+        self.embeddings: set[Tensor] = set()
         self.residual: dict[Tensor, Tensor] = {}  # by parameter: DDP's buckets change after the first update
         self.axes: dict[Tensor, Sides] = {}
         self.updates = 0
@@ -66,7 +68,7 @@ class SignCompression:
 
     def exchange(self, strategy: DDP, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         buffer, gradients = bucket.buffer(), dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
-        groups = same_shape(list(gradients))
+        groups = self.alike(list(gradients))
         said = [self.encode(alike, torch.stack([gradients[p] for p in alike])) for alike in groups]
         bits = packed(torch.cat([positive.flatten() for positive, _, _ in said]))
         factors = torch.cat([factors.flatten() for _, factors, _ in said])
@@ -100,11 +102,18 @@ class SignCompression:
 
         return work.get_future().then(mean)
 
+    def alike(self, parameters: list[Tensor]) -> list[list[Tensor]]:
+        """What can be computed at once."""
+        groups: dict[tuple[torch.Size, bool], list[Tensor]] = defaultdict(list)
+        for p in parameters:
+            groups[p.shape, p in self.embeddings].append(p)
+        return list(groups.values())
+
     def encode(self, parameters: list[Tensor], gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is said of parameters of one shape: signs, factors of the sizes, and sizes. Keeps what that leaves."""
         for p in parameters:
             if p not in self.axes:
-                self.axes[p] = axes_of(p)
+                self.axes[p] = (None, None) if p in self.embeddings else axes_of(p)
                 self.residual.setdefault(p, torch.zeros_like(p, dtype=torch.float32))
         before = torch.stack([self.residual[p] for p in parameters])
         said = gradients.float() / self.scale + before
@@ -163,14 +172,6 @@ class SignCompression:
         """(n, R, R) and (n, C, C); None where a side keeps its own axes."""
         by_side = zip(*(self.axes[p] for p in parameters), strict=True)
         return [None if None in side else torch.stack([axes.basis for axes in side]) for side in by_side]
-
-
-def same_shape(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """What can be computed at once."""
-    groups: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for p in parameters:
-        groups[p.shape].append(p)
-    return list(groups.values())
 
 
 @dataclass

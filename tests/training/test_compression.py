@@ -144,12 +144,13 @@ def test_the_axes_stay_at_right_angles(alone, shape):
     assert torch.allclose(compression.turned_back([p], compression.turned([p], matrices)), matrices, atol=1e-5)
 
 
-def test_a_side_too_long_to_turn_keeps_its_axes(alone, monkeypatch):
+def test_sides_too_long_and_filters_and_vectors_and_embeddings_keep_their_axes(alone, monkeypatch):
     monkeypatch.setattr("fusion.training.sign_compression.LONGEST", 8)
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 9), (9, 9), (8, 3, 3, 3), (8,))]
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 9), (8, 9), (9, 9), (8, 3, 3, 3), (8,))]
     compression = SignCompression()
+    compression.embeddings = {parameters[1]}
     said(compression, alone, parameters, [torch.ones_like(p) for p in parameters])
-    assert [[side is not None for side in compression.axes[p]] for p in parameters] == [[True, False], *[[False, False]] * 3]
+    assert [[side is not None for side in compression.axes[p]] for p in parameters] == [[True, False], *[[False, False]] * 4]
 
 
 def test_compression_goes_on_from_its_state_to_the_bit(alone):
