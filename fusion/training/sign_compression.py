@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LONGEST = 1024  # a longer side keeps its own axes
 MEMORY = 0.95  # how much of an axis's past an update leaves
 TURN_EVERY = 5  # updates
+BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class SignCompression:
@@ -26,12 +27,12 @@ class SignCompression:
         p = g + e        sent: sign(U' p V), r, c        q = U (r c' * sign(U' p V)) V'        e <- p - q
         gradient = mean over the ranks of q
 
-    r and c are the mean sizes of the rows and the columns of |U' p V|, scaled so that r c' is as near to it as can be; a vector has one
-    number. U and V turn a matrix to the axes along which the gradients heard so far were large or small (an eigenbasis, in which all ranks
-    agree without a byte, since all heard the same): what is left unsaid is then small where gradients are small. In the matrix's own axes
-    it would be alike everywhere, and optimisers that turn all directions alike, such as Muon, would make as much of it as of the gradient.
-    Only matrices are turned (no filters; nor embeddings, whose rare rows would bear the error of the common ones), on sides of up to 1,024,
-    of each of which two squares are kept.
+    r and c are the mean sizes of the rows and the columns of |U' p V|, scaled so that r c' is as near to it as can be. U and V turn a
+    matrix to the axes along which the gradients heard so far were large or small (an eigenbasis, in which all ranks agree without a byte,
+    since all heard the same): what is left unsaid is then small where gradients are small. In the matrix's own axes it would be alike
+    everywhere, and optimisers that turn all directions alike, such as Muon, would make as much of it as of the gradient. Only matrices are
+    turned (no filters; nor embeddings, whose rare rows would bear the error of the common ones), on sides of up to 1,024, of each of which
+    two squares are kept. Vectors, which are few, take four bits a value.
 
     What a rank could not say so, e, it says with its next gradient. Both are kept in units of the loss, whatever the gradient scaler's
     scale; of an update that is skipped nothing was said. Values that are not finite make all ranks' gradients NaN, so that all see them,
@@ -70,28 +71,17 @@ class SignCompression:
         buffer, gradients = bucket.buffer(), dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
         groups = self.alike(list(gradients))
         said = [self.encode(alike, torch.stack([gradients[p] for p in alike])) for alike in groups]
-        bits = packed(torch.cat([positive.flatten() for positive, _, _ in said]))
-        factors = torch.cat([factors.flatten() for _, factors, _ in said])
-        tops = torch.cat([top for _, _, top in said])
-        message = torch.cat([bits, factors.view(torch.uint8), tops.view(torch.uint8)])
+        message = written(said)
         strategy.sent += message.nbytes
         world = strategy.world_size
         everywhere = [torch.empty_like(message) for _ in range(world)]
         work = dist.all_gather(everywhere, message, async_op=True)
 
         def mean(_: Any) -> Tensor:
-            total = [torch.zeros(positive.shape, device=buffer.device) for positive, _, _ in said]
+            total = [torch.zeros(len(alike), *matrix(alike[0]), device=buffer.device) for alike in groups]
             for one in everywhere:
-                own_bits, own_factors, own_tops = one.split([len(bits), len(factors), 4 * len(tops)])
-                parts = zip(
-                    total,
-                    unpacked(own_bits, sum(whole.numel() for whole in total)).split([whole.numel() for whole in total]),
-                    own_factors.view(torch.float8_e4m3fn).split([f.numel() for _, f, _ in said]),
-                    own_tops.clone().view(torch.float32).split([len(alike) for alike in groups]),  # cloned, since it may begin anywhere
-                    strict=True,
-                )
-                for whole, positive, factor, top in parts:
-                    whole += spoken(positive.view(whole.shape), factor.view(len(whole), -1), top)
+                for whole, alike, part in zip(total, groups, read(one, said), strict=True):
+                    whole += spoken(*part, matrix(alike[0]))
             for alike, whole in zip(groups, total, strict=True):
                 heard = self.turned_back(alike, whole / world)
                 for p, own in zip(alike, heard, strict=True):
@@ -109,21 +99,20 @@ class SignCompression:
             groups[p.shape, p in self.embeddings].append(p)
         return list(groups.values())
 
-    def encode(self, parameters: list[Tensor], gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is said of parameters of one shape: signs, factors of the sizes, and sizes. Keeps what that leaves."""
+    def encode(self, parameters: list[Tensor], gradients: Tensor) -> Said:
+        """What is said of parameters of one shape: bits, factors of the sizes, and sizes. Keeps what that leaves."""
         for p in parameters:
             if p not in self.axes:
                 self.axes[p] = (None, None) if p in self.embeddings else axes_of(p)
                 self.residual.setdefault(p, torch.zeros_like(p, dtype=torch.float32))
         before = torch.stack([self.residual[p] for p in parameters])
         said = gradients.float() / self.scale + before
-        seen = self.turned(parameters, said if said.dim() < 4 else said.flatten(2))
-        positive = seen >= 0
-        factors, top = factored(seen)
-        left = said - self.turned_back(parameters, spoken(positive, factors, top)).view_as(said)
+        shape = matrix(parameters[0])
+        bits, factors, top = code(self.turned(parameters, said.view(-1, *shape)))
+        left = said - self.turned_back(parameters, spoken(bits, factors, top, shape)).view_as(said)
         left = torch.where(top.isfinite().view(-1, *[1] * (left.dim() - 1)), left, before)
         self.left |= dict(zip(parameters, left, strict=True))
-        return positive, factors, top
+        return bits, factors, top
 
     # What exact resuming needs: what is left to be said, which differs from rank to rank, and the axes, which don't.
 
@@ -190,6 +179,7 @@ class Axes:
         return cls(torch.zeros(length, length, device=device), torch.eye(length, device=device))
 
 
+Said = tuple[Tensor, Tensor, Tensor]  # of n parameters of one shape: bits (n, B), factors (n, F), sizes (n,)
 Sides = tuple[Axes | None, Axes | None]  # of rows and of columns
 
 
@@ -216,22 +206,52 @@ def turn(sides: Sequence[Axes]) -> None:
             side.basis = basis.clone()
 
 
-def factored(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each of the matrices (n, R, C): (R + C,) float8, how large the rows and the columns of |p| are beside each other, and the number
-    that brings their products nearest to |p|. Of each of the vectors (n, L), which have no rows: none, and its mean size.
+def written(said: Sequence[Said]) -> Tensor:
+    """As bytes: all bits, then all factors, then all sizes."""
+    bits, factors, tops = (torch.cat([one.flatten() for one in of_all]) for of_all in zip(*said, strict=True))
+    return torch.cat([packed(bits), factors.view(torch.uint8), tops.view(torch.uint8)])
 
-    >>> factors, top = factored(torch.tensor([[[1.0, -2.0], [-2.0, 4.0]]]))
-    >>> spoken(torch.tensor([[[True, False], [False, True]]]), factors, top)
+
+def read(message: Tensor, own: Sequence[Said]) -> list[Said]:
+    """What another said, of parameters of the same shapes as one's own."""
+    bits, factors, tops = ([one.numel() for one in of_all] for of_all in zip(*own, strict=True))
+    in_bits, in_factors, in_tops = message.split([len(message) - sum(factors) - 4 * sum(tops), sum(factors), 4 * sum(tops)])
+    parts = zip(
+        unpacked(in_bits, sum(bits)).split(bits),
+        in_factors.view(torch.float8_e4m3fn).split(factors),
+        in_tops.clone().view(torch.float32).split(tops),  # cloned, since it may begin anywhere
+        strict=True,
+    )
+    return [(b.view(len(top), -1), f.view(len(top), -1), top) for b, f, top in parts]
+
+
+def matrix(p: Tensor) -> tuple[int, ...]:
+    """The shape that it is said in: (R, C), with the filters of a convolution as rows; (L,) for a vector."""
+    return (p.numel(),) if p.dim() < 2 else (len(p), p[0].numel())
+
+
+def code(p: Tensor) -> Said:
+    """Of each of the matrices (n, R, C): (R C,) bits, the signs; (R + C,) float8, how large the rows and the columns of |p| are beside each
+    other; and the number that brings their products nearest to |p|. Of each of the vectors (n, L): (4 L,) bits, the signs, and by how many
+    powers of two each value is below the largest, with 7 for 0; no factors; and the largest.
+
+    >>> said = code(torch.tensor([[[1.0, -2.0], [-2.0, 4.0]]]))
+    >>> spoken(*said, (2, 2))
     tensor([[[ 1., -2.],
              [-2.,  4.]]])
+    >>> spoken(*code(torch.tensor([[8.0, 2.1, -1.0, 0.001]])), (4,))
+    tensor([[ 8.,  2., -1.,  0.]])
     """
-    if p.dim() < 3:
-        return torch.empty(len(p), 0, dtype=torch.float8_e4m3fn, device=p.device), p.abs().flatten(1).mean(dim=1)
     sizes = p.abs()
+    tiny = torch.finfo(torch.float32).tiny
+    if p.dim() < 3:
+        top = sizes.amax(dim=1)
+        below = (top[:, None] / sizes.clamp(min=tiny)).log2().round().clamp(0, 7).to(torch.uint8)
+        bits = torch.cat([p >= 0, *((below & bit).ne(0) for bit in BITS[:3])], dim=1)
+        return bits, torch.empty(len(p), 0, dtype=torch.float8_e4m3fn, device=p.device), top
     factors = torch.cat([most_is_one(sizes.mean(dim=2)), most_is_one(sizes.mean(dim=1))], dim=1).to(torch.float8_e4m3fn)
     products = outer(factors, p.shape[1])
-    norms = products.square().sum(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
-    return factors, (sizes * products).sum(dim=(1, 2)) / norms
+    return (p >= 0).flatten(1), factors, (sizes * products).sum(dim=(1, 2)) / products.square().sum(dim=(1, 2)).clamp(min=tiny)
 
 
 def most_is_one(sizes: Tensor) -> Tensor:
@@ -243,15 +263,16 @@ def outer(factors: Tensor, rows: int) -> Tensor:
     return factors[:, :rows, None].float() * factors[:, None, rows:].float()
 
 
-def spoken(positive: Tensor, factors: Tensor, top: Tensor) -> Tensor:
-    """What others hear: each value's sign, times its size."""
-    sizes = top.view(-1, *[1] * (positive.dim() - 1))
-    if factors.shape[1]:
-        sizes = outer(factors, positive.shape[1]) * sizes
-    return torch.where(positive, sizes, -sizes)
-
-
-BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+def spoken(bits: Tensor, factors: Tensor, top: Tensor, shape: Sequence[int]) -> Tensor:
+    """What others hear: (n, *shape)."""
+    if len(shape) == 2:
+        positive, sizes = bits, outer(factors, shape[0]).flatten(1)
+    else:
+        positive, *powers = bits.chunk(4, dim=1)
+        below = powers[0] + 2 * powers[1] + 4 * powers[2]
+        sizes = torch.where(below == 7, 0.0, 0.5**below)
+    sizes = sizes * top[:, None]
+    return torch.where(positive, sizes, -sizes).view(-1, *shape)
 
 
 def packed(bits: Tensor) -> Tensor:
