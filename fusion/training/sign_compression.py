@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 LONGEST = 1024  # a longer side keeps its own axes
-MEMORY = 0.95  # how much of an axis's past an update leaves
-TURN_EVERY = 5  # updates
+MEMORY = 0.9  # how much of an axis's past an update leaves
+TURN_EVERY = 2  # updates
 BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
