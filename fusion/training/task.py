@@ -176,7 +176,7 @@ class Task(LightningModule):
         self.noted.append({name: value.detach().float() for name, value in figures.items()})
         self.sums["samples"] += samples
         for name, value in self.noted[-1].items():
-            self.sums[name] = self.sums.get(name, 0) + value * samples
+            self.sums[name] = self.sums.get(name, 0) + value.to(exact(value.device)) * samples
 
     def update_means(self) -> dict[str, Tensor]:
         """What the update at hand gave, on this rank."""
@@ -186,13 +186,16 @@ class Task(LightningModule):
         """What the epoch gave so far, over all ranks. A collective: all ranks call it."""
         if len(self.sums) == 1:
             return {"samples": 0}
-        own = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in self.sums.values()]
+        own = [torch.as_tensor(value, dtype=exact(self.device), device=self.device) for value in self.sums.values()]
         return dict(zip(self.sums, summed(self, torch.stack(own)).tolist(), strict=True))
 
     def epoch_means(self) -> dict[str, float]:
-        """Of the epoch so far, over all ranks and what a run that was resumed had seen before. A collective."""
+        """Of the epoch so far, over all ranks and what a run that was resumed had seen before; in single precision, in which it is the same
+        whatever the order of the summands was. A collective.
+        """
         sums = self.epoch_sums()
-        return {name: total / sums["samples"] for name, total in sums.items() if name != "samples"}
+        samples = sums.pop("samples")
+        return {name: torch.tensor(total / samples, dtype=torch.float32).item() for name, total in sums.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.balance is not None:
@@ -327,6 +330,11 @@ class Task(LightningModule):
     def compression_state(self) -> dict[str, Any]:
         strategy = self.trainer.strategy
         return strategy.compression_state(dict(self.named_parameters())) if isinstance(strategy, DDP) else {}
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """What to sum in."""
+    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
 
 
 def type_path(thing: object) -> str:

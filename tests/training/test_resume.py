@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_world import REPOSITORY, TWO, Run, assert_same_end, newest
 
 import fusion.cli.fit as command
@@ -92,6 +94,32 @@ def test_the_log_of_a_resumed_run_tells_the_whole_run(interrupted_and_whole, fit
     resumed = fit_here("--resume", stopped.folder)
     for name in ("val/accuracy", "val/loss", "train/loss_step", "train/loss_epoch", "train/accuracy_epoch", "train/lr"):
         assert resumed.column(name) == whole.column(name), name
+
+
+class Seen:
+    """What a task keeps of an epoch."""
+
+    note, epoch_sums, epoch_means = Classification.note, Classification.epoch_sums, Classification.epoch_means
+    device, trainer = torch.device("cpu"), SimpleNamespace(accumulate_grad_batches=1, world_size=1)
+
+    def __init__(self, losses, before=None):
+        self.sums = before or {"samples": 0}
+        for loss in losses:
+            self.note({"loss": loss}, 8, 0)
+
+    def __add__(self, other):
+        """What both know, as if by a sum over ranks."""
+        return Seen([], {name: value + other.epoch_sums()[name] for name, value in self.epoch_sums().items()})
+
+
+def test_the_means_of_an_epoch_do_not_depend_on_where_it_was_interrupted():
+    """Two ranks; when they go on, the first has what both had seen: the order of the sums is another."""
+    for seed in range(50):
+        losses = torch.rand(100, generator=torch.Generator().manual_seed(seed))
+        whole = Seen(losses[0::2]) + Seen(losses[1::2])
+        before = Seen(losses[0:50:2]) + Seen(losses[1:50:2])
+        resumed = Seen(losses[50::2], before.epoch_sums()) + Seen(losses[51::2])
+        assert whole.epoch_means() == resumed.epoch_means() == {"loss": losses.double().mean().float().item()}
 
 
 TWICE = "--trainer.val_check_interval=0.5"
