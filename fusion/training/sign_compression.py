@@ -58,10 +58,10 @@ class SignCompression:
             self.residual |= self.left
             for alike, heard in self.heard:
                 heard = torch.where(heard.isfinite().all(dim=(1, 2), keepdim=True), heard, 0.0)
-                for sides, across in zip(zip(*(self.axes[p] for p in alike), strict=True), (heard, heard.mT), strict=True):
-                    if None not in sides:
-                        for axes, product in zip(sides, across @ across.mT, strict=True):
-                            axes.moment.lerp_(product, 1 - MEMORY)
+                for p, own in zip(alike, heard, strict=True):
+                    for axes, side in zip(self.axes[p], (own, own.mT), strict=True):
+                        if axes is not None:
+                            axes.moment.lerp_(side @ side.mT, 1 - MEMORY)
             self.updates += 1
             if self.updates % TURN_EVERY == 0:
                 turn([axes for sides in self.axes.values() for axes in sides if axes is not None])
@@ -104,11 +104,11 @@ class SignCompression:
         for p in parameters:
             if p not in self.axes:
                 self.axes[p] = (None, None) if p in self.embeddings else axes_of(p)
-                self.residual.setdefault(p, torch.zeros_like(p, dtype=torch.float32))
+                self.residual.setdefault(p, torch.zeros(p.shape, device=p.device))
         before = torch.stack([self.residual[p] for p in parameters])
         said = gradients.float() / self.scale + before
         shape = matrix(parameters[0])
-        bits, factors, top = code(self.turned(parameters, said.view(-1, *shape)))
+        bits, factors, top = code(self.turned(parameters, said.reshape(-1, *shape)))
         left = said - self.turned_back(parameters, spoken(bits, factors, top, shape)).view_as(said)
         left = torch.where(top.isfinite().view(-1, *[1] * (left.dim() - 1)), left, before)
         self.left |= dict(zip(parameters, left, strict=True))
@@ -226,7 +226,9 @@ def read(message: Tensor, own: Sequence[Said]) -> list[Said]:
 
 
 def matrix(p: Tensor) -> tuple[int, ...]:
-    """The shape that it is said in: (R, C), with the filters of a convolution as rows; (L,) for a vector."""
+    """The shape that it is said in: (R, C), with the filters of a convolution as rows (in what order their values come is all one: DDP
+    gives those of channels-last filters as they lie in memory); (L,) for a vector.
+    """
     return (p.numel(),) if p.dim() < 2 else (len(p), p[0].numel())
 
 

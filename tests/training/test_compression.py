@@ -243,6 +243,10 @@ def test_fp16_autocast_and_sign_compression_and_accumulation_work_together(tiny,
     plain, _ = fit_command("--recipe", recipe, *TWO, sign, runs="plain")
     mixed, _ = fit_command("--recipe", recipe, *TWO, sign, *fp16, "--trainer.accumulate_grad_batches=2", runs="mixed")
     assert furthest(plain.column("val/loss"), mixed.column("val/loss")) < 0.02
+    axes = plain.checkpoint()["fusion"]["compression"]["axes"]
+    unturned = [name for name, sides in axes.items() if None in sides and plain.checkpoint()["state_dict"][name].dim() == 2]
+    assert unturned
+    assert all("embeddings" in name for name in unturned)
 
 
 @pytest.mark.slow

@@ -273,6 +273,7 @@ def test_a_dead_rank_ends_the_other_with_a_message_and_no_hang(tiny, tmp_path):
     assert f"--resume {newest(tmp_path / 'runs')}" in err
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_ends_the_other_with_a_message(tiny, tmp_path):
     alone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "none"}
