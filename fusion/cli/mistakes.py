@@ -34,7 +34,8 @@ KINDS: dict[str, type] = {
 REFUSED = re.compile(r"(?:Group|Key|key|Option) ['\"]([\w.]+)['\"]:? (?:does not accept|is not expected|is not accepted|not expected)")
 NO_SUCH_KEY = re.compile(r"(?:Group ['\"]([\w.]+)['\"] does not accept )?(?:nested key|No action for key) ['\"]([\w.]+)['\"]")
 NO_SUCH_CLASS = re.compile(r"Expected a dot import path string: (\S+)|No module named '?([\w.]+)'?|Import failed for '?([\w.]+)")
-WRONG_TYPE = re.compile(r"Expected a (?:<class '([\w.]+)'>|(\S+))\.? Got value: (.+)")
+NESTED = re.compile(r"Given value: NestedArg\(key='([\w.]+)', val='?([^')]*)")  # an option of a class, given on the command line
+WRONG_TYPE = re.compile(r"Expected a (?:<class '([\w.]+)'>|(\S+))\.? Got value: (.+?)(?: Given value|$)")
 
 
 def told_plainly(message: str, parser: LightningArgumentParser, recipes: Sequence[Recipe]) -> str:
@@ -61,17 +62,20 @@ def told_plainly(message: str, parser: LightningArgumentParser, recipes: Sequenc
     if (match := NO_SUCH_CLASS.search(message)) and key in KINDS:
         wrong = next(name for name in match.groups() if name)
         return f"{key}: unknown '{wrong}'. {nearest(wrong.split('.')[-1], names_of(KINDS[key]))}{place(key, wrong, recipes)}"
+    nested = NESTED.search(message)
+    if nested:
+        key = f"{key}.init_args.{nested[1]}"
     if match := WRONG_TYPE.search(message):
         return f"{key}: expected {match[1] or match[2]}, got {match[3]}{place(key, match[3], recipes)}"
-    if (match := re.search(r"Given value: (\S+)", message)) and (allowed := re.findall(r"Literal\[([^]]*)\]", message)):
+    if (match := nested or re.search(r"Given value: ()(\S+)", message)) and (allowed := re.findall(r"Literal\[([^]]*)\]", message)):
         values = [value.strip(" '") for group in allowed for value in group.split(",")]
-        return f"{key}: {match[1]} is not one of them. {nearest(match[1], values)}{place(key, match[1], recipes)}"
+        return f"{key}: {match[2]} is not one of them. {nearest(match[2], values)}{place(key, match[2], recipes)}"
     return message
 
 
 def class_named(message: str, key: str) -> type | None:
     """The class whose option was refused, from the message's class_path."""
-    match = re.search(r"class_path='([\w.]+)'", message)
+    match = re.search(r"class_path[= ]'([\w.]+)'", message)
     if not match or not key:
         return None
     module, _, name = match[1].rpartition(".")

@@ -71,6 +71,7 @@ def test_every_head_trains_by_its_name_alone(
     assert f"head   {head}" in capsys.readouterr().out
 
 
+DDP = [*TINY, "--recipe=engine/ddp", "--trainer.accelerator=cpu"]
 MISTAKES = {
     "recipe": (["--recipe", "quikstart"], "Did you mean quickstart?"),
     "option": ([*TINY, "--modl.head=Gated"], "Did you mean model.head"),
@@ -83,6 +84,12 @@ MISTAKES = {
     "modality": ([*TINY, "--model.modalities=[txt]"], "Did you mean text?"),
     "schedule": ([*TINY, "--model.schedule=Cosin"], "Did you mean Cosine?"),
     "head refuses": ([*TINY, "--model.head.init_args.num_heads=7"], "not a multiple of num_heads 7"),
+    "option of the strategy": ([*DDP, "--trainer.strategy.init_args.compres=sign"], "DDP has no option 'compres'. Did you mean compress?"),
+    "word for an option": (
+        [*DDP, "--trainer.strategy.init_args.compress=sgn"],
+        "compress: sgn is not one of them. Did you mean sign?",
+    ),
+    "word for a number": ([*DDP, "--trainer.strategy.init_args.timeout_s=soon"], "init_args.timeout_s: expected float, got soon\n"),
     "nothing": ([], "--recipe quickstart"),
     "no data": (["--recipe=own"], "--data.manifest=FILE"),
 }
