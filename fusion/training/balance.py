@@ -135,12 +135,15 @@ def ogm_coefficients(scores: list[float], alpha: float) -> list[float]:
 
     >>> [round(k, 3) for k in ogm_coefficients([0.8, 0.4], alpha=0.3)]
     [0.463, 1.0]
+    >>> ogm_coefficients([0.4345911818720335] * 4, alpha=1.0)
+    [1.0, 1.0, 1.0, 1.0]
     """
     ratios = []
     for place, score in enumerate(scores):
         others = [s for other, s in enumerate(scores) if other != place]
         ratios.append(score / max(sum(others) / len(others), 1e-12))
-    return [1 - math.tanh(alpha * ratio) if ratio > 1 else 1.0 for ratio in ratios]
+    # Scores that are equal but for the rounding of their mean are not ahead of each other.
+    return [1 - math.tanh(alpha * ratio) if ratio > 1 + 1e-9 else 1.0 for ratio in ratios]
 
 
 class MMPareto(Balance):
