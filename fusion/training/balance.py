@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fusion.data.sampler import draw_seed
@@ -283,8 +284,11 @@ def blending_weights(before: Mapping[str, list[float]], now: Mapping[str, list[f
 
 
 def summed(task: "Task", x: Tensor) -> Tensor:
-    """The sum over all ranks."""
-    return task.trainer.strategy.reduce(x, reduce_op="sum") if task.trainer.world_size > 1 else x
+    """The sum over all ranks: one collective, where Lightning's way waits at a barrier first."""
+    if task.trainer.world_size > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
 
 
 def learning(task: "Task") -> dict[str, Tensor]:

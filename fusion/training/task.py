@@ -179,8 +179,9 @@ class Task(LightningModule):
             self.sums[name] = self.sums.get(name, 0) + value.to(exact(value.device)) * samples
 
     def update_means(self) -> dict[str, Tensor]:
-        """What the update at hand gave, on this rank."""
-        return {name: torch.stack([figures[name] for figures in self.noted]).mean() for name in self.noted[0]}
+        """What the update at hand gave, over all ranks. A collective (one, where Lightning's sync_dist takes two for each value)."""
+        own = torch.stack([torch.stack([figures[name] for figures in self.noted]).mean() for name in self.noted[0]])
+        return dict(zip(self.noted[0], summed(self, own) / self.trainer.world_size, strict=True))
 
     def epoch_sums(self) -> dict[str, float]:
         """What the epoch gave so far, over all ranks. A collective: all ranks call it."""
@@ -276,8 +277,8 @@ class Task(LightningModule):
                 progress.ready -= 1
                 progress.completed -= 1
         if self.trainer._logger_connector.should_update_logs:  # a call of log costs a millisecond, reading a scale waits for the device
-            self.log_dict({"train/lr": rate, **self.figures()})
-            self.log_dict({f"train/{name}_step": mean for name, mean in self.update_means().items()}, sync_dist=self.trainer.world_size > 1)
+            means = {f"train/{name}_step": mean for name, mean in self.update_means().items()}
+            self.log_dict({"train/lr": rate, **self.figures(), **means})
 
     def figures(self) -> dict[str, float]:
         """What else is logged of an update."""

@@ -1,7 +1,36 @@
 """Two processes train what one trains."""
 
+import subprocess
+import sys
+
 import pytest
 from tiny_world import ROUNDING, TWO, furthest, furthest_weights
+
+COUNTED = """
+import sys, torch.distributed as dist
+from fusion.cli.fit import fit
+from fusion.cli.main import leave
+from fusion.training.steps import SaveInTime
+
+calls = [0]
+
+def counted(exchange):
+    def count(*args, **options):
+        calls[-1] += 1
+        return exchange(*args, **options)
+    return count
+
+def end_of_update(*args, to_the_end=SaveInTime.on_train_batch_end):
+    to_the_end(*args)
+    calls.append(0)
+
+for name in ("all_reduce", "all_gather", "broadcast", "barrier", "broadcast_object_list"):
+    setattr(dist, name, counted(getattr(dist, name)))
+SaveInTime.on_train_batch_end = end_of_update
+status = fit(sys.argv[1:])
+print("exchanges", calls[1:-1], flush=True)
+leave(status)
+"""
 
 
 @pytest.mark.slow
@@ -41,6 +70,17 @@ def test_two_processes_that_accumulate_two_batches_train_what_one_trains(tiny, f
     assert weights < ROUNDING
     assert one.column("train/loss_epoch") == pytest.approx(two.column("train/loss_epoch"), abs=ROUNDING)
     assert one.column("val/loss") == pytest.approx(two.column("val/loss"), abs=ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("logged", "expected"), [(1000, 1), (1, 2)], ids=["not logged", "logged"])
+def test_an_update_waits_for_the_other_rank_once_beside_its_gradients_and_once_for_the_log(tiny, tmp_path, logged, expected):
+    script = tmp_path / "counted.py"
+    script.write_text(COUNTED)
+    options = ["--recipe", tiny(), *TWO, "--trainer.max_steps=5", f"--trainer.log_every_n_steps={logged}", "--trainer.limit_val_batches=0"]
+    done = subprocess.run([str(word) for word in (sys.executable, script, *options)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"exchanges {[expected] * 4}" in done.stdout
 
 
 def test_accumulated_batches_train_what_one_whole_batch_trains(tiny, fit_here):
