@@ -35,7 +35,8 @@ REFUSED = re.compile(r"(?:Group|Key|key|Option) ['\"]([\w.]+)['\"]:? (?:does not
 NO_SUCH_KEY = re.compile(r"(?:Group ['\"]([\w.]+)['\"] does not accept )?(?:nested key|No action for key) ['\"]([\w.]+)['\"]")
 NO_SUCH_CLASS = re.compile(r"Expected a dot import path string: (\S+)|No module named '?([\w.]+)'?|Import failed for '?([\w.]+)")
 NESTED = re.compile(r"Given value: NestedArg\(key='([\w.]+)', val='?([^')]*)")  # an option of a class, given on the command line
-WRONG_TYPE = re.compile(r"Expected a (?:<class '([\w.]+)'>|(\S+))\.? Got value: (.+?)(?: Given value|$)")
+WRONG_TYPE = re.compile(r"Expected a (?:<class '([\w.]+)'>|(\S+))\.? Got value: (.+?)(?:\.? G(?:iven|ot) value| - Expected|$)")
+ONE_OF_TYPES = re.compile(r"Expected (?:a )?<class '(\w+)'>")
 
 
 def told_plainly(message: str, parser: LightningArgumentParser, recipes: Sequence[Recipe]) -> str:
@@ -70,6 +71,9 @@ def told_plainly(message: str, parser: LightningArgumentParser, recipes: Sequenc
     if (match := nested or re.search(r"Given value: ()(\S+)", message)) and (allowed := re.findall(r"Literal\[([^]]*)\]", message)):
         values = [value.strip(" '") for group in allowed for value in group.split(",")]
         return f"{key}: {match[2]} is not one of them. {nearest(match[2], values)}{place(key, match[2], recipes)}"
+    if (types := ONE_OF_TYPES.findall(message)) and (match := re.search(r"Given value: (.+)$", message)):
+        expected = " or ".join("null" if name == "NoneType" else name for name in dict.fromkeys(types))
+        return f"{key}: expected {expected}, got {match[1]}{place(key, match[1], recipes)}"
     return message
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion.cli.mistakes import told_plainly
@@ -110,7 +111,11 @@ class FusionCLI(LightningCLI):
         listed = plugins if isinstance(plugins, list) else [plugins] if plugins is not None else []
         # RunFolder brings the loggers; Lightning's own default would leave lightning_logs/ wherever the command is run.
         logger = self.config_init.trainer.logger
-        return super().instantiate_trainer(plugins=[*listed, AtomicCheckpointIO()], logger=False if logger is None else logger, **kwargs)
+        plugins, logger = [*listed, AtomicCheckpointIO()], False if logger is None else logger
+        try:
+            return super().instantiate_trainer(plugins=plugins, logger=logger, **kwargs)
+        except (TypeError, ImportError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def resolved(self) -> str:
         """Every setting, as a recipe."""
