@@ -30,5 +30,6 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
 # What a command's process ends with.
 USER_MISTAKE = 2
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+UNHEARD = 141  # what a shell reports for a command whose output nobody reads any more (SIGPIPE)
 REQUEUE = 75  # EX_TEMPFAIL: stopped by SIGTERM or SIGUSR1, saved; a scheduler should start the command again
 LOST_RANK = 69  # EX_UNAVAILABLE: another rank has died or is silent; the run goes on from its last checkpoint

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from fusion.errors import INTERRUPTED, REQUEUE, USER_MISTAKE, UserError, nearest
+from fusion.errors import INTERRUPTED, REQUEUE, UNHEARD, USER_MISTAKE, UserError, nearest
 
 COMMANDS = {
     "fit": "train a model by recipe, or continue a run",
@@ -46,6 +46,9 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         status = INTERRUPTED
+    except BrokenPipeError:  # who read what is printed, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does Python find it closed when it ends
+        status = UNHEARD
     leave(status)
 
 

@@ -1,10 +1,15 @@
 """fusion schedule shows the rates that fit then uses, whatever the devices."""
 
 import csv
+import os
 import re
+import subprocess
+import sys
 
 import pytest
-from small_runs import TINY, InProcess
+from small_runs import ROOT, TINY, InProcess
+
+from fusion.errors import UNHEARD
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,15 @@ def test_max_steps_ends_it_earlier(drawn, capsys):
     told, rows = drawn("--trainer.max_steps=7", capsys=capsys)
     assert len(rows) == 7
     assert "7 in all" in told
+
+
+def test_a_reader_that_has_read_enough_is_no_mistake(world):
+    words = [sys.executable, str(ROOT / "scripts/schedule.py"), *TINY]
+    environment = os.environ | {"FUSION_CACHE": str(world / "cache")}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == UNHEARD
 
 
 @pytest.mark.parametrize(
