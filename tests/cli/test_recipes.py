@@ -11,6 +11,7 @@ from small_runs import ROOT
 
 from fusion.cli.parser import FusionCLI, expand_recipes
 from fusion.cli.recipes import recipe_names, stack
+from fusion.cli.schedule import schedule
 from fusion.errors import UserError
 
 WHOLE = ["quickstart", "shapes", "easy_vqa", "vqa_rad", "own"]
@@ -87,6 +88,14 @@ def readme_commands() -> list[str]:
 def test_every_fit_command_of_the_readme_is_accepted(line: str) -> None:
     words = shlex.split(line)
     FusionCLI(words[words.index("--recipe") :] if "--recipe" in words else words[2:])
+
+
+def test_every_schedule_command_of_the_readme_is_drawn(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSION_CACHE", str(world / "cache"))
+    lines = re.findall(r"^python scripts/schedule\.py (.*?)(?:  #|$)", README, flags=re.MULTILINE)
+    assert lines
+    for line in lines:
+        assert schedule([*shlex.split(line), "--data.preparer.scenes=150"]) == 0
 
 
 def python_with_heads() -> list[str]:

@@ -56,7 +56,7 @@ def test_one_device_and_many_have_the_same_schedule(drawn, capsys):
 def test_parts_with_rates_of_their_own_are_drawn_each(drawn, capsys):
     rates = '--model.rates={"image": {"factor": 0.1, "layer_decay": 0.5}}'
     told, rows = drawn(rates, capsys=capsys)
-    assert re.search(r"image: Cosine, \d+ updates of warm-up, peak 0\.0003; each layer 0\.5 times the one after it", told)
+    assert re.search(r"image: WarmupStableDecay, \d+ updates of warm-up, peak 0\.0004; each layer 0\.5 times the one after it", told)
     for row in rows:
         assert float(row["image"]) == pytest.approx(0.1 * float(row["head"]))
         assert row["text"] == row["head"]
