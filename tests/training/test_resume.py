@@ -204,8 +204,10 @@ def test_ctrl_c_in_the_very_last_update_lets_the_run_finish(tiny, fit_here, stop
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, REQUEUE), (signal.SIGINT, INTERRUPTED)])
 def test_a_signal_while_the_test_split_is_scored_ends_with_its_status_and_the_command_to_go_on(
-    tiny, fit_here, monkeypatch, capsys, number, status
+    tiny, fit_here, monkeypatch, capsys, request, number, status
 ):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process that a shell put in the background lacks
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     options = ["--recipe", tiny(), "--data.eval_batch_size=4"]
     whole = fit_here(*options, runs="whole")
     score = Classification.test_step
