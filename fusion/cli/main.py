@@ -46,10 +46,21 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         status = INTERRUPTED
-    except BrokenPipeError:  # who read what is printed, such as `head`, has gone
+    except BrokenPipeError:
+        if heard():  # it is another pipe that broke
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does Python find it closed when it ends
         status = UNHEARD
     leave(status)
+
+
+def heard() -> bool:
+    """Whether what is printed is still read: not once a reader such as `head` has gone."""
+    try:
+        print(flush=True)  # flushing alone finds nothing left to write
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def leave(status: int) -> None:

@@ -179,7 +179,7 @@ class Task(LightningModule):
             self.sums[name] = self.sums.get(name, 0) + value.to(exact(value.device)) * samples
 
     def update_means(self) -> dict[str, Tensor]:
-        """What the update at hand gave, over all ranks. A collective (one, where Lightning's sync_dist takes two for each value)."""
+        """What the update at hand gave, over all ranks. A collective: all ranks call it."""
         own = torch.stack([torch.stack([figures[name] for figures in self.noted]).mean() for name in self.noted[0]])
         return dict(zip(self.noted[0], summed(self, own) / self.trainer.world_size, strict=True))
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 from small_runs import ROOT, TINY, InProcess
 
+from fusion.cli.main import run
 from fusion.errors import UNHEARD
 
 
@@ -75,6 +76,15 @@ def test_a_reader_that_has_read_enough_is_no_mistake(world):
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(timeout=60) == UNHEARD
+
+
+def test_another_broken_pipe_is_not_taken_for_it(monkeypatch):
+    def lost(words):
+        raise BrokenPipeError("a worker's")
+
+    monkeypatch.setattr("fusion.cli.schedule.schedule", lost)
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        run("schedule", TINY)
 
 
 @pytest.mark.parametrize(
