@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from fusion.cli.main import leave
 from fusion.cli.parser import FusionCLI, words
 from fusion.cli.tables import aligned
 from fusion.data import ImageTextData
@@ -71,7 +72,10 @@ def fit(arguments: Sequence[str]) -> int:
         return stopped.status
     except SystemExit as stopped:  # how Lightning ends at a signal that comes outside training, as while the best checkpoint is scored
         tell(f"\nInterrupted. From its last checkpoint the run goes on by:\n  {command('fit')} --resume {run.folder}")
-        return REQUEUE if isinstance(stopped, SIGTERMException) else INTERRUPTED
+        status = REQUEUE if isinstance(stopped, SIGTERMException) else INTERRUPTED
+        if dist.is_initialized():  # the other ranks may know nothing of it
+            leave(status, together=False)
+        return status
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise

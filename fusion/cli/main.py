@@ -1,6 +1,7 @@
 """The fusion command: finds the sub-command, and tells a user's mistake in one line."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -34,12 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(name: str, arguments: Sequence[str] | None = None) -> None:
     """One command with its arguments (the process's own if None); ends the process with its status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    together = False
     try:
         if name not in COMMANDS:
             raise UserError(f"unknown command '{name}'. {nearest(name, COMMANDS)}")
         # Imported here, so that help and mistakes don't wait for torch.
         command: Callable[[list[str]], int] = getattr(import_module(f"fusion.cli.{name}"), name)
         status = command(words)
+        together = True
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = USER_MISTAKE
@@ -51,7 +54,7 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does Python find it closed when it ends
         status = UNHEARD
-    leave(status)
+    leave(status, together=together)
 
 
 def heard() -> bool:
@@ -63,12 +66,17 @@ def heard() -> bool:
     return True
 
 
-def leave(status: int) -> None:
-    """End the process; one that was in a gloo group without its destructors, which abort every third time."""
+def leave(status: int, *, together: bool) -> None:
+    """End the process; one that was in a gloo group without its destructors, which abort every third time.
+
+    together: all ranks have agreed on this end, so that each waits for the others; one that ends alone would wait for ever.
+    """
     if "torch" in sys.modules:
         distributed = sys.modules["torch"].distributed
         if distributed.is_available() and distributed.is_initialized():
-            if status in (0, INTERRUPTED, REQUEUE):  # all ranks end alike
+            if together and status in (0, INTERRUPTED, REQUEUE):
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # one that reaches this rank later than the others
+                    signal.signal(number, signal.SIG_IGN)
                 distributed.barrier()
                 distributed.destroy_process_group()
             sys.stdout.flush()

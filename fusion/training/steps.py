@@ -49,6 +49,7 @@ class SaveInTime(Checkpoint):
 
     def __init__(self) -> None:
         self.asked = 0
+        self.interrupted = False
         self.due = False
         self.cut_short = False
         self.validation_to_come = False
@@ -69,7 +70,8 @@ class SaveInTime(Checkpoint):
         self.give_back()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self.give_back()
+        if not isinstance(exception, Interrupted):  # else this rank's own signal may be still to come; Lightning's teardown gives back
+            self.give_back()
 
     def give_back(self) -> None:
         for number, handler in self.before.items():
@@ -77,8 +79,10 @@ class SaveInTime(Checkpoint):
         self.before = {}
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.asked:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self.interrupted:  # not self.asked, which may come from another rank whose signal was faster
+                raise KeyboardInterrupt
+            self.interrupted = True
         self.asked = max(self.asked, SIGNALS[signal.Signals(number)])
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -29,7 +29,7 @@ for name in ("all_reduce", "all_gather", "broadcast", "barrier", "broadcast_obje
 SaveInTime.on_train_batch_end = end_of_update
 status = fit(sys.argv[1:])
 print("exchanges", calls[1:-1], flush=True)
-leave(status)
+leave(status, together=True)
 """
 
 

@@ -20,7 +20,7 @@ from tiny_world import REPOSITORY, ROUNDING, TWO, Run, assert_same_end, furthest
 import fusion.cli.fit as command
 from fusion.cli.benchmark_kills import unlike
 from fusion.data.checkpoint import find_damage, newest_whole, read_checkpoint
-from fusion.errors import LOST_RANK, REQUEUE, UserError
+from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
 from fusion.training.checkpoints import AtomicCheckpointIO, BestAndLast
 from fusion.training.steps import SaveInTime
 from fusion.training.weights import load_weights
@@ -258,6 +258,53 @@ def test_a_signal_to_one_rank_alone_ends_both_together(tiny, tmp_path, rank):
     assert time.monotonic() - sent < 20
     assert_saved_and_told(process, out, err, newest(tmp_path / "runs"))
     assert gone(other)
+
+
+LATE = """
+import os, signal
+from fusion.cli.main import run
+from fusion.training.checkpoints import BestAndLast
+from fusion.training.steps import SaveInTime
+
+where = os.environ["WHERE"]
+
+def first(self, trainer, module, *rest, then=SaveInTime.on_train_batch_end):
+    if module.updates == 10 and trainer.global_rank == 0:
+        signal.raise_signal(signal.SIGINT)
+    then(self, trainer, module, *rest)
+
+def late(then):
+    def reached(self, *args):
+        if (self if where == "leaves" else args[0]).global_rank == 1:
+            signal.raise_signal(signal.SIGINT)
+        return then(self, *args)
+    return reached
+
+SaveInTime.on_train_batch_end = first
+if where == "saves":
+    BestAndLast.save_now = late(BestAndLast.save_now)
+else:
+    from lightning.pytorch import Trainer
+    Trainer._teardown = late(Trainer._teardown)
+run("fit")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["saves", "leaves"])
+def test_ctrl_c_that_reaches_a_rank_while_it_saves_or_leaves_as_another_asked_ends_both_together(tiny, tmp_path, monkeypatch, where):
+    monkeypatch.setenv("WHERE", where)
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    words = [sys.executable, script, "--recipe", tiny(), *TWO, f"--runs={tmp_path / 'runs'}"]
+    process = subprocess.Popen(
+        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    out, err = ended(process)
+    assert process.returncode == INTERRUPTED, err
+    assert "Traceback" not in err
+    assert "interrupted\n" not in err  # as at a second Ctrl-C
+    assert re.search("Interrupted after 10 updates and saved", out), out + err
 
 
 @pytest.mark.slow
