@@ -17,6 +17,7 @@ from fusion.cli.options import Options
 from fusion.cli.parser import words
 from fusion.cli.ray_worker import Job, Line, last_run, work
 from fusion.errors import UserError, nearest
+from fusion.training.steps import SIGNALS
 
 ENGINES = ("ray",)
 
@@ -145,7 +146,7 @@ def waited_for(trainer: Any, line: Any) -> int:
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
     thread = threading.Thread(target=fit, daemon=True)  # in the main one, Ray would take Ctrl-C for itself
     thread.start()
     said: set[str] = set()

@@ -75,7 +75,7 @@ def leave(status: int, *, together: bool) -> None:
         distributed = sys.modules["torch"].distributed
         if distributed.is_available() and distributed.is_initialized():
             if together and status in (0, INTERRUPTED, REQUEUE):
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # one that reaches this rank later than the others
+                for number in import_module("fusion.training.steps").SIGNALS:  # one that reaches this rank later than the others
                     signal.signal(number, signal.SIG_IGN)
                 distributed.barrier()
                 distributed.destroy_process_group()
