@@ -1,0 +1,187 @@
+"""Runs that are asked to end by a signal, and ranks that die, never come or fall silent."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from tiny_world import REPOSITORY, TWO, Run, newest
+
+from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE
+
+
+def begun(recipe, tmp_path, *options):
+    """A real run that has trained an epoch and saved it."""
+    words = [sys.executable, str(REPOSITORY / "scripts/fit.py"), "--recipe", str(recipe), f"--runs={tmp_path / 'runs'}"]
+    process = subprocess.Popen(
+        [*words, "--trainer.max_epochs=100000", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            return process
+    raise AssertionError(process.communicate()[1])
+
+
+def ended(process, timeout_s=60):
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return out, err
+
+
+def ranks(process):
+    """The process numbers of the other ranks, which the first has started."""
+    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in found if "fit.py" in line]
+
+
+def gone(pid, timeout_s=10):
+    """Whether the process ends in time; one that only waits to be buried counts as ended."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def assert_saved_and_told(process, out, err, folder):
+    assert process.returncode == REQUEUE, err
+    assert "Traceback" not in err
+    updates, named = re.search(r"Interrupted after ([\d,]+) updates and saved. To go on:\n  python \S*fit\.py --resume (\S+)", out).groups()
+    assert Path(named) == folder
+    assert Run(75, folder).checkpoint()["fusion"]["updates"] == int(updates.replace(",", "")) >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=str)
+def test_a_schedulers_signal_ends_a_run_with_75_a_checkpoint_and_the_command_to_go_on(tiny, tmp_path, number):
+    process = begun(tiny(), tmp_path)
+    process.send_signal(number)
+    sent = time.monotonic()
+    out, err = ended(process)
+    assert time.monotonic() - sent < 20
+    assert_saved_and_told(process, out, err, newest(tmp_path / "runs"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_alone_ends_both_together(tiny, tmp_path, rank):
+    process = begun(tiny(), tmp_path, *TWO)
+    (other,) = ranks(process)
+    os.kill((process.pid, other)[rank], signal.SIGTERM)
+    sent = time.monotonic()
+    out, err = ended(process)
+    assert time.monotonic() - sent < 20
+    assert_saved_and_told(process, out, err, newest(tmp_path / "runs"))
+    assert gone(other)
+
+
+LATE = """
+import os, signal
+from fusion.cli.main import run
+from fusion.training.checkpoints import BestAndLast
+from fusion.training.steps import SaveInTime
+
+where = os.environ["WHERE"]
+
+def first(self, trainer, module, *rest, then=SaveInTime.on_train_batch_end):
+    if module.updates == 10 and trainer.global_rank == 0:
+        signal.raise_signal(signal.SIGINT)
+    then(self, trainer, module, *rest)
+
+def late(then):
+    def reached(self, *args):
+        if (self if where == "leaves" else args[0]).global_rank == 1:
+            signal.raise_signal(signal.SIGINT)
+        return then(self, *args)
+    return reached
+
+SaveInTime.on_train_batch_end = first
+if where == "saves":
+    BestAndLast.save_now = late(BestAndLast.save_now)
+else:
+    from lightning.pytorch import Trainer
+    Trainer._teardown = late(Trainer._teardown)
+run("fit")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["saves", "leaves"])
+def test_ctrl_c_that_reaches_a_rank_while_it_saves_or_leaves_as_another_asked_ends_both_together(tiny, tmp_path, monkeypatch, where):
+    monkeypatch.setenv("WHERE", where)
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    words = [sys.executable, script, "--recipe", tiny(), *TWO, f"--runs={tmp_path / 'runs'}"]
+    process = subprocess.Popen(
+        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    out, err = ended(process)
+    assert process.returncode == INTERRUPTED, err
+    assert "Traceback" not in err
+    assert "interrupted\n" not in err  # as at a second Ctrl-C
+    assert re.search("Interrupted after 10 updates and saved", out), out + err
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_other_with_a_message_and_no_hang(tiny, tmp_path):
+    process = begun(tiny(), tmp_path, *TWO, "--trainer.strategy.init_args.timeout_s=15")
+    (other,) = ranks(process)
+    os.kill(other, signal.SIGKILL)
+    sent = time.monotonic()
+    _, err = ended(process)
+    assert time.monotonic() - sent < 30
+    assert process.returncode == LOST_RANK
+    assert "rank 0 lost another rank" in err
+    assert f"--resume {newest(tmp_path / 'runs')}" in err
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_ends_the_other_with_a_message(tiny, tmp_path):
+    alone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "none"}
+    options = ["--recipe", str(tiny()), f"--runs={tmp_path / 'runs'}", *TWO, "--trainer.strategy.init_args.timeout_s=2"]
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "scripts/fit.py"), *options],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | alone | rendezvous,
+    )
+    assert done.returncode == LOST_RANK, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "rank 0 could not reach another rank" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_silent_rank_ends_the_other_after_the_timeout(tiny, tmp_path):
+    process = begun(tiny(), tmp_path, *TWO, "--trainer.strategy.init_args.timeout_s=20")
+    (other,) = ranks(process)
+    os.kill(other, signal.SIGSTOP)
+    sent = time.monotonic()
+    try:
+        process.wait(timeout=60)
+    finally:
+        os.kill(other, signal.SIGKILL)
+    assert 5 < time.monotonic() - sent < 55
+    _, err = ended(process)
+    assert process.returncode == LOST_RANK
+    assert "rank 0 lost another rank" in err
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_where_the_whole_one_does(tiny, capsys):
+    from fusion.cli.benchmark import benchmark
+
+    arguments = ["--recipe", str(tiny(dropout=0.4)), "--trainer.max_epochs=10", "--checkpoint.every_updates=9", *TWO]
+    assert benchmark(["kills", "--kills=2", *arguments]) == 0
+    assert "after 2 kills: the same to the bit" in capsys.readouterr().out
