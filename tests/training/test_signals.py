@@ -132,6 +132,35 @@ def test_ctrl_c_that_reaches_a_rank_while_it_saves_or_leaves_as_another_asked_en
     assert re.search("Interrupted after 10 updates and saved", out), out + err
 
 
+ALONE = """
+import signal
+from fusion.cli.main import run
+from fusion.training import Classification
+
+def stopped(self, *args, then=Classification.test_step):
+    if self.trainer.global_rank == 1:
+        signal.raise_signal(signal.SIGINT)
+    then(self, *args)
+
+Classification.test_step = stopped
+run("fit")
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_ctrl_c_ends_alone_while_the_test_split_is_scored_waits_for_nobody(tiny, tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    words = [sys.executable, script, "--recipe", tiny(), *TWO, f"--runs={tmp_path / 'runs'}"]
+    process = subprocess.Popen(
+        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    _, err = ended(process)
+    assert process.returncode != 0, err
+    assert "Traceback" not in err
+    assert f"--resume {newest(tmp_path / 'runs')}" in err
+
+
 @pytest.mark.slow
 def test_a_dead_rank_ends_the_other_with_a_message_and_no_hang(tiny, tmp_path):
     process = begun(tiny(), tmp_path, *TWO, "--trainer.strategy.init_args.timeout_s=15")
