@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_world import BERT, REPOSITORY, Run, newest
+from tiny_world import BERT, FORKED, REPOSITORY, TWO, Run, free_port, newest, one_of_two
 
 import fusion.cli.fit as command
 from fusion.cli.fit import fit, quiet
@@ -117,6 +117,28 @@ def fit_command(tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return Run(done.returncode, newest(tmp_path / runs)), done.stdout
+
+    return run
+
+
+@pytest.fixture
+def fit_on_two(tmp_path):
+    """Runs fit on two ranks; gives the run and what it printed. They are forked from a process that has all modules loaded, since to load
+    them takes longer than to train.
+    """
+
+    def run(recipe, *arguments, engine=TWO, runs="runs"):
+        words, port = ["--recipe", str(recipe), *engine, *arguments, f"--runs={tmp_path / runs}"], free_port()
+        prints = [tmp_path / f"{runs}_rank{rank}.txt" for rank in (0, 1)]
+        ranks = [FORKED.Process(target=one_of_two, args=(rank, port, words, prints[rank])) for rank in (0, 1)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(100)
+            rank.kill()
+        told = [file.read_text() for file in prints]
+        assert [rank.exitcode for rank in ranks] == [0, 0], "\n".join(told)
+        return Run(0, newest(tmp_path / runs)), "".join(told)
 
     return run
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
-from tiny_world import ROUNDING, TWO, assert_same_end, furthest, furthest_weights
+from tiny_world import ROUNDING, assert_same_end, furthest, furthest_weights
 from torch.nn.functional import cross_entropy
 
 from fusion.errors import UserError
@@ -313,20 +313,20 @@ def test_a_resumed_run_is_balanced_as_the_whole_one(interrupted_and_whole, fit_h
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["OGMGE", "MMPareto"])  # those that change gradients; the others below
-def test_two_ranks_balance_as_one(tiny, fit_here, fit_command, name):
+def test_two_ranks_balance_as_one(tiny, fit_here, fit_on_two, name):
     recipe = tiny()
     one = fit_here("--recipe", recipe, *use(name), runs="one")
-    two, _ = fit_command("--recipe", recipe, *use(name), *TWO, runs="two")
+    two, _ = fit_on_two(recipe, *use(name), runs="two")
     assert furthest_weights(one, two) < ROUNDING
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BALANCES)
-def test_fp16_two_ranks_and_accumulation_together_follow_float32_on_one(tiny, fit_here, fit_command, name):
+def test_fp16_two_ranks_and_accumulation_together_follow_float32_on_one(tiny, fit_here, fit_on_two, name):
     recipe = tiny()
-    options = ["--recipe", recipe, *use(name), "--trainer.max_epochs=1"]
-    one = fit_here(*options, runs="one")
-    all_of_it, _ = fit_command(*options, *FP16, *TWO, "--trainer.accumulate_grad_batches=2", runs="all")
+    options = [*use(name), "--trainer.max_epochs=1"]
+    one = fit_here("--recipe", recipe, *options, runs="one")
+    all_of_it, _ = fit_on_two(recipe, *options, *FP16, "--trainer.accumulate_grad_batches=2", runs="all")
     assert furthest(one.column("val/loss"), all_of_it.column("val/loss")) < 0.01
     assert furthest_weights(one, all_of_it) < 0.02
 

@@ -207,11 +207,11 @@ def test_a_skipped_update_has_said_nothing(alone):
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_from_fewer_bytes(tiny, fit_command):
-    options = ["--recipe", tiny(), *TWO, "--trainer.max_epochs=8", "--model.optimizer.init_args.lr=0.01"]
-    plain, _ = fit_command(*options, runs="plain")
+def test_two_ranks_learn_from_fewer_bytes(tiny, fit_on_two):
+    options = [tiny(), "--trainer.max_epochs=8", "--model.optimizer.init_args.lr=0.01"]
+    plain, _ = fit_on_two(*options, runs="plain")
     for compress, fewer in (("fp16", 2), ("sign", 25)):
-        small, _ = fit_command(*options, f"--trainer.strategy.init_args.compress={compress}", runs=compress)
+        small, _ = fit_on_two(*options, f"--trainer.strategy.init_args.compress={compress}", runs=compress)
         assert_fewer_bytes(plain, small, compress, fewer)
 
 
@@ -236,12 +236,12 @@ def test_what_gloo_can_not_do_is_refused_with_the_reason_before_any_rank_is_star
 
 
 @pytest.mark.slow
-def test_fp16_autocast_and_sign_compression_and_accumulation_work_together(tiny, fit_here, fit_command):
+def test_fp16_autocast_and_sign_compression_and_accumulation_work_together(tiny, fit_here, fit_on_two):
     recipe = tiny()
     fp16 = ["--trainer.plugins=fusion.training.Fp16", "--trainer.plugins.init_args.init_scale=1024"]
     sign = "--trainer.strategy.init_args.compress=sign"
-    plain, _ = fit_command("--recipe", recipe, *TWO, sign, runs="plain")
-    mixed, _ = fit_command("--recipe", recipe, *TWO, sign, *fp16, "--trainer.accumulate_grad_batches=2", runs="mixed")
+    plain, _ = fit_on_two(recipe, sign, runs="plain")
+    mixed, _ = fit_on_two(recipe, sign, *fp16, "--trainer.accumulate_grad_batches=2", runs="mixed")
     assert furthest(plain.column("val/loss"), mixed.column("val/loss")) < 0.02
     axes = plain.checkpoint()["fusion"]["compression"]["axes"]
     unturned = [name for name, sides in axes.items() if None in sides and plain.checkpoint()["state_dict"][name].dim() == 2]
@@ -250,8 +250,8 @@ def test_fp16_autocast_and_sign_compression_and_accumulation_work_together(tiny,
 
 
 @pytest.mark.slow
-def test_ddp_without_compression_is_one_process(tiny, fit_here, fit_command):
+def test_ddp_without_compression_is_one_process(tiny, fit_here, fit_on_two):
     recipe = tiny()
     one = fit_here("--recipe", recipe, runs="one")
-    two, _ = fit_command("--recipe", recipe, *TWO, "--trainer.strategy.init_args.find_unused_parameters=true", runs="two")
+    two, _ = fit_on_two(recipe, "--trainer.strategy.init_args.find_unused_parameters=true", runs="two")
     assert furthest_weights(one, two) < ROUNDING

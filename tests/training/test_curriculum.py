@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_world import ROUNDING, TWO, assert_same_end, furthest_weights
+from tiny_world import ROUNDING, assert_same_end, furthest_weights
 from torch.nn.functional import cross_entropy
 
 from fusion.errors import UserError
@@ -77,10 +77,10 @@ def test_a_resumed_run_lets_in_what_the_whole_one_does(interrupted_and_whole, fi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["text_length", "loss"])
-def test_two_ranks_follow_the_curriculum_of_one(tiny, fit_here, fit_command, what):
-    options = ["--recipe", tiny(), *by(what), "--trainer.max_epochs=3"]
-    one = fit_here(*options, runs="one")
-    two, told = fit_command(*options, *TWO, runs="two")
+def test_two_ranks_follow_the_curriculum_of_one(tiny, fit_here, fit_on_two, what):
+    options = [tiny(), *by(what), "--trainer.max_epochs=3"]
+    one = fit_here("--recipe", *options, runs="one")
+    two, told = fit_on_two(*options, runs="two")
     assert f"curriculum by {what}" in told
     assert furthest_weights(one, two) < ROUNDING
 

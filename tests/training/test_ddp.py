@@ -59,10 +59,10 @@ def test_two_processes_follow_the_loss_of_one_and_score_every_test_sample_once(t
 
 
 @pytest.mark.slow
-def test_two_processes_that_accumulate_two_batches_train_what_one_trains(tiny, fit_here, fit_command):
+def test_two_processes_that_accumulate_two_batches_train_what_one_trains(tiny, fit_here, fit_on_two):
     recipe = tiny()
     one = fit_here("--recipe", recipe, runs="one")
-    two, told = fit_command("--recipe", recipe, *TWO, "--trainer.accumulate_grad_batches=2", runs="two")
+    two, told = fit_on_two(recipe, "--trainer.accumulate_grad_batches=2", runs="two")
     assert "2 devices x 2 accumulated x 4" in told
     assert one.results()["updates"] == two.results()["updates"]
     weights = furthest_weights(one, two)

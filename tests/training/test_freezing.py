@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_world import ROUNDING, TWO, assert_same_end, furthest_weights
+from tiny_world import ROUNDING, assert_same_end, furthest_weights
 
 from fusion.errors import UserError
 
@@ -98,10 +98,10 @@ def test_a_resumed_run_thaws_when_the_whole_one_does(interrupted_and_whole, fit_
 
 
 @pytest.mark.slow
-def test_two_ranks_thaw_together_and_stay_alike(tiny, fit_here, fit_command):
+def test_two_ranks_thaw_together_and_stay_alike(tiny, fit_here, fit_on_two):
     recipe = tiny()
     one = fit_here("--recipe", recipe, THAW, runs="one")
-    two, _ = fit_command("--recipe", recipe, THAW, *TWO, runs="two")
+    two, _ = fit_on_two(recipe, THAW, runs="two")
     assert furthest_weights(one, two) < ROUNDING
 
 

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_world import REPOSITORY, TWO, Run, assert_same_end, newest
+from tiny_world import REPOSITORY, Run, assert_same_end, newest
 
 from fusion.cli.launch import launch, refuse_what_does_not_fit
 from fusion.errors import INTERRUPTED, UserError
 
 LAUNCH = [sys.executable, str(REPOSITORY / "scripts/launch.py"), "--engine", "ray", "--workers=2"]
-LONG = ["--trainer.max_epochs=40", "--checkpoint.every_updates=5", "--trainer.accelerator=cpu"]
+LONG = ["--trainer.max_epochs=20", "--checkpoint.every_updates=5", "--trainer.accelerator=cpu"]
 
 
 def fit_of(rank, tmp_path):
@@ -36,9 +36,9 @@ def until_an_epoch_is_over(process):
 
 
 @pytest.mark.slow
-def test_a_run_whose_worker_is_killed_and_which_is_then_told_to_end_and_launched_again_ends_like_any_other(tiny, tmp_path, fit_command):
+def test_a_run_whose_worker_is_killed_and_which_is_then_told_to_end_and_launched_again_ends_like_any_other(tiny, tmp_path, fit_on_two):
     recipe = tiny(dropout=0.4)
-    whole, _ = fit_command("--recipe", recipe, *TWO, *LONG, runs="whole")
+    whole, _ = fit_on_two(recipe, *LONG, runs="whole")
     words = [*LAUNCH, "--recipe", str(recipe), *LONG, f"--runs={tmp_path / 'runs'}"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until_an_epoch_is_over(process)

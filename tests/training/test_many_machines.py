@@ -2,25 +2,18 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny_world import REPOSITORY, ROUNDING, TWO, Run, furthest, furthest_weights, newest
+from tiny_world import REPOSITORY, ROUNDING, TWO, Run, free_port, furthest, furthest_weights, newest
 
 from fusion.errors import REQUEUE
 from fusion.predictor import Predictor
 
 pytestmark = pytest.mark.slow
 NODES = ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.accelerator=cpu", "--trainer.strategy.class_path=fusion.training.DDP"]
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return str(taken.getsockname()[1])
 
 
 @pytest.fixture
@@ -83,10 +76,10 @@ def test_two_nodes_train_what_one_process_trains(tiny, fit_here, on_two_nodes, s
 FSDP = [*TWO[2:], "--trainer.strategy.class_path=fusion.training.FSDP"]
 
 
-def test_sharded_ranks_train_what_ddp_trains_and_leave_a_whole_checkpoint(tiny, fit_command):
+def test_sharded_ranks_train_what_ddp_trains_and_leave_a_whole_checkpoint(tiny, fit_on_two):
     recipe = tiny()
-    ddp, _ = fit_command("--recipe", recipe, *TWO, runs="ddp")
-    fsdp, _ = fit_command("--recipe", recipe, *FSDP, runs="fsdp")
+    ddp, _ = fit_on_two(recipe, runs="ddp")
+    fsdp, _ = fit_on_two(recipe, engine=FSDP, runs="fsdp")
     print(f"largest difference: loss {furthest(ddp.column('train/loss_step'), fsdp.column('train/loss_step')):.2e}")
     assert furthest(ddp.column("train/loss_step"), fsdp.column("train/loss_step")) < ROUNDING
     assert furthest_weights(ddp, fsdp) < ROUNDING
@@ -94,12 +87,12 @@ def test_sharded_ranks_train_what_ddp_trains_and_leave_a_whole_checkpoint(tiny, 
     Predictor.load(fsdp.folder)
 
 
-def test_a_sharded_run_that_died_goes_on_to_the_bit(tiny, tmp_path, fit_command):
-    options = ["--recipe", str(tiny(dropout=0.4)), *FSDP, "--checkpoint.every_updates=5"]
-    whole, _ = fit_command(*options, runs="whole")
+def test_a_sharded_run_that_died_goes_on_to_the_bit(tiny, tmp_path, fit_on_two):
+    options = [str(tiny(dropout=0.4)), "--checkpoint.every_updates=5"]
+    whole, _ = fit_on_two(*options, engine=FSDP, runs="whole")
     script = tmp_path / "dies.py"
     script.write_text(DIES_AT_6)
-    words = [sys.executable, str(script), *options, f"--runs={tmp_path / 'died'}"]
+    words = [sys.executable, str(script), "--recipe", *options, *FSDP, f"--runs={tmp_path / 'died'}"]
     subprocess.run(words, capture_output=True, text=True, timeout=100, check=False, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
     died = newest(tmp_path / "died")
     assert Run(0, died).checkpoint()["fusion"]["updates"] == 5
@@ -142,7 +135,7 @@ def test_the_batch_script_queues_a_job_again_whose_time_is_up_and_then_resumes_i
         (tools / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1", "FUSION_RUNS": str(tmp_path / "runs")}
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    script = ["bash", str(REPOSITORY / "recipes/cluster/slurm.sbatch"), str(tiny()), "--trainer.max_epochs=60"]
+    script = ["bash", str(REPOSITORY / "recipes/cluster/slurm.sbatch"), str(tiny()), "--trainer.max_epochs=30"]
 
     def start():
         environment = os.environ | job | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}
@@ -162,6 +155,6 @@ def test_the_batch_script_queues_a_job_again_whose_time_is_up_and_then_resumes_i
     second = start()
     out, err = second.communicate(timeout=200)
     assert second.returncode == 0, err
-    assert "epoch 60/60" in out
-    assert "epoch 1/60" not in out
+    assert "epoch 30/30" in out
+    assert "epoch 1/30" not in out
     assert len(list((tmp_path / "runs").glob("*/*/*"))) == 1

@@ -2,11 +2,16 @@
 
 import csv
 import json
+import multiprocessing
+import os
+import socket
+import sys
 from pathlib import Path
 
 import torch
 
 from fusion.cli.benchmark_kills import unlike
+from fusion.cli.main import run as run_command
 
 REPOSITORY = Path(__file__).parents[2]
 ROUNDING = 2e-5  # float32, summed in another order, over two epochs
@@ -67,3 +72,29 @@ def furthest_weights(one, two):
     a, b = one.checkpoint()["state_dict"], two.checkpoint()["state_dict"]
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+# Two ranks without the start of a command.
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["fusion.cli.fit", "fusion.encoders", "fusion.training", "torch._dynamo", "transformers.models.bert"])
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return str(taken.getsockname()[1])
+
+
+def one_of_two(rank, port, words, prints):
+    """The command, told of the other rank as torchrun tells it. Does not return."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+    group |= {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ.update({name: str(value) for name, value in group.items()})
+    rank_zero_only.rank = rank  # which was read from the environment when the module was loaded
+    torch.set_num_threads(1)
+    with open(prints, "w", buffering=1) as sys.stdout:
+        sys.stderr = sys.stdout
+        run_command("fit", words)
