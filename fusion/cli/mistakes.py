@@ -58,12 +58,16 @@ def told_plainly(message: str, parser: LightningArgumentParser, recipes: Sequenc
         cls = class_named(message, key)
         if cls is not None:
             option = match[1].split(".")[0]
+            if not options_of(cls):  # a base class, where none of its kind was named
+                return no_class(key, option)
             return f"{key}: {cls.__name__} has no option '{option}'. {nearest(option, options_of(cls))}{place(key, option, recipes)}"
         return f"unknown key '{match[1]}'. {nearest(match[1], known)}{place(match[1], '', recipes)}"
     if (match := NO_SUCH_CLASS.search(message)) and key in KINDS:
         wrong = next(name for name in match.groups() if name)
         return f"{key}: unknown '{wrong}'. {nearest(wrong.split('.')[-1], names_of(KINDS[key]))}{place(key, wrong, recipes)}"
     nested = NESTED.search(message)
+    if nested and "class_path" not in message:
+        return no_class(key, nested[1])
     if nested:
         key = f"{key}.init_args.{nested[1]}"
     if match := WRONG_TYPE.search(message):
@@ -75,6 +79,12 @@ def told_plainly(message: str, parser: LightningArgumentParser, recipes: Sequenc
         expected = " or ".join("null" if name == "NoneType" else name for name in dict.fromkeys(types))
         return f"{key}: expected {expected}, got {match[1]}{place(key, match[1], recipes)}"
     return message
+
+
+def no_class(key: str, option: str) -> str:
+    """An option for what is not there."""
+    known = f" ({', '.join(names_of(KINDS[key]))})" if key in KINDS else ""
+    return f"{key}: no class was named that '{option}' could be for. Name one first, by --{key}=CLASS{known} or by a recipe"
 
 
 def class_named(message: str, key: str) -> type | None:

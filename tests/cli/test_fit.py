@@ -94,6 +94,8 @@ MISTAKES = {
         "compress: sgn is not one of them. Did you mean sign?",
     ),
     "word for a number": ([*DDP, "--trainer.strategy.init_args.timeout_s=soon"], "init_args.timeout_s: expected float, got soon\n"),
+    "option of no strategy": ([*TINY, "--trainer.strategy.init_args.compress=sign"], "by --trainer.strategy=CLASS or by a recipe\n"),
+    "option of no balance": ([*TINY, "--model.balance.init_args.alpha=1"], "by --model.balance=CLASS (UnimodalLosses, OGMGE, MMPareto"),
     "nothing": ([], "--recipe quickstart"),
     "no data": (["--recipe=own"], "--data.manifest=FILE"),
 }
