@@ -142,19 +142,23 @@ def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpo
     if "test" in data.splits:
         trainer.test(model, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
         scores = {name.removeprefix("test/"): float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+    if scores:  # not with trainer.limit_test_batches=0
         table = data.splits["test"].table
         bounds = ceilings(table.images, table.texts, [str(label) for label in table.labels])
         scores |= {f"ceiling_{name}": bound for name, bound in bounds.items()}
+        at_a_time = max(1, data.eval_batch_size // trainer.world_size) * trainer.world_size
+        scored = min(len(table), at_a_time * sum(trainer.num_test_batches))  # fewer by trainer.limit_test_batches
+        of_all = ["", "", f"{len(table):,}"] if scored < len(table) else []
         lines = [
             ["test", "accuracy", "balanced", "F1 macro", "samples"],
-            ["this model", *(f"{scores[name]:.4f}" for name in ("accuracy", "balanced_accuracy", "f1_macro")), f"{len(table):,}"],
-            ["at best, from the image alone", f"{bounds['image']:.4f}"],
-            ["at best, from the text alone", f"{bounds['text']:.4f}"],
-            ["always the commonest class", f"{bounds['majority']:.4f}"],
+            ["this model", *(f"{scores[name]:.4f}" for name in ("accuracy", "balanced_accuracy", "f1_macro")), f"{scored:,}"],
+            ["at best, from the image alone", f"{bounds['image']:.4f}", *of_all],
+            ["at best, from the text alone", f"{bounds['text']:.4f}", *of_all],
+            ["always the commonest class", f"{bounds['majority']:.4f}", *of_all],
         ]
     if trainer.is_global_zero and run.folder is not None:
         (run.folder / "results.json").write_text(json.dumps({"test": scores, "updates": model.updates}, indent=2) + "\n", encoding="utf-8")
-    tell("\n" + aligned(lines) if lines else "\nno test split: nothing scored")
+    tell("\n" + aligned(lines) if lines else "\nno test samples: nothing scored")
     tell(f"\nrun folder  {run.folder}\nscore it    {command('evaluate')} --run {run.folder}")
     tell(f"use it      {command('predict')} --run {run.folder} --manifest FILE")
 

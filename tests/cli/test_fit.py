@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,20 @@ def test_the_saved_recipe_runs_again_to_the_same_result(command: Run, trained: P
     assert done.returncode == 0, done.stderr
     (again,) = (world / "again" / "fit").iterdir()
     assert json.loads((again / "results.json").read_text()) == json.loads((trained / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [(2, r"this model .* 8\nat best, from the image alone +0\.\d+ +\d{2,}\n"), (0, "no test samples: nothing scored")],
+)
+def test_a_share_of_the_test_split_is_told_as_such(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], limit: int, told: str
+) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("FUSION_CACHE", str(world / "cache"))
+    share = ["--data.eval_batch_size=4", "--trainer.max_steps=1", f"--trainer.limit_test_batches={limit}", f"--runs=runs-{limit}"]
+    assert fit([*TINY, *share]) == 0
+    assert re.search(told, capsys.readouterr().out)
 
 
 @pytest.mark.slow
