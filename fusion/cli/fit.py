@@ -113,7 +113,8 @@ def lost_a_rank(error: RuntimeError) -> bool:
     """Whether it is what gloo or NCCL say when a peer is gone or silent."""
     if not dist.is_available():
         return False
-    return isinstance(error, dist.DistError) or (dist.is_initialized() and ("gloo" in str(error) or "NCCL" in str(error)))
+    words = ("gloo", "caused pair closure", "NCCL")  # the second is gloo's too, of what waited behind that which timed out
+    return isinstance(error, dist.DistError) or (dist.is_initialized() and any(word in str(error) for word in words))
 
 
 def build(model: Classification, data: ImageTextData) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_world import REPOSITORY, TWO, Run, newest
 
+from fusion.cli.fit import lost_a_rank
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE
 
 
@@ -169,7 +170,7 @@ def test_a_dead_rank_ends_the_other_with_a_message_and_no_hang(tiny, tmp_path):
     sent = time.monotonic()
     _, err = ended(process)
     assert time.monotonic() - sent < 30
-    assert process.returncode == LOST_RANK
+    assert process.returncode == LOST_RANK, err
     assert "rank 0 lost another rank" in err
     assert f"--resume {newest(tmp_path / 'runs')}" in err
 
@@ -191,6 +192,21 @@ def test_a_rank_that_never_comes_ends_the_other_with_a_message(tiny, tmp_path):
     assert "rank 0 could not reach another rank" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5131", True),
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 6000ms for recv operation", True),
+        ("Application timeout caused pair closure", True),
+        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
+    ],
+)
+def test_a_lost_rank_is_told_from_other_errors_by_what_gloo_says(monkeypatch, words, lost):
+    assert not lost_a_rank(RuntimeError(words))  # a rank alone
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    assert lost_a_rank(RuntimeError(words)) == lost
+
+
 @pytest.mark.slow
 def test_a_silent_rank_ends_the_other_after_the_timeout(tiny, tmp_path):
     process = begun(tiny(), tmp_path, *TWO, "--trainer.strategy.init_args.timeout_s=20")
@@ -203,7 +219,7 @@ def test_a_silent_rank_ends_the_other_after_the_timeout(tiny, tmp_path):
         os.kill(other, signal.SIGKILL)
     assert 5 < time.monotonic() - sent < 55
     _, err = ended(process)
-    assert process.returncode == LOST_RANK
+    assert process.returncode == LOST_RANK, err
     assert "rank 0 lost another rank" in err
 
 
