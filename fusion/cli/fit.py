@@ -147,8 +147,8 @@ def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpo
         table = data.splits["test"].table
         bounds = ceilings(table.images, table.texts, [str(label) for label in table.labels])
         scores |= {f"ceiling_{name}": bound for name, bound in bounds.items()}
-        at_a_time = max(1, data.eval_batch_size // trainer.world_size) * trainer.world_size
-        scored = min(len(table), at_a_time * sum(trainer.num_test_batches))  # fewer by trainer.limit_test_batches
+        at_a_time = trainer.test_dataloaders[0].batch_sampler.batch_size * trainer.world_size  # type: ignore[index]
+        scored = min(len(table), trainer.num_test_batches[0] * at_a_time)  # fewer by trainer.limit_test_batches
         of_all = ["", "", f"{len(table):,}"] if scored < len(table) else []
         lines = [
             ["test", "accuracy", "balanced", "F1 macro", "samples"],

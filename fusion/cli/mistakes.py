@@ -58,7 +58,7 @@ def told_plainly(message: str, parser: LightningArgumentParser, recipes: Sequenc
         cls = class_named(message, key)
         if cls is not None:
             option = match[1].split(".")[0]
-            if not options_of(cls):  # a base class, where none of its kind was named
+            if f"<class '{cls.__module__}.{cls.__qualname__}'>" in message:  # the kind that may stand there: none of it was named
                 return no_class(key, option)
             return f"{key}: {cls.__name__} has no option '{option}'. {nearest(option, options_of(cls))}{place(key, option, recipes)}"
         return f"unknown key '{match[1]}'. {nearest(match[1], known)}{place(match[1], '', recipes)}"

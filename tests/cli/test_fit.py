@@ -111,6 +111,10 @@ MISTAKES = {
     "word for a number": ([*DDP, "--trainer.strategy.init_args.timeout_s=soon"], "init_args.timeout_s: expected float, got soon\n"),
     "option of no strategy": ([*TINY, "--trainer.strategy.init_args.compress=sign"], "by --trainer.strategy=CLASS or by a recipe\n"),
     "option of no balance": ([*TINY, "--model.balance.init_args.alpha=1"], "by --model.balance=CLASS (UnimodalLosses, OGMGE, MMPareto"),
+    "option of a class that has none": (
+        [*TINY, "--trainer.plugins=lightning.pytorch.plugins.DoublePrecision", "--trainer.plugins.init_args.scale=2"],
+        "DoublePrecision has no option 'scale'",
+    ),
     "nothing": ([], "--recipe quickstart"),
     "no data": (["--recipe=own"], "--data.manifest=FILE"),
 }
