@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_world import BERT, FORKED, REPOSITORY, TWO, Run, free_port, newest, one_of_two
+from tiny_world import BERT, FORKED, REPOSITORY, TWO, Run, newest, one_of_two
 
 import fusion.cli.fit as command
 from fusion.cli.fit import fit, quiet
 from fusion.cli.parser import FusionCLI
+from fusion.cli.ray_worker import free_port
 from fusion.data import Shapes
 from fusion.data.prepare import prepared
 from fusion.errors import INTERRUPTED

@@ -1,5 +1,6 @@
 """Two processes train what one trains."""
 
+import re
 import subprocess
 import sys
 
@@ -41,6 +42,7 @@ def test_two_processes_follow_the_loss_of_one_and_score_every_test_sample_once(t
     in_test = sum(row["split"] == "test" for row in shapes_rows[1])
     assert in_test % 2 == 1
     assert "2 devices x 8" in told
+    assert re.search(rf"this model .* {in_test}\n", told)
     assert told.count("global batch") == told.count("run folder") == 1  # one rank speaks
     curves = one.column("train/loss_step"), two.column("train/loss_step")
     weights = furthest_weights(one, two)

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_world import REPOSITORY, ROUNDING, TWO, Run, free_port, furthest, furthest_weights, newest
+from tiny_world import REPOSITORY, ROUNDING, TWO, Run, furthest, furthest_weights, newest
 
+from fusion.cli.ray_worker import free_port
 from fusion.errors import REQUEUE
 from fusion.predictor import Predictor
 
@@ -22,7 +23,7 @@ def on_two_nodes(tiny, tmp_path):
 
     def run(start):
         arguments = [str(REPOSITORY / "scripts/fit.py"), "--recipe", str(tiny()), f"--runs={tmp_path / 'two'}", *NODES]
-        port = free_port()
+        port = str(free_port())
         processes = []
         for node in (0, 1):
             command, environment = start(node, port)

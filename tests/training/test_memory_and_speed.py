@@ -52,7 +52,7 @@ def test_a_part_that_does_not_exist_is_refused(parts):
 def test_a_compiled_model_trains_what_an_eager_one_trains_and_its_checkpoint_loads_anywhere(tiny, write_manifest, fit_here, fit_command):
     # Compiling takes minutes: a block of the image encoder will do, and as the second batch differs from the first in pictures and in
     # words, it is once that both are found to vary.
-    manifest = write_manifest(lambda i, row: {**row, "text": row["text"] + " please" * (i % 19)})
+    manifest = write_manifest(lambda i, row: row | {"text": row["text"] + " please" * (i % 19)})
     options = ["--recipe", tiny(manifest=manifest), "--trainer.max_epochs=1", '--model.image.init_args.options={"depth": 1}']
     eager = fit_here(*options, runs="eager")
     compiled, _ = fit_command(*options, "--model.compile=true", runs="compiled", timeout_s=500)

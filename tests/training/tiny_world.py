@@ -4,11 +4,11 @@ import csv
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from fusion.cli.benchmark_kills import unlike
 from fusion.cli.main import run as run_command
@@ -80,16 +80,8 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["fusion.cli.fit", "fusion.encoders", "fusion.training", "torch._dynamo", "transformers.models.bert"])
 
 
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return str(taken.getsockname()[1])
-
-
 def one_of_two(rank, port, words, prints):
     """The command, told of the other rank as torchrun tells it. Does not return."""
-    from lightning.pytorch.utilities import rank_zero_only
-
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
     group |= {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "tests"}
     os.environ.update({name: str(value) for name, value in group.items()})
