@@ -31,11 +31,11 @@ SPLITS = ("train", "val", "test")
 
 @dataclass
 class Split:
-    """One split: its table, its samples, and how many of its labels train never showed."""
+    """One split: its table, its samples, and how many of them have a label that train never shows."""
 
     table: Table
     samples: Samples
-    unseen_labels: int
+    unseen: int
 
 
 class ImageTextData(LightningDataModule):
@@ -123,6 +123,7 @@ class ImageTextData(LightningDataModule):
         self.splits: dict[str, Split] = {}
         self.processor: Processor
         self.shared_groups = 0
+        self.unseen_labels = 0  # how many labels train never shows
         self.resume_at: tuple[int, int] | None = None
 
     # From files to samples.
@@ -139,16 +140,17 @@ class ImageTextData(LightningDataModule):
         self.refuse_leaks(table)
         tokenizer = self.tokenizer_for(table, encoders["text"]) if "text" in encoders else None
         self.processor = Processor(None if images is None else images[0].spec, tokenizer, classes)
-        number = {label: i for i, label in enumerate(classes)}
+        # Labels that train never shows are numbered after the classes: no model can predict them.
+        number = {label: i for i, label in enumerate(dict.fromkeys([*classes, *map(str, table.labels)]))}
+        self.unseen_labels = len(number) - len(classes)
         for name in SPLITS:
             part = table.take([i for i, split in enumerate(table.splits) if split == name])
             if len(part):
-                # A label that train never showed counts as class C, which no model can predict.
-                target = np.array([number.get(str(label), len(classes)) for label in part.labels], dtype=np.int64)
+                target = np.array([number[str(label)] for label in part.labels], dtype=np.int64)
                 self.splits[name] = Split(
                     part,
                     make_samples(part, target, images and images[0], tokenizer, self.augment if name == "train" else None),
-                    int((target == len(classes)).sum()),
+                    int((target >= len(classes)).sum()),
                 )
 
     def table(self, modalities: tuple[str, ...]) -> Table:

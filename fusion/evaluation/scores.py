@@ -23,9 +23,9 @@ class Score:
 
 def score(predicted: Sequence[str], labels: Sequence[str], classes: Sequence[str]) -> Score:
     """Score one set of predictions; a label that is not among the classes is always a miss."""
-    number = {label: i for i, label in enumerate(classes)}
-    target = np.array([number.get(label, len(classes)) for label in labels])
-    metrics = classification_metrics(len(classes), unseen=bool((target == len(classes)).any()))
+    number = {label: i for i, label in enumerate(dict.fromkeys([*classes, *labels]))}
+    target = np.array([number[label] for label in labels])
+    metrics = classification_metrics(len(number))
     metrics.update(torch.tensor([number[label] for label in predicted]), torch.from_numpy(target))
     values = {name: float(value) for name, value in metrics.compute().items()}
     return Score(len(labels), majority=max(Counter(labels).values()) / len(labels), **values)

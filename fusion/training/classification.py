@@ -36,8 +36,8 @@ class Classification(Task):
 
     def prepare(self, data: ImageTextData) -> None:
         classes = self.outputs(data)
-        scored = {name: split for name, split in data.splits.items() if name != "train"}
-        self.metrics = per_split(classes, {name: split.unseen_labels > 0 for name, split in scored.items()})
+        scored = [name for name in data.splits if name != "train"]
+        self.metrics = per_split(classes + data.unseen_labels, scored)
         self.mean_loss = nn.ModuleDict({name: MeanMetric() for name in scored})
         self.register_buffer("weight", balanced(data, classes) if self.class_weights == "balanced" else None, persistent=False)
 

@@ -49,10 +49,8 @@ def notes(data: ImageTextData, name: str) -> list[str]:
             found.append(f"{missing:,} without {modality}")
     if split.samples.texts and split.samples.texts[0].cut:
         found.append(f"{split.samples.texts[0].cut:,} texts cut at {data.processor.tokenizer.max_length} tokens")  # type: ignore[union-attr]
-    if split.unseen_labels:
-        found.append(
-            f"{split.unseen_labels:,} ({split.unseen_labels / len(split.table):.1%}) have labels that train never shows: always misses"
-        )
+    if split.unseen:
+        found.append(f"{split.unseen:,} ({split.unseen / len(split.table):.1%}) have labels that train never shows: always misses")
     if data.pairs_seen_in_train.get(name):
         found.append(f"{data.pairs_seen_in_train[name]:,} (image, text) pairs also occur in train")
     return found
