@@ -1,6 +1,6 @@
 """Which samples make up each batch: pure functions of seed, epoch, rank and position, so that a run can be continued exactly."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,10 +15,15 @@ PLACEHOLDER = -1
 
 
 class Draw(NamedTuple):
-    """The samples of one batch, and the seed of whatever is random in making them. PLACEHOLDER stands for a sample not to be counted."""
+    """The samples of one batch, and the seed of whatever is random in making them. PLACEHOLDER stands for a sample not to be counted.
+
+    update: all samples of the update that the batch is a share of, the other ranks' and the other accumulated batches' included; none
+    in evaluation.
+    """
 
     indices: list[int]
     seed: int
+    update: Sequence[int] = ()
 
 
 class GlobalBatches(Sampler[Draw]):
@@ -106,8 +111,8 @@ class GlobalBatches(Sampler[Draw]):
         for batch in range(self.start, len(self)):
             update, step = divmod(batch, self.accumulate)
             begin = (step * self.world + self.rank) * share
-            samples = self.global_batch(update, order)[begin : begin + share]
-            yield Draw(samples.tolist(), draw_seed(self.seed, self.epoch, batch, self.rank))
+            samples = self.global_batch(update, order).tolist()
+            yield Draw(samples[begin : begin + share], draw_seed(self.seed, self.epoch, batch, self.rank), samples)
 
 
 def planned_updates(trainer: Any, batches: GlobalBatches) -> tuple[int, int]:

@@ -17,11 +17,16 @@ from fusion.encoders import Images, Texts
 
 
 class Batch(NamedTuple):
-    """What a step gets: inputs by modality; target (B,) int64, the class; row (B,) int64 in the split, -1 where not to be counted."""
+    """What a step gets: inputs by modality; target (B,) int64, the class; row (B,) int64 in the split, -1 where not to be counted.
+
+    update_target (G,) int64: the classes of all samples of the update, of which a training batch holds this rank's share of one
+    accumulation step. Every rank knows them, since batches are drawn alike everywhere: a weighted mean needs no exchange.
+    """
 
     inputs: dict[str, Images | Texts]
     target: Tensor
     row: Tensor
+    update_target: Tensor | None = None
 
 
 class Augment(Protocol):
@@ -100,7 +105,8 @@ class Samples(Dataset[Batch]):
         if self.texts is not None:
             tokens, pad_id = self.texts
             inputs["text"] = tokens.batch(rows, pad_id)
-        return Batch(inputs, torch.from_numpy(self.target[rows]), torch.from_numpy(index))
+        of_update = torch.from_numpy(self.target[np.asarray(draw.update)]) if len(draw.update) else None
+        return Batch(inputs, torch.from_numpy(self.target[rows]), torch.from_numpy(index), of_update)
 
 
 def load_image(source: Source, spec: ImageSpec) -> np.ndarray:

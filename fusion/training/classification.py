@@ -47,27 +47,33 @@ class Classification(Task):
         assert self.model is not None
         return self.model(inputs).output
 
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(logits, target, weight=self.weight, label_smoothing=self.label_smoothing)
+    def loss(self, logits: Tensor, target: Tensor, update_target: Tensor | None = None) -> Tensor:
+        """The mean of the samples' losses, weighted by class: divided by the mean weight of the whole update (update_target), so that the
+        means of its shares, over ranks and accumulated batches, have the update's own weighted mean for their mean.
+        """
+        return self.sample_loss(logits, target, update_target).mean()
+
+    def sample_loss(self, logits: Tensor, target: Tensor, update_target: Tensor | None = None) -> Tensor:  # (B,)
+        each = cross_entropy(logits, target, weight=self.weight, label_smoothing=self.label_smoothing, reduction="none")
+        if self.weight is None:
+            return each
+        return each / self.weight[target if update_target is None else update_target].mean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output, kept = self.read(batch.inputs)
-        loss = self.loss(output.output, batch.target)
+        loss = self.loss(output.output, batch.target, batch.update_target)
         if self.balance is not None:
             there = kept or presence(batch.inputs)
-            alone = self.losses_alone(output.by_modality, batch.target, there)
+            alone = self.losses_alone(output.by_modality, batch, there)
             self.balance.observe(self, alone, true_class_scores(output.by_modality, batch.target, there))
             loss = self.balance.total(loss, alone)
         hits = (output.output.detach().argmax(dim=1) == batch.target).float().mean()
         self.note({"loss": loss, "accuracy": hits}, len(batch.target), batch_idx)
         return loss
 
-    def losses_alone(self, by_modality: dict[str, Tensor], target: Tensor, there: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses_alone(self, by_modality: dict[str, Tensor], batch: Batch, there: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each modality's own loss, over the batch: 0 for a sample that lacks it. So shares of a batch have the mean of their losses."""
-        each = {
-            name: cross_entropy(logits, target, weight=self.weight, label_smoothing=self.label_smoothing, reduction="none")
-            for name, logits in by_modality.items()
-        }
+        each = {name: self.sample_loss(logits, batch.target, batch.update_target) for name, logits in by_modality.items()}
         return {name: torch.where(there[name], loss, 0.0).mean() for name, loss in each.items()}
 
     @torch.no_grad()

@@ -93,6 +93,32 @@ def test_accumulated_batches_train_what_one_whole_batch_trains(tiny, fit_here):
     assert furthest_weights(whole, accumulated) < ROUNDING
 
 
+WEIGHTED = ["--model.class_weights=balanced", "--model.label_smoothing=0.1", "--trainer.max_epochs=1"]
+
+
+def one_in_ten(i, row):
+    return row | {"label": "rare" if i % 10 == 0 else "usual"}
+
+
+@pytest.mark.parametrize("balance", ["null", "UnimodalLosses", "OGMGE", "MMPareto"])
+def test_weighted_means_are_over_the_whole_update_however_it_is_accumulated(tiny, write_manifest, fit_here, balance):
+    recipe = tiny(manifest=write_manifest(one_in_ten))
+    options = ["--recipe", recipe, *WEIGHTED, f"--model.balance={balance}"]
+    whole = fit_here(*options, runs="whole")
+    accumulated = fit_here(*options, "--data.device_batch_size=2", runs="accumulated")
+    assert furthest_weights(whole, accumulated) < ROUNDING / 10
+    assert whole.column("train/loss_step") == pytest.approx(accumulated.column("train/loss_step"), abs=ROUNDING)
+
+
+@pytest.mark.slow
+def test_weighted_means_are_over_the_whole_update_on_two_ranks_too(tiny, write_manifest, fit_here, fit_on_two):
+    recipe = tiny(manifest=write_manifest(one_in_ten))
+    options = [*WEIGHTED, "--model.balance=UnimodalLosses"]
+    one = fit_here("--recipe", recipe, *options, runs="one")
+    two, _ = fit_on_two(recipe, *options, "--data.device_batch_size=4", runs="two")
+    assert furthest_weights(one, two) < ROUNDING / 10
+
+
 def test_accumulation_follows_from_what_a_device_takes_at_a_time(parts):
     model, data, trainer = parts("--data.device_batch_size=5", "--trainer.max_epochs=1")
     sizes = []
