@@ -53,6 +53,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     if data.ledger.issues:
         data.ledger.write(Path(asked.run) / "evaluation_issues.csv")
         print(f"warning: {data.ledger.summary().replace('data_issues.csv', str(Path(asked.run) / 'evaluation_issues.csv'))}")
+    for note in data.ledger.notes:
+        print(f"note: {note}")
     if not asked.manifest:
         kept = Path(asked.run) / f"evaluation-{asked.split}{f'-by-{asked.by}' if asked.by else ''}.json"
         kept.write_text(json.dumps({name: asdict(s) for name, s in scores.items()}, indent=2) + "\n", encoding="utf-8")

@@ -128,11 +128,13 @@ def build(model: Classification, data: ImageTextData) -> None:
 
 
 def tell_of(data: ImageTextData) -> None:
-    """What the data's preparer says of it, and what was dropped."""
+    """What the data's preparer says of it, what was dropped and what was noted."""
     if data.card:
         tell(data.card)
     if data.ledger.issues:
         tell(f"warning: {data.ledger.summary()}")
+    for note in data.ledger.notes:
+        tell(f"note: {note}")
 
 
 def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpoint: ModelCheckpoint, run: RunFolder) -> None:

@@ -41,6 +41,8 @@ def predict(arguments: Sequence[str]) -> int:
         issues = out.with_name("data_issues.csv")
         ledger.write(issues)
         print(f"warning: {ledger.summary().replace('data_issues.csv', str(issues))}")
+    for note in ledger.notes:
+        print(f"note: {note}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The samples that could not be used: each with file, row, id and reason, told at the end and kept beside the run."""
+"""What was wrong with the data: samples that could not be used, each with file, row, id and reason; and notes on samples that were."""
 
 import csv
 import os
@@ -25,7 +25,8 @@ class Issue(NamedTuple):
 class Ledger:
     """Collects what was wrong with samples, or stops at the first.
 
-    on_bad_sample: "drop" collects into `issues`; "error" makes the first `add` raise UserError.
+    on_bad_sample: "drop" collects into `issues`; "error" makes the first `add` raise UserError. `notes` are sentences about samples that
+    are used all the same; they never stop anything.
 
     >>> ledger = Ledger("drop")
     >>> ledger.add("m.csv", 2, "a", "image missing: /data/a.png")
@@ -40,6 +41,7 @@ class Ledger:
             raise UserError(f"on_bad_sample is '{on_bad_sample}'. {nearest(on_bad_sample, ACTIONS)}")
         self.on_bad_sample = on_bad_sample
         self.issues: list[Issue] = []
+        self.notes: list[str] = []
 
     def add(self, file: str, row: int | None, id: str, reason: str) -> None:
         """Note one sample. Raises UserError, naming all four, where bad samples are errors."""
@@ -47,6 +49,11 @@ class Ledger:
         if self.on_bad_sample == "error":
             raise UserError(f"{place(issue)}: {reason}. Mend it, or leave such samples out: --data.on_bad_sample=drop")
         self.issues.append(issue)
+
+    def note(self, text: str) -> None:
+        """Record a sentence about data that is used all the same, once however often it is given."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def write(self, path: str | Path) -> None:
         """Write CSV with columns file, row, id, reason; the file appears whole or not at all. Raises OSError where it can't be written."""

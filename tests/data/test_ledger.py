@@ -96,6 +96,14 @@ def test_with_error_the_first_bad_sample_stops_and_is_named():
     assert "\n" not in str(caught.value)
 
 
+def test_a_note_is_kept_once_and_stops_nothing():
+    ledger = Ledger("error")
+    for text in ("m.csv is separated by ';'", "row 3 is odd", "m.csv is separated by ';'"):
+        ledger.note(text)
+    assert ledger.notes == ["m.csv is separated by ';'", "row 3 is odd"]
+    assert ledger.issues == []
+
+
 def test_an_unknown_action_is_refused_with_the_nearest_known_one():
     with pytest.raises(UserError, match="Did you mean drop"):
         Ledger("dropp")  # type: ignore[arg-type]
