@@ -8,6 +8,16 @@ class UserError(ValueError):
     """A mistake in a recipe, an option or the data. The command line prints its message alone and exits with status 2."""
 
 
+def message_of(error: UserError) -> str:
+    r"""What a user's mistake says; from one that a loader's worker process met, without the worker's traceback, which torch puts before.
+
+    >>> message_of(UserError("Caught UserError in DataLoader worker process 0.\nTraceback ...\nfusion.errors.UserError: a.png: missing"))
+    'a.png: missing'
+    """
+    text = str(error).strip()
+    return text.rpartition(f"\n{UserError.__module__}.{UserError.__name__}: ")[2] if text.startswith("Caught ") else text
+
+
 def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     """A sentence with the known names closest to `name`, or all of them when none is close and they are few.
 

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from fusion.cli.benchmark_heads import device, peak_bytes, taking_turns
-from fusion.cli.fit import build, quiet, tell_of
+from fusion.cli.fit import build, print_data_notes, quiet
 from fusion.cli.parser import FusionCLI
 from fusion.cli.tables import aligned
 from fusion.data import Batch, ImageTextData
@@ -19,7 +19,7 @@ def benchmark_memory(arguments: Sequence[str], rounds: int) -> int:
     """Print peak memory and time of the forward and backward pass of a batch of the recipe; the parts checkpointed one by one, then all."""
     quiet()
     kept, data = made(arguments, [])
-    tell_of(data)
+    print_data_notes(data)
     batch: Batch = move_data_to_device(next(iter(data.train_dataloader())), device())
     parts = [*kept.modalities, "head"]
     again = {f"{part} computed again": [part] for part in parts} | {"all computed again": parts}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from fusion.cli.options import Options
 from fusion.cli.rows import predict_rows
 from fusion.cli.tables import aligned
 from fusion.data import ImageTextData
+from fusion.data.image_check import digest_of
+from fusion.data.images import ImageError
 from fusion.data.ledger import Ledger
+from fusion.data.record import FILE, Record
 from fusion.data.table import Table, read_table
 from fusion.errors import UserError, nearest
 from fusion.evaluation import scores_by_group
@@ -33,7 +37,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     predictor = Predictor.load(asked.run, checkpoint=asked.checkpoint)
     data = data_of(Path(asked.run))
     data.ledger = Ledger("drop")  # told at the end; the run's on_bad_sample was for training, and is no option here
-    table = rows_to_score(data, predictor, asked.split, asked.manifest)
+    table = rows_to_score(Path(asked.run), data, predictor, asked.split, asked.manifest)
     if asked.by:
         column(table, asked.by)  # refused now rather than after the predictions
     table, predictions = predict_rows(predictor, table, data.ledger, asked.batch_size)
@@ -72,15 +76,41 @@ def data_of(run: Path) -> ImageTextData:
     return parser.instantiate(parser.parse_object({"data": settings["data"]})).data
 
 
-def rows_to_score(data: ImageTextData, predictor: Predictor, split: str, manifest: str | None) -> Table:
+def rows_to_score(run: Path, data: ImageTextData, predictor: Predictor, split: str, manifest: str | None) -> Table:
     modalities = tuple(predictor.modalities)
     if manifest is not None:
         return read_table(manifest, data.columns, modalities, need_label=True, ledger=data.ledger)
-    table = data.table(modalities)
-    there = sorted({str(s) for s in table.splits})
+    record = Record.read(run)
+    if record is None:
+        data.ledger.note(f"{run} has no {FILE}: which sample was in which split is found anew, as its recipe says")
+        table = data.split_table(modalities)
+    else:
+        table = data.table(modalities)
+        now = Record.of(table, {})
+        found = record.match(now)
+        changes = record.difference(now, found, images=False).sentences  # files are compared of those samples alone that are scored
+        if changes:
+            kept = "Rows keep the split that they had; new ones have none"
+            data.ledger.note(f"the table has changed since the run was trained: {'; '.join(changes)}. {kept}")
+        table.splits = [None if row is None else record.columns["split"][row] for row in found]
+    there = sorted({str(s) for s in table.splits if s})
     if split not in there:
         raise UserError(f"the run's data has no split '{split}'. {nearest(split, there)}")
-    return table.take([i for i, s in enumerate(table.splits) if s == split])
+    chosen = [i for i, s in enumerate(table.splits) if s == split]
+    if record is not None:
+        note_changed_images(record, table, [(i, found[i]) for i in chosen], data.ledger)
+    return table.take(chosen)
+
+
+def note_changed_images(record: Record, table: Table, pairs: list[tuple[int, int | None]], ledger: Ledger) -> None:
+    then = {path: record.columns["digest"][here] for i, here in pairs if here is not None and (path := table.images[i])}
+    changed = []
+    for path, digest in then.items():
+        with suppress(ImageError):  # one that can't be read is listed when it is scored
+            if digest and digest_of(path) != digest:
+                changed.append(path)
+    if changed:
+        ledger.note(f"{len(changed):,} image files have changed since the run was trained (the first: {changed[0]})")
 
 
 def column(table: Table, name: str) -> list[str]:

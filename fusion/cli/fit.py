@@ -50,7 +50,7 @@ def fit(arguments: Sequence[str]) -> int:
     try:
         model, data, trainer = cli.make([Plan(), *standing_callbacks(run, cli.config.seed_everything), checkpoint])
         build(model, data)
-        tell_of(data)
+        print_data_notes(data)
     except BaseException:
         if folder is not None and resumed is None:
             folder.rmdir()
@@ -127,7 +127,7 @@ def build(model: Classification, data: ImageTextData) -> None:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def tell_of(data: ImageTextData) -> None:
+def print_data_notes(data: ImageTextData) -> None:
     """What the data's preparer says of it, what was dropped and what was noted."""
     if data.card:
         tell(data.card)

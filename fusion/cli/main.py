@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from fusion.errors import INTERRUPTED, REQUEUE, UNHEARD, USER_MISTAKE, UserError, nearest
+from fusion.errors import INTERRUPTED, REQUEUE, UNHEARD, USER_MISTAKE, UserError, message_of, nearest
 
 COMMANDS = {
     "fit": "train a model by recipe, or continue a run",
@@ -44,7 +44,7 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
         status = command(words)
         together = True
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         status = USER_MISTAKE
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

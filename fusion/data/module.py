@@ -16,12 +16,14 @@ from torch.utils.data import DataLoader
 from fusion.data.curriculum import LOSS, Admission, Curriculum, difficulty
 from fusion.data.image_check import check_images
 from fusion.data.ledger import Ledger
+from fusion.data.manifests import read_manifests
 from fusion.data.prepare import Preparer, default_cache, prepared
 from fusion.data.processor import ImageSpec, Processor, Resize
+from fusion.data.record import Record
 from fusion.data.sampler import EvaluationBatches, GlobalBatches, planned_updates
 from fusion.data.samples import Batch, ImageStore, Samples, as_is
 from fusion.data.splits import assign_splits, groups_across_splits
-from fusion.data.table import Columns, Table, read_table
+from fusion.data.table import Columns, Table
 from fusion.data.tokenizer import Tokenizer
 from fusion.encoders import Encoder, TransformersText
 from fusion.errors import UserError
@@ -43,8 +45,8 @@ class ImageTextData(LightningDataModule):
 
     Args:
         manifest: CSV, JSON Lines or Parquet with columns image, text, label and, if you like, split, id, group.
-        val_manifest: a file of its own for validation; `manifest` is then all train.
-        test_manifest: a file of its own for testing; likewise.
+        val_manifest: a file of its own for validation. Rows of `manifest` keep the split that they name, which can't then be val.
+        test_manifest: a file of its own for testing, likewise; may be the same file.
         columns: other names for the columns.
         preparer: makes the manifest instead: Shapes from nothing, Script from a published layout under `root`.
         root: the folder of the published layout.
@@ -65,7 +67,7 @@ class ImageTextData(LightningDataModule):
         shuffle: "samples" one by one, or "images": all samples of an image side by side, so that it is encoded once for them.
         on_bad_sample: "drop" into the run's data_issues.csv, or "error" at the first.
         on_unseen_label: a label that train lacks is an "error", or "count_as_wrong" in the score.
-        on_shared_group: a group in more than one split is an "error", or "report"ed.
+        on_shared_group: a group in train and in another split is an "error", or "report"ed.
         seed: of the order of the batches (the run's seed).
     """
 
@@ -122,6 +124,7 @@ class ImageTextData(LightningDataModule):
         self.folder: Path | None = None
         self.splits: dict[str, Split] = {}
         self.processor: Processor
+        self.record: Record
         self.shared_groups = 0
         self.unseen_labels = 0  # how many labels train never shows
         self.resume_at: tuple[int, int] | None = None
@@ -132,10 +135,12 @@ class ImageTextData(LightningDataModule):
         """Read, split, check and tokenize everything, for these encoders (by modality; a text encoder from scratch gets its vocabulary)."""
         if self.splits:
             return
-        table = self.table(tuple(encoders))
+        table = whole = self.split_table(tuple(encoders))
         images = self.check(table, encoders["image"]) if "image" in encoders else None
+        digests: dict[str, str] = {}
         if images is not None:
-            table = images[1]
+            _, table, digests = images
+        self.record = Record.of(whole, digests)
         classes = self.learn_classes(table)
         self.refuse_leaks(table)
         tokenizer = self.tokenizer_for(table, encoders["text"]) if "text" in encoders else None
@@ -153,35 +158,29 @@ class ImageTextData(LightningDataModule):
                     int((target >= len(classes)).sum()),
                 )
 
-    def table(self, modalities: tuple[str, ...]) -> Table:
+    def split_table(self, modalities: tuple[str, ...]) -> Table:
         """All readable rows, each with its split: given, or carved out."""
+        table = self.table(modalities)
+        splits = assign_splits(table.labels, table.groups, table.splits, val=self.val, test=self.test, seed=self.split_seed)
+        table.splits = list[str | None](splits)
+        return table
+
+    def table(self, modalities: tuple[str, ...]) -> Table:
+        """All readable rows, each with the split that its file or its cell gives it."""
         root = Path(self.root).expanduser() if self.root else None
         if self.preparer is not None:
             self.folder, self.card = prepared(self.preparer, root, self.cache)
         main = str(self.folder / "manifest.csv") if self.folder else str(self.manifest)
-        files: dict[str, str | None] = {main: None}
-        if self.val_manifest or self.test_manifest:
-            files = {main: "train"}
-            files |= {file: split for file, split in ((self.val_manifest, "val"), (self.test_manifest, "test")) if file}
-        tables = [
-            read_table(file, self.columns, modalities, need_label=True, ledger=self.ledger, split=split) for file, split in files.items()
-        ]
-        if len(tables) > 1:  # ids need only be unique in each file
-            for one in tables:
-                one.ids = [f"{Path(file).stem}-{id}" for file, id in zip(one.files, one.ids, strict=True)]
-        table = Table.concat(tables)
-        table.splits = list[str | None](
-            assign_splits(table.labels, table.groups, table.splits, val=self.val, test=self.test, seed=self.split_seed)
-        )
-        return table
+        own = {"val": self.val_manifest, "test": self.test_manifest}
+        return read_manifests(main, own, self.columns, modalities, ledger=self.ledger)
 
-    def check(self, table: Table, encoder: Encoder) -> tuple[ImageStore, Table]:
-        """The store of the table's images, and the table without the samples whose image is damaged."""
+    def check(self, table: Table, encoder: Encoder) -> tuple[ImageStore, Table, dict[str, str]]:
+        """The store of the table's images, the table without the samples whose image is unreadable, and digests of the images' files."""
         size = getattr(encoder, "image_size", (224, 224))
         interpolation = getattr(encoder, "data_config", {}).get("interpolation", "bicubic")
         spec = ImageSpec(size, self.resize, interpolation, self.max_megapixels)
         paths = sorted({path for path in table.images if path})
-        pixels, bad = check_images(paths, spec, memory_gib=self.memory_gib, cache=self.cache)
+        pixels, bad, digests = check_images(paths, spec, memory_gib=self.memory_gib, cache=self.cache)
         if bad:
             for i, path in enumerate(table.images):
                 if path in bad:
@@ -189,7 +188,7 @@ class ImageTextData(LightningDataModule):
             table = table.take([i for i, path in enumerate(table.images) if path not in bad])
             if not len(table):
                 raise UserError(f"none of the samples has a readable image; the first: {self.ledger.issues[0].reason}")
-        return ImageStore(paths, spec, pixels), table
+        return ImageStore(paths, spec, pixels), table, digests
 
     def learn_classes(self, table: Table) -> list[str]:
         labels = {split: Counter(str(label) for label, s in zip(table.labels, table.splits, strict=True) if s == split) for split in SPLITS}
@@ -208,17 +207,21 @@ class ImageTextData(LightningDataModule):
 
     def refuse_leaks(self, table: Table) -> None:
         shared = groups_across_splits(table.splits, table.groups)
-        if shared and self.on_shared_group == "error":
-            group, splits = next(iter(shared.items()))
+        leaks = {group: splits for group, splits in shared.items() if "train" in splits}
+        if leaks and self.on_shared_group == "error":
+            group, splits = next(iter(leaks.items()))
             raise UserError(
-                f"{len(shared)} groups are in more than one split (the first: '{group}' in {', '.join(sorted(splits))}); "
+                f"{len(leaks)} groups are in train and in another split (the first: '{group}' in {', '.join(sorted(splits))}); "
                 f"what train has seen can't test it. Mend column '{self.columns.split}', or accept it: --data.on_shared_group=report"
             )
         self.shared_groups = len(shared)
-        pairs = {(i, t) for i, t, s in zip(table.images, table.texts, table.splits, strict=True) if s == "train"}
-        self.pairs_seen_in_train = {
-            name: sum((i, t) in pairs for i, t, s in zip(table.images, table.texts, table.splits, strict=True) if s == name)
-            for name in ("val", "test")
+        pairs: dict[str, list[tuple[str | None, str | None]]] = {name: [] for name in SPLITS}
+        for image, text, split in zip(table.images, table.texts, table.splits, strict=True):
+            pairs[str(split)].append((image, text))
+        distinct = {name: set(found) for name, found in pairs.items()}
+        self.shared_pairs = {
+            (name, other): sum(pair in distinct[other] for pair in pairs[name])
+            for name, other in (("val", "train"), ("test", "train"), ("test", "val"))
         }
 
     def tokenizer_for(self, table: Table, encoder: Encoder) -> Tokenizer:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fusion.data.images import Source, decode, resize
+from fusion.data.images import ImageError, Source, decode, resize
 from fusion.data.processor import ImageSpec
 from fusion.data.sampler import PLACEHOLDER, Draw
 from fusion.data.tokenizer import TokenStore
 from fusion.encoders import Images, Texts
+from fusion.errors import UserError
 
 
 class Batch(NamedTuple):
@@ -53,10 +54,20 @@ class ImageStore:
         if self.pixels is not None and len(distinct):
             pixels = self.pixels[torch.from_numpy(distinct)]
         elif len(distinct):
-            pixels = torch.from_numpy(np.stack([load_image(self.paths[row], self.spec) for row in distinct.tolist()]))
+            pixels = torch.from_numpy(np.stack([self.load(self.paths[row]) for row in distinct.tolist()]))
         if augment is not None:
             pixels = torch.stack([augment(one) for one in pixels])
         return Images(pixels, torch.from_numpy(rows >= 0), torch.from_numpy(shown))
+
+    def load(self, path: str) -> np.ndarray:
+        """Raises UserError for a file that has become unreadable since all were checked."""
+        try:
+            return load_image(path, self.spec)
+        except ImageError as error:
+            raise UserError(
+                f"{path}: {error}; it could be read when the images were checked. Put it back and go on by --resume, or start anew, "
+                "which lists its samples in data_issues.csv"
+            ) from error
 
 
 class Samples(Dataset[Batch]):

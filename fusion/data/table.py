@@ -91,9 +91,10 @@ def read_table(
     """The usable samples of a manifest: .csv, .tsv, .jsonl, .ndjson (all UTF-8) or .parquet.
 
     modalities: of "image" and "text", those that are read; a sample that lacks all of them goes to the ledger, and the column of the other
-    need not exist. need_label: a sample without label goes to the ledger. split: all samples belong to it, whatever the file says.
+    need not exist. need_label: a sample without label goes to the ledger. split: all samples belong to it, for which the file was given.
 
-    Raises UserError for a file that cannot be read, lacks a column, uses an id twice, names an unknown split or has no usable row.
+    Raises UserError for a file that cannot be read, lacks a column, uses an id twice, names an unknown split (or one other than `split`)
+    or has no usable row.
     """
     path = os.fspath(path)
     cells = read_cells(path)
@@ -110,7 +111,11 @@ def read_table(
         raise UserError(f"{path}: {len(problems):,} rows were read and none is usable. The first: {first}")
     if columns.id in cells.columns:
         refuse_repeated_ids(path, table)
-    table.splits = [split] * len(table) if split else known_splits(path, columns.split, table.splits)
+    if split is None:
+        table.splits = known_splits(path, columns.split, table.splits)
+    else:
+        refuse_other_splits(path, columns.split, table, split)
+        table.splits = [split] * len(table)
     return table
 
 
@@ -183,6 +188,18 @@ def known_splits(path: str, column: str, cells: list[str | None]) -> list[str | 
         shown = listed([f"'{cell}'" for cell in unknown])
         raise UserError(f"{path}: column '{column}' has unknown splits: {shown}. Known: {', '.join(SPLIT_NAMES)}")
     return [None if cell is None else meaning[cell] for cell in cells]
+
+
+def refuse_other_splits(path: str, column: str, table: Table, split: str) -> None:
+    """A file that was given for a split has no rows of another."""
+    given = zip(table.rows, table.splits, strict=True)
+    others = [(row, cell) for row, cell in given if SPLIT_NAMES.get(str(cell).casefold(), split) != split]
+    if others:
+        row, cell = others[0]
+        raise UserError(
+            f"{path} is given for {split}, but {len(others):,} of its rows name another split (the first: row {row}, '{cell}' in column "
+            f"'{column}'). Take them out, or ignore the column in all files: --data.columns.split=null"
+        )
 
 
 def refuse_repeated_ids(path: str, table: Table) -> None:

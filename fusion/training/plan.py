@@ -52,8 +52,9 @@ def notes(data: ImageTextData, name: str) -> list[str]:
         found.append(f"{split.samples.texts[0].cut:,} texts cut at {data.processor.tokenizer.max_length} tokens")  # type: ignore[union-attr]
     if split.unseen:
         found.append(f"{split.unseen:,} ({split.unseen / len(split.table):.1%}) have labels that train never shows: always misses")
-    if data.pairs_seen_in_train.get(name):
-        found.append(f"{data.pairs_seen_in_train[name]:,} (image, text) pairs also occur in train")
+    for (one, other), count in data.shared_pairs.items():
+        if one == name and count:
+            found.append(f"{count:,} (image, text) pairs also occur in {other}")
     return found
 
 

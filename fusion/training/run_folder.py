@@ -48,7 +48,9 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             (self.folder / "recipe.yaml").write_text(self.recipe, encoding="utf-8")
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-            trainer.datamodule.ledger.write(self.folder / "data_issues.csv")  # type: ignore[attr-defined]
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            data.ledger.write(self.folder / "data_issues.csv")
+            data.record.write(self.folder)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.go_on_with_the_log(trainer)

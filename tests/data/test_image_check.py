@@ -1,0 +1,72 @@
+"""What was found of images is remembered only as long as nothing that decides it has changed."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL
+import pytest
+from PIL import Image
+
+from fusion.data.image_check import check_images
+from fusion.data.processor import ImageSpec
+from fusion.data.samples import ImageStore
+from fusion.errors import UserError
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.full((40, 50, 3), 80 * i, np.uint8)).save(path)
+    return paths
+
+
+def check(pictures, memory_gib=0.0, **spec):
+    return check_images(pictures, ImageSpec((16, 16), **spec), memory_gib=memory_gib, cache=Path(pictures[0]).parent)
+
+
+@pytest.mark.parametrize("limits", [(0.001, 100), (100, 0.001)])
+def test_another_limit_is_another_verdict(pictures, limits):
+    for limit in limits:
+        assert len(check(pictures, max_megapixels=limit).bad) == (3 if limit < 1 else 0)
+
+
+def test_other_versions_of_the_libraries_check_anew(pictures, monkeypatch):
+    def refused(*_):
+        raise AssertionError("decoded again")
+
+    check(pictures)
+    with monkeypatch.context() as patched:
+        patched.setattr("fusion.data.image_check.load_image", refused)
+        assert check(pictures).bad == {}
+        patched.setattr(PIL, "__version__", "0.0")
+        with pytest.raises(AssertionError, match="decoded again"):
+            check(pictures)
+
+
+def test_a_file_that_changed_is_checked_anew(pictures):
+    check(pictures)
+    with open(pictures[1], "wb") as file:
+        file.write(b"no picture")
+    found = check(pictures)
+    assert list(found.bad) == [pictures[1]]
+    assert found.digests.keys() == {pictures[0], pictures[2]}
+
+
+@pytest.mark.parametrize("memory_gib", [0.0, 1.0])
+def test_digests_follow_the_bytes_not_the_time(pictures, memory_gib):
+    before = check(pictures, memory_gib)
+    os.utime(pictures[0], (1, 1))
+    Image.fromarray(np.full((40, 50, 3), 7, np.uint8)).save(pictures[2])
+    after = check(pictures, memory_gib)
+    assert [after.digests[path] == before.digests[path] for path in pictures] == [True, True, False]
+    assert len(set(before.digests.values())) == 3
+    assert (before.pixels is not None) == bool(memory_gib)
+
+
+def test_an_image_that_went_bad_after_its_check_is_named(pictures):
+    store = ImageStore(pictures, ImageSpec((16, 16)))
+    os.remove(pictures[1])
+    with pytest.raises(UserError, match=rf"{pictures[1]}: missing; it could be read when the images were checked.*--resume"):
+        store.batch(np.array([0, 1]))
