@@ -8,19 +8,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fusion.cli.main import leave
 from fusion.cli.parser import FusionCLI, words
+from fusion.cli.resume import has_checkpoint, refuse_difference, resumed_run
 from fusion.cli.tables import aligned
+from fusion.console import is_rank_zero, print_rank_zero
 from fusion.data import ImageTextData
 from fusion.data.ceilings import ceilings
 from fusion.data.checkpoint import newest_whole
@@ -61,17 +60,17 @@ def fit(arguments: Sequence[str]) -> int:
     if resumed is not None:
         start, warning = newest_whole(resumed / "checkpoints")
         if warning:
-            tell(warning)
+            print_rank_zero(warning)
     elif cli.config.init_from:
-        tell(load_weights(model.model, cli.config.init_from))
+        print_rank_zero(load_weights(model.model, cli.config.init_from))
     try:
         trainer.fit(model, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
         finish(trainer, model, data, checkpoint, run)
     except Interrupted as stopped:
-        tell(f"\nInterrupted after {model.updates:,} updates and saved. To go on:\n  {command('fit')} --resume {run.folder}")
+        print_rank_zero(f"\nInterrupted after {model.updates:,} updates and saved. To go on:\n  {command('fit')} --resume {run.folder}")
         return stopped.status
     except SystemExit as stopped:  # how Lightning ends at a signal that comes outside training, as while the best checkpoint is scored
-        tell(f"\nInterrupted. From its last checkpoint the run goes on by:\n  {command('fit')} --resume {run.folder}")
+        print_rank_zero(f"\nInterrupted. From its last checkpoint the run goes on by:\n  {command('fit')} --resume {run.folder}")
         status = REQUEUE if isinstance(stopped, SIGTERMException) else INTERRUPTED
         if dist.is_initialized():  # the other ranks may know nothing of it
             leave(status, together=False)
@@ -130,11 +129,11 @@ def build(model: Classification, data: ImageTextData) -> None:
 def print_data_notes(data: ImageTextData) -> None:
     """What the data's preparer says of it, what was dropped and what was noted."""
     if data.card:
-        tell(data.card)
+        print_rank_zero(data.card)
     if data.ledger.issues:
-        tell(f"warning: {data.ledger.summary()}")
+        print_rank_zero(f"warning: {data.ledger.summary()}")
     for note in data.ledger.notes:
-        tell(f"note: {note}")
+        print_rank_zero(f"note: {note}")
 
 
 def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpoint: ModelCheckpoint, run: RunFolder) -> None:
@@ -161,53 +160,9 @@ def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpo
         ]
     if trainer.is_global_zero and run.folder is not None:
         (run.folder / "results.json").write_text(json.dumps({"test": scores, "updates": model.updates}, indent=2) + "\n", encoding="utf-8")
-    tell("\n" + aligned(lines) if lines else "\nno test samples: nothing scored")
-    tell(f"\nrun folder  {run.folder}\nscore it    {command('evaluate')} --run {run.folder}")
-    tell(f"use it      {command('predict')} --run {run.folder} --manifest FILE")
-
-
-# Continuing a run.
-
-
-def resumed_run(arguments: Sequence[str]) -> Path | None:
-    """The folder after --resume, checked."""
-    folders = [Path(word) for is_value, word in words(arguments, "--resume") if is_value]
-    if not folders:
-        return None
-    folder = folders[-1]
-    if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"can't resume '{folder}': it has no recipe.yaml; expected the run folder that fit printed")
-    if not has_checkpoint(folder):
-        raise UserError(f"can't resume '{folder}': it has no checkpoints/last.ckpt; it ended before its first checkpoint, so start it anew")
-    return folder
-
-
-def has_checkpoint(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("*.ckpt"))
-
-
-MAY_DIFFER = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "checkpoint.")
-
-
-def refuse_difference(now: str, then: str) -> None:
-    """A resumed run keeps its recipe: anything else would be a different run that looks like the old one. But it may have other devices:
-    the global batches, and their order, are the same on any number.
-    """
-    new, old = flat(yaml.safe_load(now)), flat(yaml.safe_load(then))
-    different = [
-        f"{key} is {new.get(key)} (was {old.get(key)})"
-        for key in {**old, **new}
-        if new.get(key) != old.get(key) and not key.startswith(MAY_DIFFER)
-    ]
-    if different:
-        raise UserError(f"--resume keeps the run's recipe; these differ: {'; '.join(different[:5])}. Leave them out, or start a new run")
-
-
-def flat(settings: Any, above: str = "") -> dict[str, Any]:
-    """Settings by their dotted keys."""
-    if not isinstance(settings, dict):
-        return {above: settings}
-    return {key: value for name, inner in settings.items() for key, value in flat(inner, f"{above}.{name}" if above else name).items()}
+    print_rank_zero("\n" + aligned(lines) if lines else "\nno test samples: nothing scored")
+    print_rank_zero(f"\nrun folder  {run.folder}\nscore it    {command('evaluate')} --run {run.folder}")
+    print_rank_zero(f"use it      {command('predict')} --run {run.folder} --manifest FILE")
 
 
 # What is said, and how.
@@ -229,16 +184,6 @@ def command(name: str) -> str:
     if script.name == "__main__.py":
         return f"python -m fusion {name}"
     return f"python {shlex.quote(str(script.with_name(f'{name}.py')))}" if script.suffix == ".py" else f"fusion {name}"
-
-
-def is_rank_zero() -> bool:
-    """Whether this process is the first of its group; known from the environment, before there is a group."""
-    return getattr(rank_zero_only, "rank", None) in (None, 0)
-
-
-def tell(text: str) -> None:
-    if is_rank_zero():
-        print(text, flush=True)
 
 
 def quiet() -> None:
