@@ -24,7 +24,7 @@ from fusion.errors import UserError
 from fusion.heads import FusionHead
 from fusion.model import FusionModel
 
-FORMATS = (2, 3)
+FORMATS = (2, 3, 4)
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 

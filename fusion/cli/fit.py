@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fusion.cli.main import leave
 from fusion.cli.parser import FusionCLI, words
-from fusion.cli.resume import has_checkpoint, refuse_difference, resumed_run
+from fusion.cli.resume import has_checkpoint, refuse_difference, refuse_other_data, refuse_past_end, resumed_run
 from fusion.cli.tables import aligned
 from fusion.console import is_rank_zero, print_rank_zero
 from fusion.data import ImageTextData
@@ -47,22 +47,24 @@ def fit(arguments: Sequence[str]) -> int:
         folder = resumed or new_run_folder(Path(cli.config.runs), run_name(arguments))
     run = RunFolder(folder, recipe, checkpoint, log=cli.config.trainer.logger is None)
     try:
+        start, warning = newest_whole(resumed / "checkpoints") if resumed is not None else (None, None)
+        if warning:
+            print_rank_zero(warning)
+        if start is not None:
+            refuse_past_end(start, cli.config.trainer.max_epochs, cli.config.trainer.max_steps)
         model, data, trainer = cli.make([Plan(), *standing_callbacks(run, cli.config.seed_everything), checkpoint])
         build(model, data)
+        if resumed is not None and start is not None:
+            refuse_other_data(resumed, start, data)
         print_data_notes(data)
+        if resumed is None and cli.config.init_from:
+            print_rank_zero(load_weights(model.model, cli.config.init_from))
     except BaseException:
         if folder is not None and resumed is None:
             folder.rmdir()
         raise
     if "val" not in data.splits:
         checkpoint.monitor = None
-    start = None
-    if resumed is not None:
-        start, warning = newest_whole(resumed / "checkpoints")
-        if warning:
-            print_rank_zero(warning)
-    elif cli.config.init_from:
-        print_rank_zero(load_weights(model.model, cli.config.init_from))
     try:
         trainer.fit(model, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
         finish(trainer, model, data, checkpoint, run)

@@ -4,10 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+import torch
 import yaml
 
 from fusion.cli.parser import words
+from fusion.data import ImageTextData
+from fusion.data.record import Record
+from fusion.data.table import listed
 from fusion.errors import UserError
+from fusion.training.task import refuse_other_format
 
 
 def resumed_run(arguments: Sequence[str]) -> Path | None:
@@ -27,12 +33,19 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("*.ckpt"))
 
 
-MAY_DIFFER = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "checkpoint.")
+# What changes nothing that is past: on what, and how fast, it is computed; what is printed and logged; when it ends.
+MAY_DIFFER = (
+    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "trainer.accumulate_grad_batches"),
+    *("data.device_batch_size", "data.eval_batch_size", "data.num_workers", "data.memory_gib", "data.cache"),
+    *("trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler", "checkpoint."),
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.max_time"),
+)
 
 
 def refuse_difference(now: str, then: str) -> None:
     """A resumed run keeps its recipe: anything else would be a different run that looks like the old one. But it may have other devices:
-    the global batches, and their order, are the same on any number.
+    the global batches, and their order, are the same on any number; and another end, by which the schedule becomes another (the plan
+    says so).
     """
     new, old = flat(yaml.safe_load(now)), flat(yaml.safe_load(then))
     different = [
@@ -49,3 +62,54 @@ def flat(settings: Any, above: str = "") -> dict[str, Any]:
     if not isinstance(settings, dict):
         return {above: settings}
     return {key: value for name, inner in settings.items() for key, value in flat(inner, f"{above}.{name}" if above else name).items()}
+
+
+def refuse_other_data(folder: Path, checkpoint: Path, data: ImageTextData) -> None:
+    """A resumed run keeps its data: classes, tokenizer, image sizes, rows and image files. Raises UserError that says what differs; what
+    differs without harm is noted in the ledger.
+    """
+    held: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    refuse_other_format(held)
+    then = held["fusion"]
+    different = processor_differences(then["processor"], data.processor.state())
+    record = Record.read(folder)
+    rows = None if record is None else record.difference(data.record)
+    if then["samples"] != data.record.digest():
+        different += rows.sentences if rows is not None and rows.samples else ["its samples are not those that it was trained on"]
+    elif rows is not None and rows.others:
+        if data.reads_columns:
+            different.append(f"{rows} ({data.reads_columns} orders the curriculum)")
+        else:
+            data.ledger.note(f"the table has changed since the run began, in nothing that training reads: {rows}")
+    if different:
+        raise UserError(
+            f"can't resume {folder}: its data has changed: {'; '.join(different)}. Restore it, or start a new run "
+            f"(from these weights: --init_from={checkpoint})"
+        )
+
+
+def processor_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How samples become tensors, and what the outputs mean, where it differs."""
+    found = []
+    if then["classes"] != now["classes"]:
+        gone = [name for name in then["classes"] if name not in now["classes"]]
+        new = [name for name in now["classes"] if name not in then["classes"]]
+        named = [f"{what} {listed(names)}" for what, names in (("without", gone), ("new", new)) if names]
+        found.append(f"{len(now['classes'])} classes where there were {len(then['classes'])} ({', '.join(named)})")
+    if then["tokenizer"] != now["tokenizer"]:
+        sizes = [s and tokenizers.Tokenizer.from_str(s["backend"]).get_vocab_size() for s in (now["tokenizer"], then["tokenizer"])]
+        found.append(f"the tokenizer is another one ({sizes[0]} tokens, {sizes[1]} before)")
+    if then["image"] != now["image"]:
+        found.append(f"images are made {now['image']} where they were made {then['image']}")
+    return found
+
+
+def refuse_past_end(checkpoint: Path, max_epochs: int | None, max_steps: int) -> None:
+    """Raises UserError where the run is to end before what is done."""
+    held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    epochs = held["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    updates = held["global_step"]
+    if max_epochs is not None and 0 <= max_epochs < epochs:
+        raise UserError(f"--trainer.max_epochs={max_epochs}, but {epochs} epochs are done")
+    if 0 <= max_steps < updates:
+        raise UserError(f"--trainer.max_steps={max_steps}, but {updates:,} updates are made")

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fusion.data.curriculum import LOSS, Admission, Curriculum, difficulty
+from fusion.data.curriculum import LOSS, TEXT_LENGTH, Admission, Curriculum, difficulty
 from fusion.data.image_check import check_images
 from fusion.data.ledger import Ledger
 from fusion.data.manifests import read_manifests
@@ -268,6 +268,12 @@ class ImageTextData(LightningDataModule):
         c = self.curriculum
         return c is not None and c.by == LOSS and epoch + 1 == c.first_pass
 
+    @property
+    def reads_columns(self) -> str:
+        """The column beside image, text and label by which training goes, "" if none."""
+        c = self.curriculum
+        return c.by if c is not None and c.by not in (LOSS, TEXT_LENGTH) else ""
+
     def set_losses(self, losses: np.ndarray) -> None:
         """The loss of each training sample, by which the rest of the training lets them in."""
         self.losses = losses
@@ -296,12 +302,14 @@ class ImageTextData(LightningDataModule):
             return {}
         epoch, batch = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         finished = batch >= self.trainer.num_training_batches
-        place = {"epoch": epoch + 1, "batch": 0} if finished else {"epoch": epoch, "batch": batch}
+        # In updates, which are the same however they are accumulated.
+        place = {"epoch": epoch + 1, "update": 0} if finished else {"epoch": epoch, "update": batch // self.trainer.accumulate_grad_batches}
         return place | {"losses": None if self.losses is None else torch.from_numpy(self.losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        place = (state["epoch"], state["batch"])
-        loader = self.trainer.fit_loop._combined_loader if self.trainer else None
+        trainer = self.trainer
+        place = (state["epoch"], state["update"] * (trainer.accumulate_grad_batches if trainer else 1))
+        loader = trainer.fit_loop._combined_loader if trainer else None
         if loader is None:
             self.resume_at = place
         else:  # a strategy that restores after its setup (FSDP), for which the loader is there already

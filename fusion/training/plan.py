@@ -83,9 +83,26 @@ def training_lines(trainer: Trainer, module: Task) -> list[str]:
         "training",
         f"  global batch {shares(batches)}{asked}",
         f"  {module.horizon:,} updates, {batches.updates:,} an epoch{begun}; schedule {schedule}, {warmup:,} of warm-up",
+        *schedule_lines(module),
         *curriculum_lines(data, module.horizon),
         f"  precision {trainer.precision}; {trainer.world_size} x {device.type}; strategy {type(trainer.strategy).__name__}",
         "",
+    ]
+
+
+def schedule_lines(module: Task) -> list[str]:
+    """That a resumed run's schedule has become another, where its end did and the rate depends on it."""
+    before, now, done = module.horizon_before, module.horizon, module.updates
+    if before is None or before == now:
+        return []
+    schedules = [module.schedule, *(own for own in module.own_schedules if own is not None)]
+    looked_at = range(0, min(before, now), max(1, before // 1000))
+    if all(schedule.factor(u, before) == schedule.factor(u, now) for schedule in schedules for u in looked_at):
+        return []
+    rates = [module.peak * module.schedule.factor(done, horizon) for horizon in (before, now)]
+    return [
+        f"  note: {now:,} updates where {before:,} were planned: another schedule than the run began with; at update {done:,} the rate is "
+        f"{rates[1]:.2e} (it would have been {rates[0]:.2e})"
     ]
 
 

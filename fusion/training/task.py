@@ -32,7 +32,7 @@ from fusion.training.muon import Muon
 from fusion.training.precision import scaler_of
 from fusion.training.schedules import Constant, Schedule
 
-FORMAT = 3
+FORMAT = 4
 ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
 
 
@@ -108,6 +108,7 @@ class Task(LightningModule):
                 chosen = partial(chosen, unimodal=True)
         self.head_factory: Callable[..., FusionHead] = chosen
         self.updates = 0
+        self.horizon_before: int | None = None  # of a resumed run, when its checkpoint was made
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.scheduled = 0
@@ -308,6 +309,9 @@ class Task(LightningModule):
             "head": {"class": f"{head.__module__}.{head.__qualname__}", "init": options},
             "adapters": self.adapters,
             "processor": self.processor.state(),
+            "samples": self.trainer.datamodule.record.digest(),  # type: ignore[attr-defined]
+            "horizon": self.horizon,
+            "accumulated": self.trainer.accumulate_grad_batches,
             "balance": self.balance.state_dict() if self.balance is not None else {},
             "compression": self.compression_state(),
             "epoch_sums": self.epoch_sums(),
@@ -316,11 +320,12 @@ class Task(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        found = checkpoint.get("fusion", {}).get("format")
-        if found != FORMAT:
-            raise UserError(f"the checkpoint has format {found}, this version of fusion {FORMAT}; --init_from takes its weights")
+        refuse_other_format(checkpoint)
         self.updates = self.scheduled = checkpoint["fusion"]["updates"]
         self.skipped = checkpoint["fusion"]["skipped"]
+        self.horizon_before = checkpoint["fusion"]["horizon"]
+        if checkpoint["loops"] and checkpoint["fusion"]["accumulated"] != self.trainer.accumulate_grad_batches:
+            self.recount(checkpoint)
         sums = checkpoint["fusion"]["epoch_sums"]
         self.sums = sums if self.trainer.global_rank == 0 else dict.fromkeys(sums, 0)
         if self.balance is not None:
@@ -328,9 +333,24 @@ class Task(LightningModule):
         if isinstance(self.trainer.strategy, DDP):
             self.trainer.strategy.load_compression_state(checkpoint["fusion"]["compression"], dict(self.named_parameters()))
 
+    def recount(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts the epoch's batches, of which an update now has another number."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        updates = progress["processed"] // checkpoint["fusion"]["accumulated"]
+        more = updates * self.trainer.accumulate_grad_batches - progress["processed"]
+        for name in progress:  # the last batch may be processed and not yet completed
+            progress[name] += more
+
     def compression_state(self) -> dict[str, Any]:
         strategy = self.trainer.strategy
         return strategy.compression_state(dict(self.named_parameters())) if isinstance(strategy, DDP) else {}
+
+
+def refuse_other_format(checkpoint: Mapping[str, Any]) -> None:
+    """Raises UserError for a checkpoint to be continued that another version made."""
+    found = checkpoint.get("fusion", {}).get("format")
+    if found != FORMAT:
+        raise UserError(f"the checkpoint has format {found}, this version of fusion {FORMAT}; --init_from takes its weights")
 
 
 def exact(device: torch.device) -> torch.dtype:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_world import ROUNDING, assert_same_end, furthest_weights
 
 import fusion.cli.fit as fit_module
 from fusion.cli.evaluate import evaluate
 from fusion.cli.main import run as run_command
 from fusion.data.record import Record
+from fusion.errors import UserError
+from fusion.training.steps import SaveInTime
 
 
 @pytest.fixture
@@ -151,3 +154,144 @@ def test_an_image_that_goes_bad_during_training_ends_it_in_one_line_with_its_pat
     told = capsys.readouterr().err
     assert ended.value.code == 2
     assert re.fullmatch(rf"error: {copies}/\S+: empty file; it could be read when the images were checked\..*\n", told)
+
+
+# Resuming.
+
+
+@pytest.fixture
+def stopped(tiny, table, fit_here, stop_after, monkeypatch):
+    """A run on the table, stopped after two updates."""
+    stop_after(2)
+    folder = fit_here("--recipe", tiny(manifest=table.path)).folder
+    monkeypatch.setattr(fit_module, "SaveInTime", SaveInTime)
+    return folder
+
+
+def refusal(folder, *options):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as told:
+        fit_module.fit(["--resume", str(folder), *options])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert "\n" not in str(told.value)
+    return str(told.value)
+
+
+def test_renamed_classes_are_rejected_by_name(stopped, table):
+    table.write([row | {"label": {"yes": "agreed"}.get(row["label"], row["label"])} for row in table.rows()])
+    told = refusal(stopped)
+    assert re.search(r"classes where there were \d+ \(without yes, new agreed\)", told)
+    assert "of another label" in told
+
+
+def test_a_new_class_is_rejected_by_name(stopped, table):
+    table.write([row | ({"label": "unheard of"} if i < 20 else {}) for i, row in enumerate(table.rows())])
+    assert "new unheard of" in refusal(stopped)
+
+
+@pytest.mark.parametrize("change", ["fewer", "more", "text", "order", "image"])
+def test_other_rows_are_rejected_with_what_has_changed(stopped, table, tmp_path, change):
+    rows = table.rows()
+    changed = {
+        "fewer": rows[:-3],
+        "more": [*rows, rows[0] | {"text": "is there a red square here?"}],
+        "text": [rows[0] | {"text": "is there?"}, *rows[1:]],
+        "order": [rows[1], rows[0], *rows[2:]],
+        "image": [rows[0] | {"image": rows[-1]["image"]}, *rows[1:]],
+    }[change]
+    table.write(changed)
+    expected = {
+        "fewer": r"3 rows are gone \(manifest.csv, row",
+        "more": rf"1 row is new \(manifest.csv, row {len(rows) + 2}\)",
+        "text": r"1 row is of another text \(manifest.csv, row 2\)",
+        "order": "in another (order|split)",  # the carving goes by the order
+        "image": r"1 row is of another image \(manifest.csv, row 2\)",
+    }[change]
+    assert re.search(expected, refusal(stopped))
+
+
+def test_an_image_file_of_other_bytes_is_rejected_and_the_same_bytes_anew_are_not(tiny, table, fit_here, stop_after, monkeypatch, tmp_path):
+    copy = tmp_path / "copy.png"
+    original = Path(table.rows()[0]["image"]).read_bytes()
+    copy.write_bytes(original)
+    table.change(0, image=str(copy))
+    stop_after(2)
+    folder = fit_here("--recipe", tiny(manifest=table.path)).folder
+    monkeypatch.setattr(fit_module, "SaveInTime", SaveInTime)
+    Image.new("RGB", (64, 64), "white").save(copy)
+    assert "1 row is of a changed image file (manifest.csv, row 2)" in refusal(folder)
+    copy.write_bytes(original)
+    assert fit_here("--resume", folder).status == 0
+
+
+def test_another_column_may_change_and_that_is_reported(stopped, table, fit_here, capsys):
+    table.change(0, kind="other")
+    assert fit_here("--resume", stopped).status == 0
+    assert "note: the table has changed since the run began, in nothing that training reads: 1 row is changed" in capsys.readouterr().out
+
+
+def test_the_column_that_orders_a_curriculum_may_not_change(tiny, table, fit_here, stop_after, monkeypatch):
+    table.write([row | {"hard": i % 7} for i, row in enumerate(table.rows())])
+    stop_after(2)
+    folder = fit_here("--recipe", tiny(manifest=table.path), "--data.curriculum.by=hard").folder
+    monkeypatch.setattr(fit_module, "SaveInTime", SaveInTime)
+    table.change(0, hard="100")
+    assert "(hard orders the curriculum)" in refusal(folder)
+
+
+def test_without_its_record_a_changed_table_is_rejected_by_the_checkpoint(stopped, table):
+    (stopped / "samples.parquet").unlink()
+    table.change(0, text="is there?")
+    assert "its samples are not those that it was trained on" in refusal(stopped)
+
+
+HARMLESS = ["--data.num_workers=1", "--trainer.log_every_n_steps=3", "--data.memory_gib=0", "--trainer.enable_model_summary=true"]
+
+
+@pytest.mark.parametrize("option", HARMLESS)
+def test_what_changes_nothing_that_is_past_may_differ(interrupted_and_whole, fit_here, option):
+    stopped, whole = interrupted_and_whole(4)
+    assert_same_end(fit_here("--resume", stopped.folder, option), whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4)])
+def test_a_run_may_go_on_with_another_accumulation(tiny, fit_here, stop_after, monkeypatch, before, after):
+    """From the middle of an epoch: its place there is counted in updates."""
+    recipe = tiny()
+    accumulate = "--trainer.accumulate_grad_batches="
+    whole = fit_here("--recipe", recipe, runs="whole")
+    stop_after(5 * before)
+    stopped = fit_here("--recipe", recipe, f"{accumulate}{before}", runs="stopped")
+    assert stopped.checkpoint()["fusion"]["updates"] == 5
+    monkeypatch.setattr(fit_module, "SaveInTime", SaveInTime)
+    resumed = fit_here("--resume", stopped.folder, f"{accumulate}{after}")
+    assert resumed.checkpoint()["fusion"]["updates"] == whole.checkpoint()["fusion"]["updates"] == 16
+    assert furthest_weights(resumed, whole) < ROUNDING
+    assert resumed.column("train/loss_epoch") == pytest.approx(whole.column("train/loss_epoch"), abs=ROUNDING)
+
+
+def test_a_finished_run_goes_on_for_more_epochs_and_says_that_its_schedule_is_another(tiny, fit_here, capsys):
+    recipe = tiny()
+    run = fit_here("--recipe", recipe, "--trainer.max_epochs=1")
+    capsys.readouterr()
+    resumed = fit_here("--resume", run.folder, "--trainer.max_epochs=3")
+    assert resumed.results()["updates"] > 0
+    assert resumed.checkpoint()["fusion"]["updates"] == 24
+    told = capsys.readouterr().out
+    assert re.search(r"note: 24 updates where 8 were planned: another schedule .* at update 8 the rate is \S+ \(it would have been", told)
+
+
+def test_more_epochs_at_a_constant_rate_are_the_same_run(tiny, fit_here, capsys):
+    options = ["--recipe", tiny(dropout=0.4), "--model.schedule=Constant"]
+    whole = fit_here(*options, "--trainer.max_epochs=3", runs="whole")
+    short = fit_here(*options, "--trainer.max_epochs=2", runs="short")
+    capsys.readouterr()
+    resumed = fit_here("--resume", short.folder, "--trainer.max_epochs=3")
+    assert "another schedule" not in capsys.readouterr().out
+    assert_same_end(resumed, whole)
+
+
+def test_an_end_before_what_is_done_is_rejected(tiny, fit_here):
+    folder = fit_here("--recipe", tiny()).folder
+    assert "--trainer.max_epochs=1, but 2 epochs are done" in refusal(folder, "--trainer.max_epochs=1")
+    assert "--trainer.max_steps=3, but 16 updates are made" in refusal(folder, "--trainer.max_steps=3")
