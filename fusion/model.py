@@ -1,15 +1,18 @@
 """Encoders and a head, joined: what is trained, exported, served and reused."""
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusion.encoders.base import Encoder
 from fusion.errors import UserError, nearest
 from fusion.features import Features
-from fusion.heads.base import FusionHead, FusionOutput
+from fusion.heads.base import FusionHead, FusionOutput, Stage
 
 HeadFactory = Callable[[Mapping[str, Any], int], FusionHead]
 
@@ -33,9 +36,14 @@ class FusionModel(nn.Module):
 
     @classmethod
     def build(cls, encoders: Mapping[str, Encoder], head: HeadFactory, out_dim: int) -> "FusionModel":
-        """The model whose head fits these encoders; `head` is a FusionHead class or a functools.partial of one."""
-        stage = head_class(head).stage
-        return cls(encoders, head({name: widths(encoder, stage) for name, encoder in encoders.items()}, out_dim))
+        """The model whose head fits these encoders.
+
+        head: gives a FusionHead for widths and `out_dim`: a class, a functools.partial of one, or any function. A function is called again
+        with other widths where the head that it gives reads levels or embeddings.
+
+        Raises UserError for what the head's constructor rejects, and for encoders that lack what the head reads.
+        """
+        return cls(encoders, make_head(encoders, head, out_dim))
 
     def forward(self, inputs: Mapping[str, Any], kept: Mapping[str, Tensor] | None = None) -> FusionOutput:
         """inputs: by modality, what its encoder takes (Images, Texts). Gives output (B, out_dim) and the predictions by modality.
@@ -89,7 +97,7 @@ def hidden(features: Features, kept: Tensor) -> Features:
     return features._replace(mask=features.mask & kept[:, None])
 
 
-def widths(encoder: Encoder, stage: str) -> int | list[int]:
+def widths(encoder: Encoder, stage: Stage) -> int | list[int]:
     """The width of the features that a head of this stage reads; for "levels" those of all depths."""
     if stage == "levels":
         return encoder.level_dims(range(encoder.depth))
@@ -101,9 +109,81 @@ def depths_of(head: FusionHead, name: str) -> list[int]:
     return list(range(-len(head.level_dims.get(name, [])), 0))
 
 
-def head_class(factory: HeadFactory) -> type[FusionHead]:
-    """The head class behind a factory."""
-    return factory_parts(factory, FusionHead)[0]
+def make_head(encoders: Mapping[str, Encoder], factory: HeadFactory, out_dim: int) -> FusionHead:
+    """The head for the widths of what it reads."""
+    known = head_class(factory)
+    dims = all_widths(encoders, known.stage if known else "pooled")
+    random_state = torch.get_rng_state()
+    head = call_factory(factory, dims, out_dim)
+    own_dims = all_widths(encoders, head.stage)
+    if own_dims == dims:
+        return head
+    torch.set_rng_state(random_state)  # so that its initial weights are those of a head built once
+    return call_factory(factory, own_dims, out_dim)
+
+
+def all_widths(encoders: Mapping[str, Encoder], stage: Stage) -> dict[str, int | list[int]]:
+    return {name: widths(encoder, stage) for name, encoder in encoders.items()}
+
+
+def call_factory(factory: HeadFactory, dims: Mapping[str, Any], out_dim: int) -> FusionHead:
+    try:
+        head = factory(dims, out_dim)
+    except UserError:
+        raise
+    except ValueError as error:  # heads stand alone, and know no UserError
+        raise UserError(" ".join(str(error).split())) from error
+    if not isinstance(head, FusionHead):
+        raise TypeError(f"expected a function (dims, out_dim) that gives a FusionHead; {factory!r} gave a {type(head).__name__}")
+    return head
+
+
+def head_spec(model: FusionModel) -> dict[str, Any]:
+    """What a checkpoint says of the model's head, as plain data: its class, and the arguments that build it again.
+
+    Raises UserError for a head that this would not bring back.
+    """
+    head = model.head
+    cls = type(head)
+    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        raise UserError(f"the head can't be saved: its class {cls.__qualname__} can't be imported; define it at the top of a module")
+    for name, value in head.init_args.items():
+        if not is_plain(value):
+            raise UserError(
+                f"the head can't be saved: argument {name} of {cls.__name__} is a {type(value).__name__}; "
+                "expected plain data (numbers, strings, lists, dicts)"
+            )
+    with torch.random.fork_rng(devices=[]):
+        again = make_head(dict(model.encoders.items()), partial(cls, **head.init_args), head.out_dim)  # type: ignore[arg-type]
+    shapes, expected = ({key: tuple(x.shape) for key, x in one.state_dict().items()} for one in (again, head))
+    if shapes != expected:
+        different = next(key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key))
+        raise UserError(
+            f"the head can't be saved: {cls.__name__} with arguments {head.init_args} has {different} of shape {shapes.get(different)}, "
+            f"this head {expected.get(different)}; it must not be changed after its constructor"
+        )
+    return {"class": f"{cls.__module__}.{cls.__qualname__}", "init": dict(head.init_args)}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is made of None, booleans, numbers, strings, lists, tuples and dicts alone.
+
+    >>> is_plain({"dim": 8, "depths": [1, 2]}), is_plain({"activation": len})
+    (True, False)
+    """
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    if type(value) is dict:
+        return all(map(is_plain, [*value, *value.values()]))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def head_class(factory: HeadFactory) -> type[FusionHead] | None:
+    """The head class behind a factory; None where only calling it would show."""
+    try:
+        return factory_parts(factory, FusionHead)[0]
+    except TypeError:
+        return None
 
 
 def factory_parts(factory: Any, base: type) -> tuple[type, dict[str, Any]]:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fusion.encoders import Encoder, Images, Texts, TimmImage, TransformersText
+from fusion.errors import UserError
 from fusion.heads import Concat, FusionHead, Gated, LevelWeighted, Unimodal, attention_maps
 from fusion.heads.registry import HEADS as EVERY_HEAD
-from fusion.model import FusionModel, factory_parts, head_class
+from fusion.model import FusionModel, factory_parts, head_class, head_spec
 
 BERT = {
     "model_type": "bert",
@@ -121,6 +122,70 @@ def test_the_parts_of_a_factory_are_its_class_and_what_it_binds() -> None:
         return cls(*args, **settings)
 
     assert factory_parts(partial(instantiate, Concat, dim=8), FusionHead) == (Concat, {"dim": 8})
+
+
+@pytest.mark.parametrize("name", EVERY_HEAD)  # of every stage: pooled, tokens, levels, embeddings
+def test_a_function_that_makes_a_head_builds_the_same_model_as_the_class(name: str) -> None:
+    torch.manual_seed(0)
+    expected = FusionModel.build(encoders(), HEADS[name], 3).eval()
+    torch.manual_seed(0)
+    model = FusionModel.build(encoders(), lambda dims, out: EVERY_HEAD[name](dims, out, dim=8), 3).eval()
+    assert torch.equal(model(inputs()).output, expected(inputs()).output)
+    assert head_class(lambda dims, out: EVERY_HEAD[name](dims, out, dim=8)) is None
+
+
+def test_what_the_constructor_of_a_head_rejects_is_a_user_error_and_what_else_goes_wrong_is_not() -> None:
+    with pytest.raises(UserError, match="Gated: dim is 0; expected at least 1"):
+        FusionModel.build(encoders(), partial(Gated, dim=0), 3)
+    with pytest.raises(TypeError, match="gave a int"):
+        FusionModel.build(encoders(), lambda dims, out: 3, 3)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match="rank") as raised:
+        FusionModel.build(encoders(), partial(Gated, rank=2), 3)
+    assert not isinstance(raised.value, UserError)
+
+
+def test_the_spec_of_a_head_builds_it_again_whatever_made_it() -> None:
+    for factory in (partial(LevelWeighted, depths=2, dim=8), lambda dims, out: LevelWeighted(dims, out, depths=2, dim=8)):
+        model = FusionModel.build(encoders(), factory, 3)
+        random_state = torch.get_rng_state()
+        spec = head_spec(model)
+        assert spec == {"class": "fusion.heads.level_weighted.LevelWeighted", "init": {"depths": 2, "dim": 8}}
+        assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class Scaled(Gated):
+    """A head of a user, with an argument that is not plain data."""
+
+    def __init__(self, dims: Any, out_dim: int, dim: int = 8, activation: Any = None) -> None:
+        super().__init__(dims, out_dim, dim=dim)
+
+
+def widened(dims: Any, out_dim: int) -> FusionHead:
+    head = Scaled(dims, out_dim)
+    head.classifier = torch.nn.Linear(8, out_dim, bias=False)
+    return head
+
+
+class Elsewhere:
+    class Nested(Gated):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda dims, out: Scaled(dims, out, activation=torch.relu), "argument activation of Scaled is a builtin_function_or_method"),
+        (lambda dims, out: Elsewhere.Nested(dims, out), "its class Elsewhere.Nested can't be imported"),
+        (widened, r"has classifier.bias of shape \(3,\), this head None; it must not be changed after its constructor"),
+    ],
+)
+def test_a_head_that_a_checkpoint_could_not_bring_back_is_rejected_with_the_reason(factory: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"the head can't be saved: .*{message}"):
+        head_spec(FusionModel.build(encoders(), factory, 3))
+
+
+def test_a_positional_argument_of_a_head_is_recorded_by_its_name() -> None:
+    assert head_spec(FusionModel.build(encoders(), lambda dims, out: Scaled(dims, out, 4), 3))["init"] == {"dim": 4}
 
 
 @pytest.mark.parametrize("wrong", [None, "Gated", dict, lambda dims, out_dim: None, partial(dict)])

@@ -1,8 +1,9 @@
 """The one contract that every fusion head keeps."""
 
+import inspect
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -32,7 +33,12 @@ class FusionHead(nn.Module):
 
     dims maps a modality's name to the width of its features, in order. With `unimodal=True` each modality also gets a
     linear prediction of its own from its pooled features, for auxiliary losses and for evidence.
+
+    `init_args` holds what the constructor was given beyond dims and out_dim: `type(head)(dims, out_dim, **head.init_args)` builds an equal
+    head, so that a checkpoint needs no knowledge of the function that built it.
     """
+
+    init_args: dict[str, Any]
 
     stage: Stage  # of the class; of one head, where an option makes it read less
     family: ClassVar[Family]
@@ -41,6 +47,13 @@ class FusionHead(nn.Module):
     most_modalities: ClassVar[int | None] = None  # where the method's formula ends with two
     narrowest: ClassVar[int] = 2  # normalised, one number is always 0
     fewest_outputs: ClassVar[int] = 1
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        head = super().__new__(cls)  # copies and pickles call it without arguments, and restore the attribute themselves
+        names = list(inspect.signature(cls.__init__).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | options
+        head.__dict__["init_args"] = {name: value for name, value in given.items() if name not in (*names[:2], "dims", "out_dim")}
+        return head
 
     def __init__(self, dims: Mapping[str, int], out_dim: int, *, width: int | None, unimodal: bool = False) -> None:
         super().__init__()

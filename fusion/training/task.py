@@ -21,7 +21,7 @@ from fusion.encoders import Encoder
 from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError, nearest
 from fusion.heads import CrossAttention, FusionHead, FusionOutput, Unimodal
-from fusion.model import FusionModel, check_part, factory_parts, head_class
+from fusion.model import FusionModel, check_part, factory_parts, head_class, head_spec
 from fusion.training.balance import Balance, summed
 from fusion.training.ddp import DDP
 from fusion.training.freezing import Freeze, Freezing, wrap_again
@@ -104,8 +104,7 @@ class Task(LightningModule):
         if balance is not None:
             if len(self.modalities) < 2:
                 raise UserError("model.balance: one modality alone has nothing to be balanced with; leave it out")
-            if head_class(chosen).family != "late":  # a late head has the modalities' own predictions anyway
-                chosen = partial(chosen, unimodal=True)
+            chosen = with_unimodal(chosen)
         self.head_factory: Callable[..., FusionHead] = chosen
         self.updates = 0
         self.horizon_before: int | None = None  # of a resumed run, when its checkpoint was made
@@ -125,7 +124,14 @@ class Task(LightningModule):
                 name: {"class": type_path(encoder), "init": encoder.spec()} for name, encoder in encoders.items()
             }
             self.processor: Processor = data.processor
-            self.model = FusionModel.build(encoders, self.head_factory, self.outputs(data))
+            model = FusionModel.build(encoders, self.head_factory, self.outputs(data))
+            if self.balance is not None and not predicts_alone(model.head):
+                raise UserError(
+                    f"model.balance needs the prediction of each modality alone, which this {type(model.head).__name__} lacks: "
+                    "let the function that makes it pass unimodal=True, or leave model.balance out"
+                )
+            self.head_spec = head_spec(model)
+            self.model = model
             add_adapters(self.model.encoders, self.adapters)
             self.model.head.detached = self.balance is not None and self.balance.detached
             self.model.checkpoint_activations(self.checkpointed)
@@ -301,12 +307,11 @@ class Task(LightningModule):
     # What a checkpoint holds beside Lightning's own: all that prediction needs, as plain data.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        head, options = factory_parts(self.head_factory, FusionHead)
         checkpoint["fusion"] = {
             "format": FORMAT,
             "task": self.kind,
             "encoders": self.specs,
-            "head": {"class": f"{head.__module__}.{head.__qualname__}", "init": options},
+            "head": self.head_spec,
             "adapters": self.adapters,
             "processor": self.processor.state(),
             "samples": self.trainer.datamodule.record.digest(),  # type: ignore[attr-defined]
@@ -356,6 +361,18 @@ def refuse_other_format(checkpoint: Mapping[str, Any]) -> None:
 def exact(device: torch.device) -> torch.dtype:
     """What to sum in."""
     return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+
+
+def with_unimodal(factory: Callable[..., FusionHead]) -> Callable[..., FusionHead]:
+    """The factory of a head that also predicts from each modality alone, where that can be passed on; late heads do anyway."""
+    cls = head_class(factory)
+    options = signature(cls or factory).parameters
+    takes = "unimodal" in options or (cls is not None and any(option.kind is option.VAR_KEYWORD for option in options.values()))
+    return partial(factory, unimodal=True) if takes and (cls is None or cls.family != "late") else factory
+
+
+def predicts_alone(head: FusionHead) -> bool:
+    return head.family == "late" or head.unimodal is not None
 
 
 def type_path(thing: object) -> str:

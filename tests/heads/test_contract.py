@@ -1,6 +1,7 @@
 """The contract that every head keeps, checked on each of them."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -371,3 +372,26 @@ def test_the_output_layers_are_the_linear_maps_whose_values_leave_the_head(name:
     wide = [part for part in head.modules() if isinstance(part, nn.Linear) and part.out_features == 11]
     assert wide
     assert {*head.output_layers()} == {*wide}
+
+
+@every
+def test_a_head_records_the_arguments_that_build_it_again_through_copies_and_pickles(name: str) -> None:
+    head = ALL[name](dims_of(name), OUT)
+    for copied in (head, copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        again = type(copied)(dims_of(name), OUT, **copied.init_args)
+        again.load_state_dict(head.state_dict())
+        features = batch_of(dims_of(name), dtype=torch.float32)
+        assert torch.equal(again.eval()(features).output, head.eval()(features).output)
+
+
+def test_recording_arguments_leaves_meta_tensors_functional_calls_and_compilation_alone() -> None:
+    head = ALL["Gated"](DIMS, OUT).eval()
+    features = batch_of(DIMS, dtype=torch.float32)
+    expected = head(features).output
+    with torch.device("meta"):
+        shell = type(head)(dims=DIMS, out_dim=OUT, **head.init_args)
+    assert shell.init_args == head.init_args
+    assert all(parameter.is_meta for parameter in shell.parameters())
+    assert torch.equal(torch.func.functional_call(shell, head.state_dict(), (features,)).output, expected)
+    compiled = torch.compile(head, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(features).output, expected)
