@@ -58,7 +58,7 @@ def fit(arguments: Sequence[str]) -> int:
             refuse_other_data(resumed, start, data)
         print_data_notes(data)
         if resumed is None and cli.config.init_from:
-            print_rank_zero(load_weights(model.model, cli.config.init_from))
+            print_rank_zero(load_weights(model.model, cli.config.init_from, data.processor))
     except BaseException:
         if folder is not None and resumed is None:
             folder.rmdir()
