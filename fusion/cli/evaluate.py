@@ -79,7 +79,7 @@ def data_of(run: Path) -> ImageTextData:
 def rows_to_score(run: Path, data: ImageTextData, predictor: Predictor, split: str, manifest: str | None) -> Table:
     modalities = tuple(predictor.modalities)
     if manifest is not None:
-        return read_table(manifest, data.columns, modalities, need_label=True, ledger=data.ledger)
+        return read_table(manifest, data.columns, modalities, need_label=True, ledger=data.ledger, format=data.format)
     record = Record.read(run)
     if record is None:
         data.ledger.note(f"{run} has no {FILE}: which sample was in which split is found anew, as its recipe says")

@@ -10,6 +10,7 @@ import pyarrow.parquet
 from fusion.cli.evaluate import data_of
 from fusion.cli.options import Options
 from fusion.cli.rows import predict_rows
+from fusion.data.format import Format
 from fusion.data.ledger import Ledger
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
@@ -31,9 +32,12 @@ def predict(arguments: Sequence[str]) -> int:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     predictor = Predictor.load(asked.run, checkpoint=asked.checkpoint)
-    columns = data_of(Path(asked.run)).columns if Path(asked.run).is_dir() else Columns()
+    columns, format = Columns(), Format()
+    if Path(asked.run).is_dir():
+        data = data_of(Path(asked.run))
+        columns, format = data.columns, data.format
     ledger = Ledger("drop")
-    table = read_table(asked.manifest, columns, tuple(predictor.modalities), need_label=False, ledger=ledger)
+    table = read_table(asked.manifest, columns, tuple(predictor.modalities), need_label=False, ledger=ledger, format=format)
     table, predictions = predict_rows(predictor, table, ledger, asked.batch_size)
     write(out, table, predictions)
     print(f"{len(table):,} predictions in {out}")

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from fusion.data.format import Format
 from fusion.data.ledger import Ledger
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
 
 
 def read_manifests(
-    main: str, own: dict[str, str | None], columns: Columns, modalities: Sequence[str], *, need_label: bool = True, ledger: Ledger
+    main: str, own: dict[str, str | None], columns: Columns, modalities: Sequence[str], *, format: Format, ledger: Ledger
 ) -> Table:
     """All readable rows of all files, each with the split that its file or its cell gives it, None where neither does.
 
@@ -22,7 +23,7 @@ def read_manifests(
     for i, (split, file) in enumerate(files):
         seen = any(same_file(file, earlier) for _, earlier in files[:i])
         issues = Ledger("drop") if seen else ledger  # each bad row is listed once
-        tables.append(read_table(file, columns, modalities, need_label=need_label, ledger=issues, split=split))
+        tables.append(read_table(file, columns, modalities, need_label=True, ledger=issues, split=split, format=format))
     refuse_two_sources(tables[0], main, own)
     note_shared_files(files, ledger)
     if len(tables) > 1:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fusion.data.curriculum import LOSS, TEXT_LENGTH, Admission, Curriculum, difficulty
+from fusion.data.format import Format
 from fusion.data.image_check import check_images
 from fusion.data.ledger import Ledger
 from fusion.data.manifests import read_manifests
@@ -48,6 +49,7 @@ class ImageTextData(LightningDataModule):
         val_manifest: a file of its own for validation. Rows of `manifest` keep the split that they name, which can't then be val.
         test_manifest: a file of its own for testing, likewise; may be the same file.
         columns: other names for the columns.
+        format: how the manifest's file is written: encoding, separator, quotes, spellings of a missing cell.
         preparer: makes the manifest instead: Shapes from nothing, Script from a published layout under `root`.
         root: the folder of the published layout.
         val: fraction carved out of train where no val is given, groups kept together, classes kept alike; 0 for none.
@@ -77,6 +79,7 @@ class ImageTextData(LightningDataModule):
         val_manifest: str | None = None,
         test_manifest: str | None = None,
         columns: Columns = Columns(),  # noqa: B008 (frozen)
+        format: Format = Format(),  # noqa: B008 (frozen)
         preparer: Preparer | None = None,
         root: str | None = None,
         val: float = 0.1,
@@ -105,7 +108,7 @@ class ImageTextData(LightningDataModule):
         if batch_size < 1 or eval_batch_size < 1:
             raise UserError(f"data.batch_size is {batch_size} and data.eval_batch_size {eval_batch_size}; expected at least 1")
         self.manifest, self.val_manifest, self.test_manifest = manifest, val_manifest, test_manifest
-        self.columns, self.preparer, self.root = columns, preparer, root
+        self.columns, self.format, self.preparer, self.root = columns, format, preparer, root
         self.val, self.test, self.split_seed = val, test, split_seed
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         if device_batch_size is not None and device_batch_size < 1:
@@ -172,7 +175,7 @@ class ImageTextData(LightningDataModule):
             self.folder, self.card = prepared(self.preparer, root, self.cache)
         main = str(self.folder / "manifest.csv") if self.folder else str(self.manifest)
         own = {"val": self.val_manifest, "test": self.test_manifest}
-        return read_manifests(main, own, self.columns, modalities, ledger=self.ledger)
+        return read_manifests(main, own, self.columns, modalities, format=self.format, ledger=self.ledger)
 
     def check(self, table: Table, encoder: Encoder) -> tuple[ImageStore, Table, dict[str, str]]:
         """The store of the table's images, the table without the samples whose image is unreadable, and digests of the images' files."""
@@ -212,7 +215,8 @@ class ImageTextData(LightningDataModule):
             group, splits = next(iter(leaks.items()))
             raise UserError(
                 f"{len(leaks)} groups are in train and in another split (the first: '{group}' in {', '.join(sorted(splits))}); "
-                f"what train has seen can't test it. Mend column '{self.columns.split}', or accept it: --data.on_shared_group=report"
+                f"what train has seen can't test it. Mend column '{self.columns.split}', or accept it: --data.on_shared_group=report; "
+                f"or, if column '{self.columns.group}' is not meant as groups: --data.columns.group=null"
             )
         self.shared_groups = len(shared)
         pairs: dict[str, list[tuple[str | None, str | None]]] = {name: [] for name in SPLITS}

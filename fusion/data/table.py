@@ -5,13 +5,18 @@ One bad row does not cost the file: it goes to the ledger with its line and reas
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fusion.data.cells import Cells, read_cells
+from fusion.data.cell_text import canonical, cell_texts, each
+from fusion.data.cells import Cells
+from fusion.data.format import Format
+from fusion.data.image_paths import Located, locate, odd_paths
 from fusion.data.ledger import Ledger
+from fusion.data.readers import read_cells
+from fusion.data.separated import SEPARATORS
 from fusion.errors import UserError, nearest
 
 SPLIT_NAMES = {
@@ -19,6 +24,7 @@ SPLIT_NAMES = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test", "eval": "test",
 }  # fmt: skip
+NULLS = frozenset({"nan", "NaN", "NA", "N/A", "#N/A", "<NA>", "NaT", "None", "null", "NULL"})  # how programs write a missing value as text
 MOST_SHOWN = 5
 
 
@@ -30,17 +36,17 @@ class Columns:
         image: paths of image files, absolute or from the manifest's folder; an empty cell means no image.
         text: texts; an empty cell means no text.
         label: classes, as text.
-        split: train, val or test; optional.
-        id: a name for each sample, used once; optional, row numbers without it.
-        group: samples with the same value stay in one split; optional.
+        split: train, val or test; optional; null: a column of this name is not meant as such.
+        id: a name for each sample, used once; optional, row numbers without it; null: likewise.
+        group: samples with the same value stay in one split; optional; null: likewise.
     """
 
     image: str = "image"
     text: str = "text"
     label: str = "label"
-    split: str = "split"
-    id: str = "id"
-    group: str = "group"
+    split: str | None = "split"
+    id: str | None = "id"
+    group: str | None = "group"
 
 
 @dataclass
@@ -87,8 +93,9 @@ def read_table(
     need_label: bool,
     ledger: Ledger,
     split: str | None = None,
+    format: Format = Format(),  # noqa: B008 (frozen)
 ) -> Table:
-    """The usable samples of a manifest: .csv, .tsv, .jsonl, .ndjson (all UTF-8) or .parquet.
+    """The usable samples of a manifest: .csv, .tsv, .jsonl, .ndjson (these also as .gz) or .parquet.
 
     modalities: of "image" and "text", those that are read; a sample that lacks all of them goes to the ledger, and the column of the other
     need not exist. need_label: a sample without label goes to the ledger. split: all samples belong to it, for which the file was given.
@@ -97,9 +104,12 @@ def read_table(
     or has no usable row.
     """
     path = os.fspath(path)
-    cells = read_cells(path)
+    path = path if os.path.exists(path) else os.path.expanduser(path)
+    cells = read_cells(path, format)
     refuse_missing_columns(path, cells, columns, modalities, need_label=need_label, need_split=split is None)
-    table, bad = interpret(path, cells, columns, modalities, need_label=need_label)
+    table, bad, notes = interpret(path, cells, columns, modalities, format.missing, need_label=need_label)
+    for note in [*cells.notes, *notes]:
+        ledger.note(note)
     problems = [(row, "", reason) for row, reason in cells.malformed]
     problems += [(table.rows[i], table.ids[i], reason) for i, reason in bad.items()]
     for row, id, reason in sorted(problems):
@@ -110,11 +120,11 @@ def read_table(
         first = "; ".join(f"row {row}: {reason}" for row, _, reason in sorted(problems)[:3])
         raise UserError(f"{path}: {len(problems):,} rows were read and none is usable. The first: {first}")
     if columns.id in cells.columns:
-        refuse_repeated_ids(path, table)
+        refuse_repeated_ids(path, columns.id, table)
     if split is None:
-        table.splits = known_splits(path, columns.split, table.splits)
+        table.splits = known_splits(path, str(columns.split), table.splits)
     else:
-        refuse_other_splits(path, columns.split, table, split)
+        refuse_other_splits(path, str(columns.split), table, split)
         table.splits = [split] * len(table)
     return table
 
@@ -122,23 +132,34 @@ def read_table(
 # What the cells mean.
 
 
-def interpret(path: str, cells: Cells, columns: Columns, modalities: Sequence[str], *, need_label: bool) -> tuple[Table, dict[int, str]]:
-    """A table of all rows that have cells, and what is wrong with some of them, by position."""
-    count, bad = len(cells.rows), dict(cells.flawed)
-    folder = os.path.dirname(os.path.abspath(path))
+def interpret(
+    path: str, cells: Cells, columns: Columns, modalities: Sequence[str], missing: Sequence[str], *, need_label: bool
+) -> tuple[Table, dict[int, str], list[str]]:
+    """A table of all rows that have cells; what is wrong with some of them, by position; and notes on how they were read."""
+    count, bad, notes = len(cells.rows), dict(cells.flawed), []
+    nulls = {canonical(spelling.strip()) for spelling in missing}
 
     def column(role: str) -> list[str | None]:
         name = getattr(columns, role)
         unread = name not in cells.columns or (role in ("image", "text") and role not in modalities)
-        return [None] * count if unread else as_texts(name, cells.columns[name], bad)
+        return [None] * count if unread else as_texts(name, cells.columns[name], nulls, bad, is_path=role == "image")
 
-    images = each_value(lambda cell: os.path.join(folder, cell), column("image"))
+    paths, folder = column("image"), os.path.dirname(os.path.abspath(path))
+    located = {cell: locate(cell, folder) for cell in odd_paths(paths)}
+    images = each(lambda cell: located[cell].path if cell in located else os.path.join(folder, cell) if cell.strip() else None, paths)
     texts = [cell if cell and not cell.isspace() else None for cell in column("text")]
-    labels = each_value(lambda cell: None if cell.strip().lower() == "nan" else cell.strip(), column("label"))
-    splits, groups = each_value(str.strip, column("split")), each_value(str.strip, column("group"))
+    labels, splits, groups = (stripped(column(role)) for role in ("label", "split", "group"))
     ids = [(name or "").strip() or str(row) for name, row in zip(column("id"), cells.rows, strict=True)]
     of_a_role = {getattr(columns, f.name) for f in fields(columns)}
-    extra = {name: [cell or "" for cell in as_texts(name, found, {})] for name, found in cells.columns.items() if name not in of_a_role}
+    extra = {
+        name: [cell or "" for cell in as_texts(name, found, nulls, {})] for name, found in cells.columns.items() if name not in of_a_role
+    }
+    notes += notes_of_nulls(path, {columns.text: texts, columns.label: labels})
+    if located:
+        notes += notes_of_paths(path, cells.rows, [located.get(cell or "") for cell in paths])
+        for i, cell in enumerate(paths):
+            if cell in located and located[cell].missing:
+                bad.setdefault(i, f"image missing: {located[cell].missing}")
 
     lacking = " and ".join(f"no {name}" for name in modalities)
     for i, inputs in enumerate(zip(images, texts, strict=True)):
@@ -148,37 +169,53 @@ def interpret(path: str, cells: Cells, columns: Columns, modalities: Sequence[st
         for i, label in enumerate(labels):
             if label is None:
                 bad.setdefault(i, "label is missing")
-    return Table(images, texts, labels, splits, ids, groups, cells.rows, [path] * count, extra), bad
+    return Table(images, texts, labels, splits, ids, groups, cells.rows, [path] * count, extra), bad, notes
 
 
-def each_value(meaning: Callable[[str], str | None], cells: list[str | None]) -> list[str | None]:
-    """What each cell means, None where it is blank. Worked out once for each distinct value, which equal cells then share in memory."""
-    known = {cell: None if cell is None or not cell.strip() else meaning(cell) for cell in set(cells)}
-    return [known[cell] for cell in cells]
+def as_texts(name: str, cells: list[Any], nulls: set[str], bad: dict[int, str], *, is_path: bool = False) -> list[str | None]:
+    """Cells as text, None where there is none. A row whose cell is a list or an object goes to `bad`. The text of a path is left alone."""
+    if set(map(type, cells)) & {list, dict}:
+        for i, cell in enumerate(cells):
+            if isinstance(cell, list | dict):
+                bad.setdefault(i, f"column {name} holds {'a list' if isinstance(cell, list) else 'an object'}, expected text")
+        cells = [str(cell) if isinstance(cell, list | dict) else cell for cell in cells]
+    texts = cells if is_path and set(map(type, cells)) <= {str, type(None)} else cell_texts(cells)
+    return [None if cell is not None and cell.strip() in nulls else cell for cell in texts] if nulls else texts
 
 
-def as_texts(name: str, cells: list[Any], bad: dict[int, str]) -> list[str | None]:
-    """Cells as text, None where there is none. A row whose cell is a list or an object goes to `bad`."""
-    if set(map(type, cells)) <= {str, type(None)}:
-        return cells
-    for i, cell in enumerate(cells):
-        if isinstance(cell, list | dict):
-            bad.setdefault(i, f"column {name} holds {'a list' if isinstance(cell, list) else 'an object'}, expected text")
-    return [as_text(cell) for cell in cells]
+def stripped(cells: list[str | None]) -> list[str | None]:
+    """Cells without blanks around, None where nothing is left."""
+    return each(lambda cell: canonical(cell.strip()) or None, cells)
 
 
-def as_text(cell: Any) -> str | None:
-    """
-    >>> [as_text(cell) for cell in ("3", 3, 3.0, 0.5, True, None, float("nan"))]
-    ['3', '3', '3', '0.5', 'true', None, None]
-    """
-    if cell is None or isinstance(cell, str):
-        return cell
-    if isinstance(cell, bool):
-        return str(cell).lower()
-    if isinstance(cell, float):
-        return None if cell != cell else str(int(cell)) if cell.is_integer() else repr(cell)
-    return str(cell)
+# What is noted, though it costs no sample.
+
+
+def notes_of_paths(path: str, rows: list[int], located: list[Located | None]) -> list[str]:
+    corrected: dict[str, list[int]] = defaultdict(list)
+    for row, image in zip(rows, located, strict=True):
+        if image is not None and image.corrected:
+            corrected[image.corrected].append(row)
+    return [
+        f"{path}: {len(found):,} paths of images are written with {what}, which was corrected (rows {listed([str(row) for row in found])})"
+        for what, found in corrected.items()
+    ]
+
+
+def notes_of_nulls(path: str, columns: dict[str, list[str | None]]) -> list[str]:
+    """Cells that look like what a program writes for a missing value. They are read as text, for they may be meant: a class, a word."""
+    notes = []
+    for name, cells in columns.items():
+        found = [cell for cell in cells if cell in NULLS]
+        if found:
+            option = ",".join(f'"{spelling}"' for spelling in sorted(set(found)))
+            notes.append(
+                f"{path}: {len(found):,} cells of column '{name}' are {option}, read as text; else: --data.format.missing='[{option}]'"
+            )
+    return notes
+
+
+# What is refused.
 
 
 def known_splits(path: str, column: str, cells: list[str | None]) -> list[str | None]:
@@ -186,7 +223,10 @@ def known_splits(path: str, column: str, cells: list[str | None]) -> list[str | 
     unknown = sorted(cell for cell, split in meaning.items() if split is None)
     if unknown:
         shown = listed([f"'{cell}'" for cell in unknown])
-        raise UserError(f"{path}: column '{column}' has unknown splits: {shown}. Known: {', '.join(SPLIT_NAMES)}")
+        raise UserError(
+            f"{path}: column '{column}' has unknown splits: {shown}. Known: {', '.join(SPLIT_NAMES)}. "
+            "If it is not meant as splits: --data.columns.split=null"
+        )
     return [None if cell is None else meaning[cell] for cell in cells]
 
 
@@ -202,14 +242,17 @@ def refuse_other_splits(path: str, column: str, table: Table, split: str) -> Non
         )
 
 
-def refuse_repeated_ids(path: str, table: Table) -> None:
+def refuse_repeated_ids(path: str, column: str | None, table: Table) -> None:
     if len(set(table.ids)) == len(table):
         return
     rows = defaultdict(list)
     for id, row in zip(table.ids, table.rows, strict=True):
         rows[id].append(row)
     repeated = [f"'{id}' in rows {listed([str(row) for row in found])}" for id, found in rows.items() if len(found) > 1]
-    raise UserError(f"{path}: {len(repeated):,} ids are used more than once, but an id names one sample: {listed(repeated, '; ')}")
+    raise UserError(
+        f"{path}: {len(repeated):,} ids are used more than once, but an id names one sample: {listed(repeated, '; ')}. "
+        f"If column '{column}' is not meant as ids: --data.columns.id=null, or another: --data.columns.id=NAME"
+    )
 
 
 def refuse_missing_columns(
@@ -220,12 +263,11 @@ def refuse_missing_columns(
     if need_label:
         # A column that was renamed was asked for: it can't be optional. (To predict, though, nothing but the inputs is needed.)
         optional = ["id", "group", *(["split"] if need_split else [])]
-        wanted += ["label", *(role for role in optional if getattr(columns, role) != getattr(Columns, role))]
+        wanted += ["label", *(role for role in optional if getattr(columns, role) not in (None, getattr(Columns, role)))]
     told = [lacks_column(cells, role, getattr(columns, role), modalities) for role in wanted if getattr(columns, role) not in cells.columns]
     if told:
         names = [f"'{name}'" for name in cells.columns]
-        only = " (one column: are the cells separated by commas?)" if path.lower().endswith(".csv") and len(names) == 1 else ""
-        raise UserError(f"{path} {'; it '.join(told)}. Its columns: {listed(names, most=20)}{only}")
+        raise UserError(f"{path} {'; it '.join(told)}. Its columns: {listed(names, most=20)}{hint_of_separator(cells)}")
 
 
 def lacks_column(cells: Cells, role: str, name: str, modalities: Sequence[str]) -> str:
@@ -236,6 +278,13 @@ def lacks_column(cells: Cells, role: str, name: str, modalities: Sequence[str]) 
     others = [other for other in modalities if other != role]
     without = f", or train without: --model.modalities=[{','.join(others)}]" if role in modalities and others else ""
     return f"has no column '{name}' for the {role}s.{close} Another name: --data.columns.{role}=NAME{without}"
+
+
+def hint_of_separator(cells: Cells) -> str:
+    """The option that separates the columns otherwise, if a name of one holds what may be a separator."""
+    held = [separator for separator in SEPARATORS if any(separator in name for name in cells.columns)]
+    options = " or ".join("--data.format.separator='{}'".format("\\t" if separator == "\t" else separator) for separator in held)
+    return f". If a name there is several: {options}" if held else ""
 
 
 def listed(items: Sequence[str], separator: str = ", ", most: int = MOST_SHOWN) -> str:

@@ -8,6 +8,10 @@ import pytest
 from PIL import Image
 from small_runs import InProcess, Run
 
+from fusion.cli.evaluate import data_of
+from fusion.cli.parser import FusionCLI
+from fusion.data import Columns, Format
+
 OWN = [
     "--recipe=own",
     "--model.image.init_args.image_size=32",
@@ -77,6 +81,23 @@ def test_a_group_in_two_splits_is_refused_until_accepted(in_process: InProcess, 
     told = refused(in_process, make_manifest(tmp_path, split=splits, group=["one", *(f"g{i}" for i in range(28)), "one"]))
     assert "'one'" in told
     assert "--data.on_shared_group=report" in told
+    assert "--data.columns.group=null" in told
+
+
+def test_the_format_and_the_columns_left_out_are_options_kept_in_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("image,text,label\n")
+    options = [
+        "--data.columns.id=null",
+        "--data.format.quotes=true",
+        '--data.format.missing=["nan","N/A"]',
+        "--data.format.encoding=cp1252",
+    ]
+    expected = Format(encoding="cp1252", separator="|", quotes=True, missing=("nan", "N/A"))
+    data = FusionCLI([*OWN, f"--data.manifest={tmp_path / 'm.csv'}", *options, "--data.format.separator=|"])
+    assert data.model_and_data()[1].format == expected
+    (tmp_path / "recipe.yaml").write_text(data.resolved())
+    assert data_of(tmp_path).format == expected
+    assert data_of(tmp_path).columns == Columns(id=None)
 
 
 def test_a_label_that_train_lacks_is_listed(in_process: InProcess, tmp_path: Path) -> None:
@@ -96,7 +117,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [f"images/{i}.png" for i in range(30)],
     )
     images[0], images[1], images[2], images[3] = "images/zero.png", "images/cut.jpg", "images/words.png", "images/huge.png"
-    labels[4] = "NaN"
+    labels[4] = ""
     images[5], texts[5] = "", ""
     images[6] = ""
     texts[7] = ""

@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from fusion.data import ImageTextData
+from fusion.data.format import Format
 from fusion.data.ledger import Ledger
 from fusion.data.manifests import read_manifests
 from fusion.data.table import Columns
@@ -28,7 +29,7 @@ def file(tmp_path):
 
 
 def read(main, val=None, test=None, ledger=None):
-    return read_manifests(main, {"val": val, "test": test}, Columns(), ["text"], ledger=ledger or Ledger("drop"))
+    return read_manifests(main, {"val": val, "test": test}, Columns(), ["text"], format=Format(), ledger=ledger or Ledger("drop"))
 
 
 def splits_of(**options):

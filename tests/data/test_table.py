@@ -11,18 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion.data import cells as cells_module
+from fusion.data import text_file
+from fusion.data.format import Format
 from fusion.data.ledger import Ledger
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
 
 BOTH = ("image", "text")
+CP1252 = "; if it is 'é', read the file by --data.format.encoding=cp1252"
 HEADER = "image,text,label\n"
 
 
-def read(path, modalities=BOTH, *, columns=None, need_label=True, split=None, ledger=None):
+QUOTES = Format(quotes=True)
+
+
+def read(path, modalities=BOTH, *, columns=None, need_label=True, split=None, ledger=None, format=None):
     columns, ledger = columns or Columns(), ledger or Ledger("drop")
-    return read_table(path, columns, modalities, need_label=need_label, ledger=ledger, split=split)
+    return read_table(path, columns, modalities, need_label=need_label, ledger=ledger, split=split, format=format or Format())
 
 
 def manifest(folder, content, name="m.csv"):
@@ -82,7 +87,7 @@ def test_all_formats_give_the_same_table(tmp_path):
     for name in ("m.jsonl", "m.NDJSON"):
         manifest(tmp_path, "\n".join(json.dumps(row) for row in rows), name)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
-    tables = {name: read(tmp_path / name) for name in ("m.csv", "m.tsv", "m.jsonl", "m.NDJSON", "m.parquet")}
+    tables = {name: read(tmp_path / name, format=QUOTES) for name in ("m.csv", "m.tsv", "m.jsonl", "m.NDJSON", "m.parquet")}
     for name, found in tables.items():
         for column in ("images", "texts", "labels", "splits", "ids", "groups", "extra"):
             assert getattr(found, column) == getattr(tables["m.csv"], column), (name, column)
@@ -100,7 +105,7 @@ def test_any_text_survives_the_way_through_csv(tmp_path_factory, rows):
     for name, delimiter in (("m.csv", ","), ("m.tsv", "\t")):
         with open(folder / name, "w", newline="", encoding="utf-8") as file:
             csv.writer(file, delimiter=delimiter).writerows([["text", "label", "note"], *([text, "x", note] for text, note in rows)])
-        found, issues = with_issues(folder / name, ("text",))
+        found, issues = with_issues(folder / name, ("text",), format=QUOTES)
         assert issues == []
         assert found.texts == [text for text, _ in rows]
         assert found.extra["note"] == [note for _, note in rows]
@@ -190,7 +195,7 @@ def test_a_modality_that_is_not_wanted_is_neither_needed_nor_read(tmp_path, want
 
 
 def test_labels_are_stripped_text_and_missing_ones_go_to_the_ledger(tmp_path):
-    path = manifest(tmp_path, HEADER + "a,t, yes \na,t,\na,t,  \na,t,NaN\na,t,none\n")
+    path = manifest(tmp_path, HEADER + "a,t, yes \na,t,\na,t,  \na,t,\na,t,none\n")
     found, issues = with_issues(path)
     assert found.labels == ["yes", "none"]
     assert issues == [(row, str(row), "label is missing") for row in (3, 4, 5)]
@@ -201,7 +206,7 @@ def test_numbers_and_truth_values_become_the_same_text_from_json_and_parquet(tmp
     for name, values, expected in (
         ("ints", [3, -1], ["3", "-1"]),
         ("floats", [3.0, 0.5], ["3", "0.5"]),
-        ("bools", [True, False], ["true", "false"]),
+        ("bools", [True, False], ["True", "False"]),
     ):
         path = manifest(tmp_path, "\n".join(json.dumps({"text": "t", "label": value}) for value in values), f"{name}.jsonl")
         assert read(path, ("text",)).labels == expected
@@ -211,7 +216,7 @@ def test_numbers_and_truth_values_become_the_same_text_from_json_and_parquet(tmp
 
 def test_equal_values_of_different_kinds_keep_their_own_texts(tmp_path):
     path = manifest(tmp_path, "\n".join(json.dumps({"text": "t", "label": label}) for label in (1, True, 1.0, "1", None)), "m.jsonl")
-    assert read(path, ("text",), need_label=False).labels == ["1", "true", "1", "1", None]
+    assert read(path, ("text",), need_label=False).labels == ["1", "True", "1", "1", None]
 
 
 def test_parquet_categories_times_and_int_columns_with_nulls_are_read(tmp_path):
@@ -243,12 +248,12 @@ def test_one_undecodable_row_does_not_cost_the_file(tmp_path):
     path = manifest(tmp_path, b"image,text,label,id\na,caf\xe9,x,one\nb,caf\xc3\xa9,y,two\n")
     found, issues = with_issues(path)
     assert found.texts == ["café"]
-    assert issues == [(2, "one", "not UTF-8 (byte 0xe9 in column text)")]
+    assert issues == [(2, "one", f"not UTF-8 (byte 0xe9 in column text{CP1252})")]
 
 
 def test_an_undecodable_line_of_json_and_a_cell_of_parquet_are_named_alike(tmp_path):
     path = manifest(tmp_path, b'{"text": "caf\xe9", "label": "x", "id": "one"}\n{"text": "t", "label": "x", "id": "two"}\n', "m.jsonl")
-    assert with_issues(path, ("text",))[1] == [(1, "one", "not UTF-8 (byte 0xe9 in column text)")]
+    assert with_issues(path, ("text",))[1] == [(1, "one", f"not UTF-8 (byte 0xe9 in column text{CP1252})")]
     broken = pa.Array.from_buffers(pa.string(), 2, [None, pa.array([0, 4, 5], pa.int32()).buffers()[1], pa.py_buffer(b"caf\xe9t")])
     pq.write_table(pa.table({"text": broken, "label": ["x", "x"]}), tmp_path / "m.parquet")
     found, issues = with_issues(tmp_path / "m.parquet", ("text",))
@@ -365,7 +370,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     path = manifest(tmp_path, HEADER)
-    monkeypatch.setattr(cells_module, "open", denied, raising=False)
+    monkeypatch.setattr(text_file, "open", denied, raising=False)
     assert "Permission denied" in refusal(path)
 
 
@@ -384,7 +389,7 @@ def test_a_missing_column_is_told_with_the_file_its_columns_and_the_ways_out(tmp
 
 def test_all_missing_columns_are_told_at_once(tmp_path):
     message = refusal(manifest(tmp_path, "a;b;c\na;t;x\n"))
-    for part in ("'image'", "'text'", "'label'", "--data.columns.label=NAME", "separated by commas?"):
+    for part in ("'image'", "'text'", "'label'", "--data.columns.label=NAME", "'a', 'b', 'c'"):
         assert part in message
 
 

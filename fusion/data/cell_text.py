@@ -1,0 +1,72 @@
+"""The text of a cell: one for each value, whichever file, column or argument it comes from."""
+
+import re
+from collections.abc import Callable
+from datetime import date, time, timedelta
+from decimal import Decimal
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+VALUES = (str, bool, int, float, Decimal, date, time, timedelta, np.generic)  # pandas' times are datetimes, hence dates
+MAY_BE_NAN = (float, np.floating, np.datetime64, np.timedelta64, Decimal)
+WHOLE = re.compile(r"(-?[0-9]+)\.0+")
+TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2} )?([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?([+-][0-9]{2}:[0-9]{2})?")
+FIRST = frozenset("-0123456789")  # what a number or a time begins with
+
+
+def cell_text(cell: Any) -> str | None:
+    """The text of a value, None for a null.
+
+    Booleans are True and False. A whole number has no .0; other floats have the fewest digits that tell them apart at their own width.
+    A time is written as pandas writes it to CSV, without zeros at the end of its fraction; midnight is the date alone. Text that is
+    such a number or time as a whole is written alike, because a CSV file holds nothing but text; any other text stays as it is.
+
+    >>> [cell_text(cell) for cell in ("3", 3, 3.0, "3.0", "v3.0", 0.5, np.float32(0.1), True, "true", None, float("nan"), "nan")]
+    ['3', '3', '3', '3', 'v3.0', '0.5', '0.1', 'True', 'true', None, None, 'nan']
+    >>> [cell_text(np.datetime64(cell)) for cell in ("2024-01-31", "2024-01-31T00:00:00.000", "2024-01-31T10:00:00.500")]
+    ['2024-01-31', '2024-01-31', '2024-01-31 10:00:00.5']
+    """
+    if is_null(cell):
+        return None
+    text = str(cell)
+    return canonical(text.replace("T", " ") if isinstance(cell, np.datetime64) else text)
+
+
+def is_null(cell: Any) -> bool:
+    """Whether it is None, NaN, NaT or pandas' NA (known by its name: pandas is not needed to be told of it)."""
+    if type(cell) is float or isinstance(cell, MAY_BE_NAN):
+        return bool(cell != cell)
+    return cell is None or type(cell).__name__ in ("NAType", "NaTType")
+
+
+def canonical(text: str) -> str:
+    """The same number or time in its one spelling; any other text as it is."""
+    if not text or text[0] not in FIRST:
+        return text
+    if number := WHOLE.fullmatch(text):
+        return "0" if number[1] == "-0" else number[1]
+    if ":" in text and (found := TIME.fullmatch(text)):
+        day, clock, fraction, zone = (part or "" for part in found.groups())
+        fraction = fraction.rstrip("0").rstrip(".")
+        return day.rstrip() if day and not zone and clock + fraction == "00:00:00" else day + clock + fraction + zone
+    return text
+
+
+def cell_texts(cells: list[Any]) -> list[str | None]:
+    """`cell_text` of each cell, worked out once for each distinct value."""
+    kinds = set(map(type, cells)) - {type(None)}
+    if kinds <= {str}:
+        changed = {cell: text for cell in {cell for cell in cells if cell and cell[0] in FIRST} if (text := canonical(cell)) != cell}
+        return [changed.get(cell, cell) for cell in cells] if changed else cells
+    if len(kinds) == 1:
+        return each(cell_text, cells)
+    # 1 == 1.0 == True, but they are different values.
+    return each(lambda typed: cell_text(typed[1]), list(zip(map(type, cells), cells, strict=True)))
+
+
+def each(function: Callable[[Any], T], cells: list[Any]) -> list[T | None]:
+    """`function` of each cell, None where there is none; called once for each distinct cell, and equal ones share its result in memory."""
+    known = {cell: None if cell is None else function(cell) for cell in set(cells)}
+    return [known[cell] for cell in cells]

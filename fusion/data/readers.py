@@ -1,0 +1,132 @@
+"""The readers of a manifest's file: CSV and TSV, JSON Lines and Parquet, chosen by its name."""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fusion.data.cells import Cells
+from fusion.data.format import Format
+from fusion.data.separated import read_separated
+from fusion.data.text_file import BYTE_ORDER_MARK, open_text, undecodable
+from fusion.errors import UserError, nearest
+
+
+def read_cells(path: str, format: Format) -> Cells:
+    """The cells of a file. Raises UserError for one that can't be read or has no rows."""
+    folder, name = os.path.split(os.path.abspath(path))
+    known = f"expected {', '.join(READERS)}"
+    if not os.path.exists(path):
+        if not os.path.isdir(folder):
+            raise UserError(f"there is no manifest {path}: there is no folder {folder}")
+        raise UserError(f"there is no manifest {path}. In its folder: {nearest(name, os.listdir(folder))}")
+    if os.path.isdir(path):
+        raise UserError(f"the manifest {path} is a folder, {known} file")
+    lowered = name.lower()
+    suffix = os.path.splitext(lowered.removesuffix(".gz"))[1]
+    if suffix not in READERS:
+        raise UserError(f"the manifest {path} is a {suffix or 'nameless'} file, {known} (all but the last also as .gz)")
+    if suffix == ".parquet" and lowered.endswith(".gz"):
+        raise UserError(f"the manifest {path} is compressed twice, for Parquet compresses its columns itself: unpack it by gunzip")
+    try:
+        cells = READERS[suffix](path, format)
+    except UnicodeError as error:
+        raise UserError(f"the manifest {path} is not {format.encoding}: {error}. Another encoding: --data.format.encoding=NAME") from error
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"the manifest {path} is a gzip file that is cut short or corrupt ({error})") from error
+    except OSError as error:
+        raise UserError(f"can't read the manifest {path}: {error.strerror or ' '.join(str(error).split())}") from error
+    if not cells.rows and not cells.malformed:
+        raise UserError(f"the manifest {path} has no rows")
+    return cells
+
+
+def read_jsonl(path: str, format: Format) -> Cells:
+    """One JSON object a line; a key that a line lacks is null there."""
+    cells = Cells()
+    with open_text(path, format, newline="\n") as file:
+        for line, text in enumerate(file, 1):
+            if text.startswith(BYTE_ORDER_MARK):  # the decoder takes one off the file; joined files have more
+                text = text.removeprefix(BYTE_ORDER_MARK)
+            if not text or text.isspace():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                cells.malformed.append((line, f"not JSON ({error.msg} at character {error.colno})"))
+                continue
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in brackets
+                cells.malformed.append((line, f"not JSON that can be read ({error})"))
+                continue
+            if not isinstance(row, dict):
+                cells.malformed.append((line, "not a JSON object"))
+                continue
+            # Bytes that don't decode became lone surrogates, which say in which column they stood.
+            if not text.isascii() or "\\u" in text:
+                flaw = undecodable(((name, cell) for name, cell in row.items() if isinstance(cell, str)), format)
+                if flaw:
+                    cells.flawed[len(cells.rows)] = flaw
+            for name in row.keys() - cells.columns.keys():
+                cells.columns[name] = [None] * len(cells.rows)
+            for name, column in cells.columns.items():
+                column.append(row.get(name))
+            cells.rows.append(line)
+    return cells
+
+
+def read_parquet(path: str, format: Format) -> Cells:
+    """Columns of text, numbers, booleans, times and categories; lists, structs and bytes stay unread. No text file's format concerns it."""
+    try:
+        # Not pq.read_table, which would make columns of the folders' names (label=3/part.parquet).
+        with pq.ParquetFile(path) as file:
+            kinds = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+            opaque = {name: str(kind) for name, kind in kinds.items() if pa.types.is_nested(kind) or "binary" in str(kind)}
+            table = file.read(columns=[name for name in kinds if name not in opaque])
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from error
+    cells = Cells(rows=list(range(1, len(table) + 1)), opaque=opaque)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        cells.columns[name] = column_values(name, column, cells.flawed)
+    return cells
+
+
+def column_values(name: str, column: pa.ChunkedArray, flawed: dict[int, str]) -> list[Any]:
+    """A column as Python has it; rows whose text doesn't decode go to `flawed`."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_temporal(column.type):
+        return times(column)
+    if column.type in (pa.float16(), pa.float32()):
+        return list(column.to_numpy())  # as Python floats they would have digits that only doubles have
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        raw = column.cast(pa.large_binary()).to_pylist()
+    texts = [cell and cell.decode("utf-8", errors="surrogateescape") for cell in raw]
+    for i, cell in enumerate(texts):
+        if cell and (flaw := undecodable([(name, cell)])):
+            flawed.setdefault(i, flaw)
+    return texts
+
+
+def times(column: pa.ChunkedArray) -> list[str | None]:
+    """Times as text, for Python's own lack the nanoseconds; time zones as +01:00."""
+    texts = column.cast(pa.string()).to_pylist()
+    if pa.types.is_timestamp(column.type) and column.type.tz is not None:
+        return [text and re.sub(r"([+-]\d\d)(\d\d)$", r"\1:\2", text.replace("Z", "+00:00")) for text in texts]
+    return texts
+
+
+READERS: Mapping[str, Callable[[str, Format], Cells]] = {
+    ".csv": partial(read_separated, separator=","),
+    ".tsv": partial(read_separated, separator="\t"),
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".parquet": read_parquet,
+}

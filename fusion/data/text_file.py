@@ -1,0 +1,91 @@
+"""The text of a manifest's file: decompressed, and decoded as its format says. An encoding is never guessed, but named where it shows."""
+
+import codecs
+import gzip
+import io
+from collections.abc import Iterable
+from typing import IO, TextIO, cast
+
+from fusion.data.format import Format
+from fusion.errors import UserError
+
+GZIP = b"\x1f\x8b"
+NOT_TEXT = {b"PK\x03\x04": "a ZIP archive or an Excel workbook; save it as CSV", b"PAR1": "a Parquet file; name it .parquet"}
+BYTE_ORDER_MARK = "\ufeff"
+BLOCK = 2**20
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """The file's bytes, decompressed where it begins as gzip does, whatever its name."""
+    with open(path, "rb") as file:
+        is_gzip = file.read(len(GZIP)) == GZIP
+    return cast(IO[bytes], gzip.open(path)) if is_gzip else open(path, "rb")
+
+
+def open_text(path: str, format: Format, newline: str = "") -> TextIO:
+    """The file's text; newline: where lines end, as for `open`. Bytes that cannot be decoded become lone surrogates (see `undecodable`)."""
+    with open_bytes(path) as file:
+        refuse_other_content(path, file.read(64), format)
+    encoding = "utf-8-sig" if format.is_utf8 else format.encoding
+    return io.TextIOWrapper(open_bytes(path), encoding=encoding, errors="surrogateescape", newline=newline)
+
+
+def refuse_other_content(path: str, start: bytes, format: Format) -> None:
+    for first, what in NOT_TEXT.items():
+        if start.startswith(first):
+            raise UserError(f"{path} begins as {what}")
+    if not format.is_utf8:
+        return
+    encoding = ""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif len(start) > 3 and start[1::2].count(0) > len(start) / 4:  # every other byte of plain letters
+        encoding = "utf-16-le"
+    elif len(start) > 3 and start[::2].count(0) > len(start) / 4:
+        encoding = "utf-16-be"
+    if encoding:
+        raise UserError(
+            f"{path} is not UTF-8: it begins as UTF-16 does (bytes {start[:4].hex(' ')}). "
+            f"Read it by --data.format.encoding={encoding}, or save it as UTF-8"
+        )
+
+
+def decodes(path: str, format: Format) -> bool:
+    """Whether the whole file can be decoded: then no cell need be looked at."""
+    decoder = codecs.getincrementaldecoder(format.encoding)()
+    with open_bytes(path) as file:
+        try:
+            while block := file.read(BLOCK):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeError:
+            return False
+    return True
+
+
+def undecodable(cells: Iterable[tuple[str, str]], format: Format | None = None) -> str | None:
+    """What is wrong with the first cell that is no valid text, and, for a file of this format, what would read it.
+
+    Lone surrogates stand for bytes, as Python's surrogateescape has it.
+    """
+    for name, cell in cells:
+        try:
+            cell.encode()
+        except UnicodeEncodeError as error:
+            code = ord(cell[error.start])
+            if not 0xDC80 <= code <= 0xDCFF:
+                return f"not UTF-8 (lone surrogate U+{code:04X} in column {name})"
+            encoding = "UTF-8" if format is None or format.is_utf8 else format.encoding
+            return f"not {encoding} (byte 0x{code - 0xDC00:02x} in column {name}{way_out(code - 0xDC00, format)})"
+    return None
+
+
+def way_out(byte: int, format: Format | None) -> str:
+    """The option that reads the byte as Windows' Western encoding, if it means a letter there."""
+    if format is None or not format.is_utf8:
+        return ""
+    try:
+        letter = bytes([byte]).decode("cp1252")
+    except UnicodeDecodeError:
+        return ""
+    return f"; if it is '{letter}', read the file by --data.format.encoding=cp1252"

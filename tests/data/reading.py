@@ -1,0 +1,25 @@
+"""What the tests of manifests share: a file written, and read with its issues and notes."""
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+from fusion.data.format import Format
+from fusion.data.ledger import Ledger
+from fusion.data.table import Columns, Table, read_table
+
+
+def written(folder: Path, content: str | bytes, name: str = "m.csv", *, encoding: str = "utf-8", compressed: bool = False) -> Path:
+    path = folder / name
+    raw = content if isinstance(content, bytes) else content.encode(encoding)
+    path.write_bytes(gzip.compress(raw) if compressed else raw)
+    return path
+
+
+def read_all(
+    path: Path, modalities: tuple[str, ...] = ("text",), *, columns: Columns | None = None, need_label: bool = True, **format: Any
+) -> tuple[Table, list[tuple[int | None, str]], list[str]]:
+    """The table, (row, reason) of each sample that was dropped, and the notes."""
+    ledger = Ledger("drop")
+    table = read_table(path, columns or Columns(), modalities, need_label=need_label, ledger=ledger, format=Format(**format))
+    return table, [(issue.row, issue.reason) for issue in ledger.issues], ledger.notes
