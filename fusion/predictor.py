@@ -16,6 +16,7 @@ from torch import Tensor
 from fusion.data.checkpoint import read_checkpoint
 from fusion.data.images import ImageError
 from fusion.data.processor import Processor
+from fusion.data.raw_columns import image_column, text_column
 from fusion.data.samples import load_image
 from fusion.data.tokenizer import batch_texts
 from fusion.encoders import Encoder, Images, Texts
@@ -72,24 +73,35 @@ class Predictor:
         return list(self.model.encoders)
 
     def predict(
-        self, images: Sequence[Picture | None] | None = None, texts: Sequence[str | None] | None = None, *, batch_size: int = 64
+        self, images: Iterable[Picture | None] | None = None, texts: Iterable[Any] | None = None, *, batch_size: int = 64
     ) -> Predictions:
-        """The classes of samples, each an image and a text, either of them None where a sample lacks it.
+        """The classes of samples, each an image and a text; None, NaN, pandas' NA or a blank text where a sample lacks one.
 
-        images: paths, bytes of files, PIL pictures, or arrays (H, W, 3) uint8.
+        images: paths, bytes of files, PIL pictures, or arrays (H, W, 3) uint8. texts: also numbers, booleans and times, which are written
+        as in a manifest. Both are lists, iterators, NumPy arrays or columns of a data frame, in order whatever their index.
 
         Raises UserError for a sample that lacks both, lists of different lengths, and images that can't be read.
         """
-        given = {"image": images, "text": texts}
+        given = {
+            "image": None if images is None else image_column(images),
+            "text": None if texts is None else text_column(texts),
+        }
         count = self.count(given)
-        columns = {name: given[name] if given[name] is not None else [None] * count for name in self.modalities}
+        columns = {name: given[name] or [None] * count for name in self.modalities}
         for i in range(count):
-            if all(absent(column[i]) for column in columns.values()):  # type: ignore[index]
+            if all(column[i] is None for column in columns.values()):
                 raise UserError(f"sample {i} has neither of {', '.join(self.modalities)}; at least one is needed")
-        outputs = [self.ask({name: column[i : i + batch_size] for name, column in columns.items()}) for i in range(0, count, batch_size)]  # type: ignore[index]
+        outputs = []
+        for start in range(0, count, batch_size):
+            unreadable: dict[int, ImageError] = {}
+            outputs.append(self.ask({name: column[start : start + batch_size] for name, column in columns.items()}, unreadable))
+            for place, error in unreadable.items():
+                picture = columns["image"][start + place]
+                of = f" ({picture})" if isinstance(picture, Path) else ""
+                raise ImageError(f"sample {start + place}: its image can't be read: {error}{of}")
         return self.gather(outputs)
 
-    def count(self, given: dict[str, Sequence[Any] | None]) -> int:
+    def count(self, given: Mapping[str, Sequence[Any] | None]) -> int:
         lengths = {name: len(column) for name, column in given.items() if column is not None}
         foreign = [name for name in lengths if name not in self.modalities]
         if foreign:
@@ -111,7 +123,7 @@ class Predictor:
             spec = self.processor.image
             pixels = torch.zeros(len(columns["image"]), 3, *spec.size, dtype=torch.uint8)
             for i, picture in enumerate(columns["image"]):
-                if absent(picture):
+                if picture is None:
                     continue
                 try:
                     pixels[i] = torch.from_numpy(load_image(picture, spec))
@@ -119,9 +131,9 @@ class Predictor:
                     if unreadable is None:
                         raise
                     unreadable[i] = error
-            inputs["image"] = Images(pixels, torch.tensor([not absent(picture) for picture in columns["image"]], dtype=torch.bool))
+            inputs["image"] = Images(pixels, torch.tensor([picture is not None for picture in columns["image"]], dtype=torch.bool))
         if self.processor.tokenizer is not None:
-            inputs["text"] = batch_texts(self.processor.tokenizer, [None if absent(text) else text for text in columns["text"]])
+            inputs["text"] = batch_texts(self.processor.tokenizer, columns["text"])
         return self.run(inputs)
 
     @torch.inference_mode()
@@ -139,11 +151,6 @@ class Predictor:
         probabilities = torch.cat([probability for probability, _ in batches]).numpy()
         present = {name: torch.cat([there[name] for _, there in batches]).numpy() for name in self.modalities}
         return Predictions([classes[i] for i in probabilities.argmax(axis=1)], probabilities, classes, present)
-
-
-def absent(cell: Any) -> bool:
-    """None, or a text of nothing but blanks."""
-    return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
 def checkpoint_of(run: str | Path, which: str) -> Path:

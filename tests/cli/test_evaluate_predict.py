@@ -1,12 +1,16 @@
 """fusion evaluate and fusion predict, and the same in Python."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
 from small_runs import InProcess, Run
 
@@ -65,6 +69,26 @@ def test_predict_writes_prediction_probabilities_and_presence(command: Run, trai
     assert "data_issues.csv" in done.stdout
 
 
+def test_evaluate_and_predict_read_a_manifest_as_the_run_was_told_to(command: Run, trained: Path, world: Path) -> None:
+    run = world / "own-format"
+    shutil.copytree(trained, run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["format"] = {"encoding": "cp1252", "separator": None, "quotes": None, "missing": ["n/a"]}
+    recipe["data"]["columns"] |= {"id": None, "text": "question"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    classes = fusion.load(str(run)).processor.classes
+    rows = [("id", "image", "question", "label")]
+    rows += [("7", "", 'café "red?', classes[0]), ("7", "", "n/a", classes[1]), ("7", "", 'blue?"', classes[1])]
+    (world / "ask.tsv").write_bytes("".join("\t".join(row) + "\n" for row in rows).encode("cp1252"))
+    for name, words in (("predict", ["--out=own.csv"]), ("evaluate", [])):
+        done = command(name, "--run", str(run), "--manifest", "ask.tsv", *words)
+        assert done.returncode == 0, done.stderr
+        assert "1 sample dropped" in done.stdout, name
+    (world / "ask.csv").write_bytes(f"image;question;label\n;red?;{classes[0]}\n;blue?;{classes[1]}\n".encode())
+    for name, words in (("predict", ["--out=own.csv"]), ("evaluate", [])):
+        assert "note: ask.csv: its cells are separated by ';'" in command(name, "--run", str(run), "--manifest", "ask.csv", *words).stdout
+
+
 def test_paths_pictures_arrays_and_bytes_give_the_same_answer(trained: Path, tmp_path: Path) -> None:
     model = fusion.load(str(trained))
     array = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -83,6 +107,95 @@ def test_a_sample_may_lack_either_side_but_not_both(trained: Path) -> None:
     assert np.isfinite(answer.probabilities).all()
     with pytest.raises(UserError, match="sample 1 has neither"):
         model.predict(images=[None, None], texts=["red?", None])
+
+
+TEXTS = ["is there a red circle?", "nan", "3", "is there a blue square?", "3"]
+COLUMNS = {
+    "tuple": tuple(TEXTS),
+    "iterator": lambda: iter(TEXTS),
+    "generator": lambda: (text for text in TEXTS),
+    "numpy text": np.array(TEXTS),
+    "numpy objects": np.array(TEXTS, dtype=object),
+    "series": pd.Series(TEXTS),
+    "filtered series": pd.Series([*TEXTS[:2], "left out", *TEXTS[2:]], index=range(10, 16)).drop(12),
+    "series by name": pd.Series(TEXTS, index=list("abcab")),
+    "categories": pd.Series(TEXTS, dtype="category"),
+    "mixed": [TEXTS[0], "nan", 3.0, TEXTS[3], np.int64(3)],
+    "arrow": pa.array(TEXTS),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_any_column_of_texts_gives_the_answers_of_a_list(trained: Path, kind: str) -> None:
+    model = fusion.load(str(trained))
+    values = COLUMNS[kind]() if callable(COLUMNS[kind]) else COLUMNS[kind]
+    assert np.array_equal(model.predict(texts=values).probabilities, model.predict(texts=TEXTS).probabilities)
+
+
+@pytest.mark.parametrize("null", [None, np.nan, float("nan"), np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT"), "", " "], ids=repr)
+def test_what_is_missing_in_python_is_missing(trained: Path, null: object) -> None:
+    model = fusion.load(str(trained))
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    answer = model.predict(images=[pixels, null], texts=[null, "red?"])
+    assert answer.present["image"].tolist() == [True, False]
+    assert answer.present["text"].tolist() == [False, True]
+    assert np.array_equal(answer.probabilities, model.predict(images=[pixels, None], texts=[None, "red?"]).probabilities)
+    with pytest.raises(UserError, match="sample 0 has neither"):
+        model.predict(texts=[null])
+
+
+def test_columns_of_a_frame_with_missing_cells_are_read_as_they_come(trained: Path) -> None:
+    model = fusion.load(str(trained))
+    frame = pd.DataFrame(
+        {"text": ["red?", None, "blue?"], "number": pd.array([1, None, 2], dtype="Int64"), "single": np.float32([0.1, 2, np.nan])}
+    )
+    for name, texts in (("text", ["red?", "blue?"]), ("number", ["1", "2"]), ("single", ["0.1", "2"])):
+        column = frame[name][frame[name].notna()]
+        assert np.array_equal(model.predict(texts=column).probabilities, model.predict(texts=texts).probabilities), name
+
+
+def test_columns_of_images_are_read_as_they_come(trained: Path, tmp_path: Path) -> None:
+    model = fusion.load(str(trained))
+    array = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a b.png")
+    path = str(tmp_path / "a b.png")
+    expected = model.predict(images=[array, array]).probabilities
+    columns = [
+        np.array([path, path]),
+        pd.Series([path, path], index=[5, 3]),
+        (Path(one) for one in (path, path)),
+        [f"file://{path.replace(' ', '%20')}", f" {path} "],
+        [bytearray((tmp_path / "a b.png").read_bytes()), array],
+        np.stack([array, array]),
+    ]
+    for column in columns:
+        assert np.array_equal(model.predict(images=column).probabilities, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"texts": "red?"}, "texts is one str; expected a list"),
+        ({"texts": np.array("red?")}, "texts is one ndarray"),
+        ({"images": "a.png"}, "images is one str; expected a list"),
+        ({"images": Path("a.png")}, "expected a list"),
+        ({"images": Image.new("RGB", (8, 8))}, "expected a list"),
+        ({"images": np.zeros((8, 8, 3), np.uint8)}, "expected a list"),
+        ({"images": b"bytes"}, "images is one bytes"),
+        ({"texts": pd.DataFrame({"text": ["red?"]})}, "one DataFrame of 2 dimensions"),
+        ({"texts": {"a": "red?"}}, "texts is a dict"),
+        ({"texts": 3}, "texts is a int"),
+        ({"texts": ["red?", ["blue?"]]}, "sample 1: its text is a list"),
+        ({"texts": ["red?", b"blue?"]}, "sample 1: its text is a bytes"),
+        ({"images": [None, "https://example.org/a.png"], "texts": ["red?", "red?"]}, "sample 1: image missing: .*download it first"),
+        ({"images": [None, "gone.png"], "texts": ["red?", "red?"]}, "sample 1: its image can't be read: missing .gone.png"),
+    ],
+    ids=str,
+)
+def test_what_is_no_column_or_no_sample_is_refused_in_one_line(trained: Path, given: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        fusion.load(str(trained)).predict(**given)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_alone_is_enough(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
