@@ -60,6 +60,8 @@ def cell_texts(cells: list[Any]) -> list[str | None]:
     if kinds <= {str}:
         changed = {cell: text for cell in {cell for cell in cells if cell and cell[0] in FIRST} if (text := canonical(cell)) != cell}
         return [changed.get(cell, cell) for cell in cells] if changed else cells
+    if kinds == {int}:
+        return each(str, cells)
     if len(kinds) == 1:
         return each(cell_text, cells)
     # 1 == 1.0 == True, but they are different values.

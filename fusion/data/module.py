@@ -45,7 +45,7 @@ class ImageTextData(LightningDataModule):
     """Images and texts from a manifest, or made by a preparer; raises UserError for everything that is wrong with them.
 
     Args:
-        manifest: CSV, JSON Lines or Parquet with columns image, text, label and, if you like, split, id, group.
+        manifest: CSV, TSV, JSON Lines (also as .gz) or Parquet with columns image, text, label and, if you like, split, id, group.
         val_manifest: a file of its own for validation. Rows of `manifest` keep the split that they name, which can't then be val.
         test_manifest: a file of its own for testing, likewise; may be the same file.
         columns: other names for the columns.

@@ -8,7 +8,7 @@ from typing import TextIO
 
 from fusion.data.cells import Cells
 from fusion.data.format import Format
-from fusion.data.text_file import BYTE_ORDER_MARK, decodes, open_text, undecodable
+from fusion.data.text_file import BYTE_ORDER_MARK, open_text, scan, undecodable
 from fusion.errors import UserError
 
 SEPARATORS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}
@@ -32,7 +32,7 @@ def read_separated(path: str, format: Format, separator: str) -> Cells:
     csv.field_size_limit(2**31 - 1)  # a setting of the process; it is not put back, lest another thread's reading stops at the old one
     cells = Cells()
     dialect = choose_dialect(path, format, separator, cells.notes)
-    all_decodes = decodes(path, format)
+    decodes, has_quotes = scan(path, format)
     swallowed: list[int] = []
     with open_text(path, format) as file:
         numbered = records(file, dialect)
@@ -41,7 +41,7 @@ def read_separated(path: str, format: Format, separator: str) -> Cells:
         batch: list[list[str]] = []
         for line, row, lines in numbered:
             if isinstance(row, list) and len(row) == len(names):
-                if not all_decodes and (flaw := undecodable(zip(names, row, strict=True), format)):
+                if not decodes and (flaw := undecodable(zip(names, row, strict=True), format)):
                     cells.flawed[len(cells.rows)] = flaw
                 if lines > 1 and any(holds_rows(cell, i, len(names), dialect.separator) for i, cell in enumerate(row)):
                     swallowed.append(line)
@@ -62,7 +62,7 @@ def read_separated(path: str, format: Format, separator: str) -> Cells:
             f"{path}: {rows_named(swallowed)} a cell that holds a line break and the cells of a whole row, as if two stray quotes had "
             "enclosed it. If quotes don't enclose cells there: --data.format.quotes=false"
         )
-    if not dialect.quotes:
+    if has_quotes and not dialect.quotes:
         cells.notes += note_of_quotes(path, columns, cells.rows)
     return cells
 
@@ -112,12 +112,12 @@ def recognised_separator(header: str, usual: str) -> str:
 
 def records(file: TextIO, dialect: Dialect) -> Iterator[tuple[int, list[str] | str, int]]:
     """Each record's first line, its cells or the reason why it has none, and its number of lines."""
-    if dialect.quotes:
-        yield from quoted_records(file, dialect.separator)
-        return
-    reader = csv.reader(file, delimiter=dialect.separator, quoting=csv.QUOTE_NONE)
-    for cells in reader:
-        yield reader.line_num, cells, 1
+    return quoted_records(file, dialect.separator) if dialect.quotes else plain_records(file, dialect.separator)
+
+
+def plain_records(file: Iterator[str], separator: str) -> Iterator[tuple[int, list[str] | str, int]]:
+    for line, cells in enumerate(csv.reader(file, delimiter=separator, quoting=csv.QUOTE_NONE), 1):
+        yield line, cells, 1
 
 
 def quoted_records(file: Iterator[str], separator: str) -> Iterator[tuple[int, list[str] | str, int]]:
@@ -178,7 +178,7 @@ def seems_enclosed(cell: str) -> bool:
 
 
 def note_of_quotes(path: str, columns: list[list[str]], rows: list[int]) -> list[str]:
-    found = sorted({row for column in columns for row, cell in zip(rows, column, strict=True) if cell[:1] == '"' and seems_enclosed(cell)})
+    found = sorted({rows[i] for column in columns for i, cell in enumerate(column) if cell[:1] == '"' and seems_enclosed(cell)})
     if not found:
         return []
     return [f"{path}: {rows_named(found)} cells in quotes, which were read as characters. If quotes enclose cells there: {QUOTED}"]

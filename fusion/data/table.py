@@ -174,12 +174,13 @@ def interpret(
 
 def as_texts(name: str, cells: list[Any], nulls: set[str], bad: dict[int, str], *, is_path: bool = False) -> list[str | None]:
     """Cells as text, None where there is none. A row whose cell is a list or an object goes to `bad`. The text of a path is left alone."""
-    if set(map(type, cells)) & {list, dict}:
+    kinds = set(map(type, cells))
+    if kinds & {list, dict}:
         for i, cell in enumerate(cells):
             if isinstance(cell, list | dict):
                 bad.setdefault(i, f"column {name} holds {'a list' if isinstance(cell, list) else 'an object'}, expected text")
         cells = [str(cell) if isinstance(cell, list | dict) else cell for cell in cells]
-    texts = cells if is_path and set(map(type, cells)) <= {str, type(None)} else cell_texts(cells)
+    texts = cells if is_path and kinds <= {str, type(None)} else cell_texts(cells)
     return [None if cell is not None and cell.strip() in nulls else cell for cell in texts] if nulls else texts
 
 

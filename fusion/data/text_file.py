@@ -50,17 +50,19 @@ def refuse_other_content(path: str, start: bytes, format: Format) -> None:
         )
 
 
-def decodes(path: str, format: Format) -> bool:
-    """Whether the whole file can be decoded: then no cell need be looked at."""
+def scan(path: str, format: Format) -> tuple[bool, bool]:
+    """Whether the whole file can be decoded, and whether it may hold a double quote: otherwise no cell need be looked at for either."""
     decoder = codecs.getincrementaldecoder(format.encoding)()
+    quotes = False
     with open_bytes(path) as file:
         try:
             while block := file.read(BLOCK):
                 decoder.decode(block)
+                quotes = quotes or b'"' in block
             decoder.decode(b"", final=True)
         except UnicodeError:
-            return False
-    return True
+            return False, True
+    return True, quotes
 
 
 def undecodable(cells: Iterable[tuple[str, str]], format: Format | None = None) -> str | None:
