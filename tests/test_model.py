@@ -101,6 +101,21 @@ def test_what_an_absent_modality_holds_changes_no_prediction(name: str) -> None:
     torch.testing.assert_close(model(other).output, model(batch).output)
 
 
+@pytest.mark.parametrize("name", ["Gated", "CrossAttention", "LevelWeighted", "JointTransformer"])  # a head of each stage
+def test_beside_frozen_encoders_the_head_alone_learns(name: str) -> None:
+    free = FusionModel.build(encoders(), HEADS[name], 3)
+    frozen = {
+        "text": TransformersText(config=BERT, frozen=True),
+        "image": TimmImage("test_resnet", pretrained=False, image_size=64, frozen=True),
+    }
+    model = FusionModel.build(frozen, HEADS[name], 3).train()
+    assert model.state_dict().keys() == free.state_dict().keys()
+    model(inputs(4)).output.square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == key.startswith("head."), key
+    assert all(encoder.frozen and not encoder.training for encoder in model.encoders.values())
+
+
 def test_one_modality_makes_a_model_without_fusion() -> None:
     model = FusionModel.build({"text": encoders()["text"]}, partial(Unimodal, dim=8), 3)
     output, by_modality = model({"text": inputs()["text"]})

@@ -87,7 +87,9 @@ class Encoder(nn.Module, ABC):
 
     def trim(self, what: Reading, depths: Sequence[int] = ()) -> None:
         """Take out every module that reading `what` never touches (early fusion carries no dead body, DDP meets no unused parameter)."""
+        frozen, self.frozen = self.frozen, False  # a frozen encoder keeps no gradient, by which the used modules are found
         drop_unused(self, lambda: self.read(self.example(), what, depths), keep_if_reaches="pooled" if what == "pooled" else "all")
+        self.frozen = frozen
 
     def freeze(self) -> None:
         self.frozen = True
