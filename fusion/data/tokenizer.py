@@ -1,7 +1,10 @@
 """Texts to token ids: the pretrained model's own tokenizer, or one trained on the training texts."""
 
+import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +25,7 @@ class TokenStore(NamedTuple):
     ids: np.ndarray
     offsets: np.ndarray
     cut: int  # how many texts were longer than max_length
+    unknown: float  # share of the tokens, but for those that mark start and end, that the tokenizer does not know
 
     def batch(self, rows: Sequence[int] | np.ndarray, pad_id: int) -> Texts:
         """These texts, padded to the longest of them: ids (B, N), mask (B, N), N >= 1."""
@@ -52,11 +56,25 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int, max_length: int) -> "Tokenizer":
-        """Byte-pair encoding (Sennrich et al., 2016) learnt from the texts, lower-cased, with at most `vocab_size` entries."""
+        """Byte-pair encoding (Sennrich et al., 2016) learnt from the texts, lower-cased, with at most `vocab_size` entries.
+
+        Where the texts have more distinct characters than that, the rarest become unknown. Raises UserError for a vocab_size without room
+        for any.
+        """
+        if vocab_size <= len(SPECIAL):
+            raise UserError(f"tokenizer: vocab_size is {vocab_size}; expected more than {len(SPECIAL)}, those of {', '.join(SPECIAL)}")
+        texts = list(texts)
         backend = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
         backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False)
+        alphabet = commonest_characters(backend.normalizer, texts, vocab_size - len(SPECIAL))
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIAL,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        )
         backend.train_from_iterator(texts, trainer)
         backend.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[(token, SPECIAL.index(token)) for token in ("[CLS]", "[SEP]")]
@@ -87,6 +105,19 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
 
+    @property
+    def id_limit(self) -> int:
+        """One more than the greatest id, of a token or of padding; above vocab_size where ids are left out."""
+        return 1 + max([self.pad_id, *self.backend.get_vocab().values()])
+
+    @cached_property
+    def unk_id(self) -> int | None:
+        """The id of what is not in the vocabulary; None where everything can be spelt, as in bytes."""
+        model: Any = self.backend.model
+        if isinstance(model, models.Unigram):  # which does not show it
+            return json.loads(self.backend.to_str())["model"]["unk_id"]
+        return None if model.unk_token is None else self.backend.token_to_id(model.unk_token)
+
     def encode(self, texts: Sequence[str | None]) -> TokenStore:
         """Token ids of all texts, None giving none; those longer than `max_length` tokens are cut and counted."""
         present = [i for i, text in enumerate(texts) if text is not None]
@@ -100,7 +131,9 @@ class Tokenizer:
                 lengths[i + 1] = len(encoding.ids)
                 cut += bool(encoding.overflowing)
         ids = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
-        return TokenStore(ids, np.cumsum(lengths), cut)
+        words = len(ids) - len(present) * self.backend.num_special_tokens_to_add(False)
+        unknown = 0 if self.unk_id is None else np.count_nonzero(ids == self.unk_id)
+        return TokenStore(ids, np.cumsum(lengths), cut, unknown / max(words, 1))
 
     def state(self) -> dict[str, Any]:
         """Plain data from which `from_state` makes the same tokenizer."""
@@ -109,6 +142,15 @@ class Tokenizer:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Tokenizer":
         return cls(tokenizers.Tokenizer.from_str(state["backend"]), pad_id=state["pad_id"], max_length=state["max_length"])
+
+
+def commonest_characters(normalizer: Any, texts: Iterable[str], most: int) -> list[str]:
+    """The characters that occur most often in the normalised texts; ties by code point, since a hash order would differ between ranks."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+    found = [character for character in counts if not character.isspace()]
+    return sorted(found, key=lambda character: (-counts[character], character))[:most]
 
 
 def batch_texts(tokenizer: Tokenizer, texts: Sequence[str | None]) -> Texts:

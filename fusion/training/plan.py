@@ -3,7 +3,9 @@
 from collections import Counter
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from fusion.data.curriculum import LOSS
 from fusion.data.module import SPLITS, ImageTextData
@@ -11,6 +13,7 @@ from fusion.data.sampler import GlobalBatches
 from fusion.training.task import Task
 
 MOST_CLASSES = 8
+NOTABLE = 0.001  # share of unknown tokens
 
 
 class Plan(Callback):
@@ -50,6 +53,8 @@ def notes(data: ImageTextData, name: str) -> list[str]:
             found.append(f"{missing:,} without {modality}")
     if split.samples.texts and split.samples.texts[0].cut:
         found.append(f"{split.samples.texts[0].cut:,} texts cut at {data.processor.tokenizer.max_length} tokens")  # type: ignore[union-attr]
+    if split.samples.texts and split.samples.texts[0].unknown >= NOTABLE:
+        found.append(f"{split.samples.texts[0].unknown:.1%} of the tokens are unknown to the tokenizer")
     if split.unseen:
         found.append(f"{split.unseen:,} ({split.unseen / len(split.table):.1%}) have labels that train never shows: always misses")
     for (one, other), count in data.shared_pairs.items():
@@ -66,10 +71,20 @@ def model_lines(module: Task) -> list[str]:
         frozen = sum(p.numel() for p in part.parameters()) - trainable
         spec = module.specs[name]["init"] if name in module.specs else {}
         of = spec.get("name") or spec.get("config", {}).get("model_type") or type(part).__name__
-        lines.append(f"  {name:<6} {of}: {trainable:,} parameters" + (f", {frozen:,} frozen" if frozen else ""))
+        lines.append(f"  {name:<6} {of}: {trainable:,} parameters" + (f", {frozen:,} frozen" if frozen else "") + precisions(part))
     if len(module.modalities) == 1:
         lines.append(f"  {module.modalities[0]} alone: nothing to fuse, so the head is Unimodal")
     return lines
+
+
+def precisions(part: nn.Module) -> str:
+    """Which weights are not float32, in words."""
+    told = ""
+    for dtype in sorted({p.dtype for p in part.parameters() if p.is_floating_point()} - {torch.float32}, key=str):
+        name = str(dtype).removeprefix("torch.")
+        trained = any(p.requires_grad for p in part.parameters() if p.dtype == dtype)
+        told += f", {name} weights" + (", trained without float32 copies: small updates are lost" if trained else "")
+    return told
 
 
 def training_lines(trainer: Trainer, module: Task) -> list[str]:

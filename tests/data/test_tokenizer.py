@@ -1,5 +1,10 @@
 """Texts to token ids and back to the same tokenizer."""
 
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -39,6 +44,46 @@ def test_vocabulary_is_no_larger_than_asked():
     most = trained(vocab_size=1000).vocab_size
     for asked in (40, most - 5):
         assert trained(vocab_size=asked).vocab_size == asked < most
+
+
+def chinese(texts=400, seed=0):
+    """Texts of 20 characters, the common ones far commoner, as in a language: thousands of distinct ones."""
+    ranks = np.random.default_rng(seed).zipf(1.2, (texts, 20)) % 5000
+    return ["".join(chr(0x4E00 + int(rank)) for rank in row) for row in ranks]
+
+
+@pytest.mark.parametrize("vocab_size", [5, 500, 1000])
+def test_a_vocabulary_of_many_characters_is_no_larger_than_asked_and_holds_the_commonest(vocab_size):
+    texts = chinese()
+    counts = Counter("".join(texts))
+    assert len(counts) > 1000
+    tokenizer = Tokenizer.train(texts, vocab_size=vocab_size, max_length=64)
+    assert tokenizer.vocab_size <= vocab_size
+    known = {token for token in tokenizer.backend.get_vocab() if len(token) == 1}
+    assert min(counts[c] for c in known) >= max(counts[c] for c in counts if c not in known)
+    unknown = sum(count for c, count in counts.items() if c not in known)
+    if vocab_size < len(counts) + len(SPECIAL):  # no merges then: a token a character
+        assert tokenizer.encode(texts).unknown == pytest.approx(unknown / sum(counts.values()))
+
+
+def test_equally_rare_characters_are_left_out_in_the_same_way_by_every_process():
+    script = "from fusion.data.tokenizer import Tokenizer as T; print(T.train(['%s'], vocab_size=50, max_length=8).backend.to_str())"
+    text = "".join(chr(0x4E00 + i) for i in range(200))
+    told = {subprocess.run([sys.executable, "-c", script % text], capture_output=True, text=True, check=True).stdout for _ in range(3)}
+    assert len(told) == 1
+
+
+def test_a_vocabulary_without_room_for_a_character_is_refused():
+    with pytest.raises(UserError, match=r"vocab_size is 4; expected more than 4, those of \[PAD\], \[UNK\]"):
+        Tokenizer.train(TEXTS, vocab_size=4, max_length=8)
+
+
+def test_the_share_of_unknown_tokens_leaves_out_those_that_mark_start_and_end():
+    tokenizer = trained()
+    assert tokenizer.encode(TEXTS).unknown == 0
+    assert tokenizer.encode([None]).unknown == 0
+    assert tokenizer.encode(["red ж", None, "ж red"]).unknown == pytest.approx(2 / 4)
+    assert Tokenizer.from_state(tokenizer.state()).encode(["red ж"]).unknown == pytest.approx(1 / 2)
 
 
 def test_texts_come_back_from_their_tokens():
@@ -147,6 +192,34 @@ def test_a_pretrained_tokenizer_survives_as_state_without_its_folder(local_folde
     again = Tokenizer.from_state(tokenizer.state())
     assert (again.pad_id, again.max_length) == (7, 4)
     assert rows(again, ["a red circle", None]) == rows(tokenizer, ["a red circle", None])
+
+
+WORDS = {"<unk>": 0, "a": 1, "red": 2}
+PIECES = [("<unk>", 0.0), ("▁a", -1.0), ("▁red", -1.0)]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (models.WordLevel(WORDS, unk_token="<unk>"), 1 / 3),
+        (models.WordPiece(WORDS, unk_token="<unk>"), 1 / 3),
+        (models.Unigram(PIECES, unk_id=0, byte_fallback=False), 1 / 2),  # whose unknown piece is "▁ж" here, beside a lone "▁red"
+        (models.BPE({"a": 0, "r": 1}, []), 0),  # knows no unknown token
+    ],
+)
+def test_every_kind_of_tokenizer_reports_its_unknown_tokens(model, expected):
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace() if not isinstance(model, models.Unigram) else pre_tokenizers.Metaspace()
+    tokenizer = Tokenizer(backend, pad_id=0, max_length=8)
+    assert tokenizer.encode(["a red ж" if expected != 1 / 2 else "red ж"]).unknown == pytest.approx(expected)
+
+
+def test_the_id_limit_counts_ids_left_out_and_padding():
+    backend = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "red": 20}, unk_token="[UNK]"))
+    assert Tokenizer(backend, pad_id=0, max_length=8).id_limit == 21
+    assert Tokenizer(backend, pad_id=30, max_length=8).id_limit == 31
+    assert Tokenizer(backend, pad_id=0, max_length=8).vocab_size == 3
+    assert trained().id_limit == trained().vocab_size
 
 
 @pytest.mark.parametrize("content", [{}, {"config.json": '{"model_type": "bert"}'}, {"tokenizer.json": "{"}, {"tokenizer.json": "{}"}])
