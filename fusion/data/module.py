@@ -237,7 +237,9 @@ class ImageTextData(LightningDataModule):
             tokenizer = Tokenizer.train(texts, vocab_size=encoder.vocab_size, max_length=max_length)
             encoder.fit_vocabulary(tokenizer.vocab_size)
             return tokenizer
-        return Tokenizer.pretrained(str(encoder.name_or_path), max_length=max_length)
+        tokenizer = Tokenizer.pretrained(str(encoder.name_or_path), max_length=max_length)
+        encoder.cover_vocabulary(tokenizer.id_limit)
+        return tokenizer
 
     # From samples to batches.
 

@@ -12,7 +12,7 @@ def add_adapters(encoders: Mapping[str, nn.Module] | nn.ModuleDict, adapters: Ma
     """Put adapters into encoders, whose own weights then no longer learn.
 
     adapters: by modality, a configuration of peft as plain data: {"peft_type": "LORA", "r": 8, "target_modules": ["query", "value"]}
-    (Hu et al., 2022); peft_type is LORA unless given.
+    (Hu et al., 2022); peft_type is LORA unless given. Adapters are float32, also in an encoder of half precision.
 
     Raises UserError for a modality without encoder, a configuration that peft refuses, and where peft is not installed.
     """
@@ -29,8 +29,12 @@ def add_adapters(encoders: Mapping[str, nn.Module] | nn.ModuleDict, adapters: Ma
         kind = str(settings.get("peft_type", "LORA")).upper()
         if kind not in kinds:
             raise UserError(f"model.adapters.{modality}: unknown peft_type '{kind}'. {nearest(kind, kinds)}")
+        body: Any = encoders[modality].body
         try:
             config = kinds[kind](**{key: value for key, value in settings.items() if key != "peft_type"})
-            peft.inject_adapter_in_model(config, encoders[modality].body)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise UserError(f"model.adapters.{modality}: {' '.join(str(error).split())}") from error
+            peft.inject_adapter_in_model(config, body)
+        except Exception as error:  # of any type, from within peft
+            raise UserError(f"model.adapters.{modality}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        for p in body.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -20,19 +20,26 @@ from fusion.encoders.timm_image import first_line
 from fusion.errors import UserError, nearest
 from fusion.features import Features, masked_mean
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class TransformersText(Encoder):
     """Encode texts with a transformers model, by hub name, local folder, or a config from scratch.
 
-    name_or_path: hub name or folder with config.json, weights and tokenizer. config: instead of it, a model from scratch, such as
-    {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, ...}; its `vocab_size` is then the most words that the tokenizer
-    trained on the texts may have. pretrained: load the weights of name_or_path; False takes its shape and tokenizer only.
-    pooling: "mean" of the real tokens, "first" ([CLS]) or "last" (end of text); by default "last" for CLIP's causal tower, else "mean".
-    frozen: no gradient, eval mode.
-
     It takes Texts with ids (B, N) and gives tokens (B, N, dim) and pooled (B, dim).
 
-    Raises UserError for decoders, unknown model types, and weights that cannot be had or do not fit.
+    Args:
+        name_or_path: hub name, or folder with config.json, weights and tokenizer.
+        config: instead of it, a model from scratch: {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, ...}; its
+            `vocab_size` is then the most entries that the tokenizer trained on the texts may have.
+        pretrained: load the weights of name_or_path; False takes its shape and tokenizer only.
+        pooling: "mean" of the real tokens, "first" ([CLS]) or "last" (end of text); by default "last" for CLIP's causal tower, else "mean".
+        frozen: no gradient, eval mode.
+        dtype: of the weights, whatever they are stored in; features of half-precision weights come out in torch's default dtype.
+        resize_embeddings: enlarge the word embeddings for a tokenizer that has more tokens, which is rejected otherwise; the new ones start
+            near the mean of the others.
+
+    Raises UserError for decoders, unknown model types, configs that can't be built, and weights that are not available or do not fit.
     """
 
     def __init__(
@@ -43,13 +50,19 @@ class TransformersText(Encoder):
         pretrained: bool = True,
         pooling: Literal["mean", "first", "last"] | None = None,
         frozen: bool = False,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        resize_embeddings: bool = False,
     ) -> None:
         super().__init__()
         if (name_or_path is None) == (config is None):
             raise UserError("text encoder: give exactly one of name_or_path (hub name or folder) and config (from scratch)")
+        if dtype not in DTYPES:
+            raise UserError(f"text encoder: dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
         self.name_or_path = name_or_path
         self.from_scratch = config is not None
-        self.body = cast(Any, from_config(config) if config is not None else from_name(str(name_or_path), pretrained))
+        self.dtype, self.resize_embeddings = DTYPES[dtype], resize_embeddings
+        made = from_config(config, self.dtype) if config is not None else from_name(str(name_or_path), pretrained, self.dtype)
+        self.body = cast(Any, made)
         if not hasattr(self.body, "embeddings"):
             parts = ", ".join(name for name, _ in self.body.named_children())
             raise UserError(
@@ -87,6 +100,8 @@ class TransformersText(Encoder):
         return [self.dim for _ in depths]
 
     def features(self, tokens: Tensor, mask: Tensor) -> Features:
+        if self.dtype != torch.float32:
+            tokens = tokens.to(torch.get_default_dtype())
         if self.pooling == "mean":
             return Features(tokens, mask, masked_mean(tokens, mask))
         if self.pooling == "first":
@@ -109,7 +124,8 @@ class TransformersText(Encoder):
         return {name: int(match[1]) + 1 if match else outside[name] for name, match in found.items()}
 
     def spec(self) -> dict[str, Any]:
-        return {"config": self.body.config.to_dict(), "pooling": self.pooling, "frozen": self.frozen}
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return {"config": self.body.config.to_dict(), "pooling": self.pooling, "frozen": self.frozen, "dtype": dtype}
 
     def example(self) -> Texts:
         ids = torch.full((1, 2), self.vocab_size - 1, device=self.embedding.weight.device)
@@ -133,14 +149,27 @@ class TransformersText(Encoder):
         return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
     def fit_vocabulary(self, size: int) -> None:
-        """Keep `size` word embeddings of a model from scratch: as many as its tokenizer learnt."""
+        """Keep `size` word embeddings of a model from scratch: as many as its tokenizer learnt. Raises UserError for more than it has."""
         if not self.from_scratch:
             raise ValueError("only a text encoder made from a config has a vocabulary to fit")
         if size > self.vocab_size:
-            raise ValueError(f"{size} words don't fit the {self.vocab_size} embeddings of the text encoder")
+            raise UserError(f"{size} words don't fit the {self.vocab_size} embeddings of the text encoder")
         embedding = self.embedding
         embedding.weight = torch.nn.Parameter(embedding.weight.detach()[:size].clone(), requires_grad=embedding.weight.requires_grad)
         embedding.num_embeddings = self.body.config.vocab_size = size
+
+    def cover_vocabulary(self, size: int) -> None:
+        """Make sure that every id below `size` has an embedding: enlarges them if `resize_embeddings`, else raises UserError."""
+        if size <= self.vocab_size:
+            return
+        if not self.resize_embeddings:
+            raise UserError(
+                f"text encoder: the tokenizer of '{self.name_or_path}' has ids up to {size - 1}, the model {self.vocab_size} embeddings; "
+                "take the tokenizer that the model was trained with, or add embeddings: --model.text.resize_embeddings=true"
+            )
+        self.body.resize_token_embeddings(size)
+        if self.frozen:
+            self.freeze()
 
 
 def readable(mask: Tensor) -> Tensor:
@@ -150,20 +179,24 @@ def readable(mask: Tensor) -> Tensor:
     return mask | (first & ~mask.any(dim=1, keepdim=True))
 
 
-def from_config(config: dict[str, Any]) -> torch.nn.Module:
+def from_config(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     options = dict(config)
     kind = options.pop("model_type", None)
-    known = list(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     if kind is None:
         raise UserError("text encoder: config needs a model_type, such as bert, roberta, distilbert or deberta-v2")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"text encoder: unknown model_type '{kind}'. {nearest(kind, MODEL_FOR_MASKED_LM_MAPPING_NAMES)}")
     # The special tokens of the tokenizer that will be trained for it; those of the published vocabulary don't exist there.
     options = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3} | options
     try:
         built = AutoConfig.for_model(kind, **options)
-    except ValueError as error:
-        raise UserError(f"text encoder: unknown model_type '{kind}'. {nearest(kind, known)}") from error
-    refuse_unknown_settings(config, built)
-    return build(text_part(built))
+        refuse_unknown_settings(config, built)
+        return build(text_part(built), dtype)
+    except UserError:
+        raise
+    except Exception as error:  # of any type, from within the model's own code
+        reason = " ".join(str(error).split())
+        raise UserError(f"text encoder: no {kind} can be built with this config ({type(error).__name__}: {reason})") from error
 
 
 def refuse_unknown_settings(config: dict[str, Any], built: Any) -> None:
@@ -180,7 +213,7 @@ def refuse_unknown_settings(config: dict[str, Any], built: Any) -> None:
             raise UserError(f"text encoder: {kind} has no setting '{key}'. {nearest(key, usual.to_dict())}")
 
 
-def from_name(name: str, pretrained: bool) -> torch.nn.Module:
+def from_name(name: str, pretrained: bool, dtype: torch.dtype) -> torch.nn.Module:
     ways_out = (
         "Two ways out: --model.text.name_or_path=FOLDER with config.json, model.safetensors and tokenizer.json, "
         'or from scratch with --model.text.config=\'{"model_type": "bert", "hidden_size": 128, ...}\''
@@ -192,10 +225,10 @@ def from_name(name: str, pretrained: bool) -> torch.nn.Module:
         config = text_part(AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name))
         refuse_decoders(config)
         if not pretrained:
-            return build(config)
+            return build(config, dtype)
         source = str(folder) if folder.is_dir() else name
         # Weights of another shape are then reported, with the missing ones, and refused below.
-        options = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        options = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             model, report = AutoModel.from_pretrained(source, **options, add_pooling_layer=False)
         except TypeError:
@@ -215,12 +248,12 @@ def from_name(name: str, pretrained: bool) -> torch.nn.Module:
     return model
 
 
-def build(config: Any) -> torch.nn.Module:
+def build(config: Any, dtype: torch.dtype) -> torch.nn.Module:
     refuse_decoders(config)
     try:
-        return AutoModel.from_config(config, add_pooling_layer=False)
+        return AutoModel.from_config(config, dtype=dtype, add_pooling_layer=False)
     except TypeError:  # most BERT-likes take it, the others have no pooling layer
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config, dtype=dtype)
 
 
 def text_part(config: Any) -> Any:

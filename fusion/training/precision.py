@@ -1,7 +1,12 @@
 """fp16 autocast with a gradient scaler whose every setting is a value of the recipe."""
 
+from collections.abc import Collection
+
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
+
+from fusion.errors import UserError
+from fusion.model import FusionModel, part_of, plain_name
 
 
 class Fp16(MixedPrecision):
@@ -26,3 +31,13 @@ class Fp16(MixedPrecision):
 def scaler_of(plugin: Precision) -> torch.amp.GradScaler | None:
     """The gradient scaler of a trainer's precision, None where it has none."""
     return plugin.scaler if isinstance(plugin, MixedPrecision) else None
+
+
+def reject_trained_float16(model: FusionModel, later: Collection[str]) -> None:
+    """Raises UserError where float16 weights learn, or will (`later`): updates below their resolution vanish, and no scaler takes them."""
+    for name, p in model.named_parameters():
+        if p.dtype == torch.float16 and (p.requires_grad or name in later):
+            raise UserError(
+                f"model.{part_of(name)}: {plain_name(name)} is float16, in which it can't be trained; "
+                f"expected --model.{part_of(name)}.dtype=float32 or bfloat16, or the encoder frozen"
+            )

@@ -29,7 +29,7 @@ from fusion.training.fsdp import FSDP, shard
 from fusion.training.groups import Rate, check_rates, parameter_groups
 from fusion.training.modality_dropout import drop_modalities
 from fusion.training.muon import Muon
-from fusion.training.precision import scaler_of
+from fusion.training.precision import reject_trained_float16, scaler_of
 from fusion.training.schedules import Constant, Schedule
 
 FORMAT = 4
@@ -137,6 +137,7 @@ class Task(LightningModule):
             self.model.checkpoint_activations(self.checkpointed)
             self.freezing.check(self.model)
             self.freezing.apply(self.model, 0)
+            reject_trained_float16(self.model, self.freezing.later(self.model))
             if self.compiled:
                 self.model.compile()
             self.prepare(data)

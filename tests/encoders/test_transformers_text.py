@@ -168,7 +168,7 @@ def test_a_vocabulary_is_fitted_by_keeping_the_first_words(kind: str) -> None:
 
 
 def test_a_vocabulary_larger_than_the_embeddings_is_refused_naming_both() -> None:
-    with pytest.raises(ValueError, match="51 words don't fit the 50 embeddings"):
+    with pytest.raises(UserError, match="51 words don't fit the 50 embeddings"):
         make().fit_vocabulary(51)
 
 
@@ -268,6 +268,84 @@ def test_without_pretrained_a_folder_gives_its_shape_alone(folder: Path) -> None
     assert (encoder.dim, encoder.vocab_size) == (16, 50)
     with pytest.raises(ValueError, match="only a text encoder made from a config"):
         encoder.fit_vocabulary(40)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_weights_stored_in_half_precision_are_float32_unless_asked_otherwise(folder: Path, stored: torch.dtype) -> None:
+    BertModel.from_pretrained(folder, dtype=stored).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
+    kept = load_file(folder / "model.safetensors")
+    for encoder in (TransformersText(str(folder)), TransformersText(config=json.loads((folder / "config.json").read_text()))):
+        assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+        assert {p.dtype for p in TransformersText(**encoder.spec()).parameters()} == {torch.float32}
+    encoder = TransformersText(str(folder))
+    for name, p in encoder.body.named_parameters():
+        assert torch.equal(p, kept[name].float()), name
+    encoder(texts([7, 3])).pooled.square().sum().backward()
+    torch.optim.SGD(encoder.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_that_is_asked_for_gives_features_that_a_float32_head_can_use(dtype: str) -> None:
+    encoder = make(dtype=dtype).eval()
+    assert {p.dtype for p in encoder.parameters()} == {getattr(torch, dtype)}
+    batch = texts([7, 3])
+    exact = make().eval()
+    for features, expected in zip(
+        [encoder(batch), encoder.embed(batch), *encoder.levels(batch, [0])],
+        [exact(batch), exact.embed(batch), *exact.levels(batch, [0])],
+        strict=True,
+    ):
+        assert features.tokens.dtype == features.pooled.dtype == torch.float32
+        torch.testing.assert_close(features.pooled, expected.pooled, atol=0.05, rtol=0.05)
+    torch.nn.Linear(16, 2)(encoder(batch).pooled).sum().backward()
+    rebuilt = TransformersText(**json.loads(json.dumps(encoder.spec()))).eval()
+    rebuilt.load_state_dict(encoder.state_dict())
+    assert torch.equal(rebuilt(batch).pooled, encoder(batch).pooled)
+    assert {p.dtype for p in rebuilt.parameters()} == {getattr(torch, dtype)}
+
+
+def test_a_dtype_that_is_none_of_those_is_refused_naming_them() -> None:
+    with pytest.raises(UserError, match="dtype is 'int8'; expected one of float32, bfloat16, float16"):
+        make(dtype="int8")
+
+
+def test_ids_beyond_the_embeddings_are_refused_naming_both_sizes_or_get_embeddings_of_their_own() -> None:
+    make().cover_vocabulary(50)
+    with pytest.raises(UserError, match=r"has ids up to 52, the model 50 embeddings; .*--model\.text\.resize_embeddings=true"):
+        make().cover_vocabulary(53)
+    encoder, before = make(resize_embeddings=True), make().embedding.weight
+    encoder.cover_vocabulary(53)
+    assert torch.equal(encoder.embedding.weight[:50], before)
+    added = encoder.embedding.weight[50:]
+    torch.testing.assert_close(added, before.mean(dim=0).expand(3, -1), atol=1e-3, rtol=0)
+    batch = Texts(torch.full((1, 2), 52), torch.ones(1, 2, dtype=torch.bool))
+    encoder(batch).pooled.sum().backward()
+    assert encoder.embedding.weight.grad[52].abs().sum() > 0
+    rebuilt = TransformersText(**json.loads(json.dumps(encoder.spec())))
+    rebuilt.load_state_dict(encoder.state_dict())
+    assert torch.equal(rebuilt.eval()(batch).pooled, encoder.eval()(batch).pooled)
+
+
+def test_enlarged_embeddings_of_a_frozen_encoder_stay_frozen() -> None:
+    encoder = make(frozen=True, resize_embeddings=True)
+    encoder.cover_vocabulary(53)
+    assert not any(p.requires_grad for p in encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"hidden_size": 15}, "not a multiple of the number of attention heads"),
+        ({"hidden_size": "wide"}, "expected int, got str"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "no_such"}, "no_such"),
+        ({"vocab_size": 0}, "IndexError"),
+    ],
+)
+def test_a_config_that_can_not_be_built_is_refused_with_the_reason(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=f"no bert can be built with this config .*{reason}"):
+        TransformersText(config={"model_type": "bert"} | CONFIGS["bert"] | settings)
 
 
 def change_weights(folder: Path, change: Any) -> None:

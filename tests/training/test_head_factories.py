@@ -5,8 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from tiny_world import BERT
+from tiny_world import BERT, train
 
 from fusion.data import ImageTextData
 from fusion.encoders import TimmImage, TransformersText
@@ -36,21 +35,6 @@ def made(write_manifest, tmp_path):
         return Classification(image=image, text=partial(TransformersText, config=BERT), head=head, **options), data
 
     return make
-
-
-def train(task, data):
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(task, datamodule=data)
-    return trainer
 
 
 @pytest.mark.parametrize("stage", FUNCTIONS)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from fusion.cli.benchmark_kills import unlike
@@ -28,6 +29,14 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+
+
+def train(task, data, updates=2, callbacks=(), **options):
+    """Trains for a few updates, with nothing printed or saved; gives the trainer."""
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False)
+    trainer = Trainer(accelerator="cpu", max_steps=updates, num_sanity_val_steps=0, callbacks=list(callbacks), **off, **options)
+    trainer.fit(task, datamodule=data)
+    return trainer
 
 
 class Run:
