@@ -46,6 +46,9 @@ def test_a_run_with_adapters_predicts_what_it_scored(tiny, fit_here, shapes_rows
         ('{"text": {"peft_type": "LORRA"}}', "unknown peft_type 'LORRA'"),
         ('{"text": {"rank": 4}}', "rank"),
         ('{"text": {"r": 4, "target_modules": ["lstm"]}}', "lstm"),
+        ('{"text": {"r": 0, "target_modules": ["query"]}}', "model.adapters.text: ValueError: `r` should be a positive integer"),
+        ('{"text": {"r": 4, "target_modules": "(("}}', "model.adapters.text: error: missing \\)"),
+        ('{"text": {"r": 4, "target_modules": ["query"], "lora_alpha": "x"}}', "model.adapters.text: TypeError"),
     ],
 )
 def test_adapters_that_can_not_be_are_refused(parts, adapters, message):
