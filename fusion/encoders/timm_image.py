@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple, cast
@@ -22,6 +23,7 @@ from fusion.features import Features
 # What comes before the first block, by the names that timm's families give it; the first row whose first member the model has is run.
 STEMS = (("patch_embed",), ("stem",), ("conv_stem", "bn1", "act1"), ("conv1", "bn1", "act1", "maxpool"))
 LARGEST_GRID = 14
+CONSTANTS = ("mean", "std", "interpolation")
 
 
 class Encoded(NamedTuple):
@@ -34,16 +36,20 @@ class Encoded(NamedTuple):
 class TimmImage(Encoder):
     """Encode images with a timm model, by name or from a local folder.
 
-    name: a timm model ("resnet18", "vit_small_patch16_224.augreg_in21k") or a folder with config.json and model.safetensors.
-    pretrained: load its weights; False starts from scratch. image_size: side in pixels, the model's own if None.
-    frozen: no gradient, eval mode. options: further arguments of the timm model (drop_path_rate, channels, ...).
-    data_config: overrides of the model's own mean, std and interpolation.
-
     It takes Images with pixels (B, 3, H, W), normalises them itself, and gives tokens (B, N, dim): the patches of a transformer with
     its class token, or the cells of a feature map, row by row, layer-normalised and with cosines of their place added (which a
     convolution lacks). pooled (B, dim) is the class token if there is one, else the mean.
 
-    Raises UserError for an unknown name and for weights that cannot be had.
+    Args:
+        name: a timm model ("resnet18", "vit_small_patch16_224.augreg_in21k") or a folder with config.json and model.safetensors.
+        pretrained: load its weights; False starts from scratch.
+        image_size: side in pixels, or [height, width]; the model's own if None.
+        frozen: no gradient, eval mode.
+        options: further arguments of the timm model (drop_path_rate, channels, ...); with in_chans: 1 it reads images in grey.
+        data_config: overrides of the model's own mean, std and interpolation.
+
+    Raises UserError for an unknown name, weights that are not available, and a model that can't be built or run with these settings.
+    Whether a model has embeddings before its first block, and levels, shows when they are asked for.
     """
 
     mean: Tensor
@@ -54,27 +60,36 @@ class TimmImage(Encoder):
         name: str,
         *,
         pretrained: bool = True,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         frozen: bool = False,
         options: dict[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
-        # Convolutions run faster with the channels last: 1.3 to 1.6 times on a CPU, and on GPUs under autocast.
-        self.body = cast(Any, load_timm(name, pretrained, image_size, options or {}).to(memory_format=torch.channels_last))
+        for key in data_config or {}:
+            if key not in CONSTANTS:
+                raise UserError(f"image encoder: data_config has no '{key}'. {nearest(key, CONSTANTS)}")
+        size = None if image_size is None else height_and_width(image_size)
+        self.body = cast(Any, load_timm(name, pretrained, size, options or {}))
+        self.memory_format = fastest_format(self.body)
+        self.body.to(memory_format=self.memory_format)
         config = resolve_model_data_config(self.body) | (data_config or {})
-        side = image_size or config["input_size"][-1]
-        self.image_size: tuple[int, int] = (side, side) if image_size else tuple(config["input_size"][1:])
-        self.data_config = {"mean": list(config["mean"]), "std": list(config["std"]), "interpolation": config["interpolation"]}
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+        self.image_size: tuple[int, int] = size or tuple(config["input_size"][1:])
+        channels = self.body._model_args.get("in_chans") or config["input_size"][0]
+        if channels not in (1, 3):
+            raise UserError(f"image encoder: '{name}' has in_chans {channels}; expected 3 (RGB) or 1 (grey, made from RGB)")
+        mean, std = (of_channels(key, config[key], channels) for key in ("mean", "std"))
+        self.data_config = {"mean": mean, "std": std, "interpolation": config["interpolation"]}
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
         self.has_batch_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.body.modules())
-        # timm keeps the parts that only its own classifier reads (head norm, head convolution): no gradient would ever reach them.
-        drop_unused(self, lambda: self(self.example()))
-        self.dim = self.probe(self.forward)
-        self.embed_dim = self.probe(self.embed) if self.stem() else 0
+        self.known_levels: list[int] | None = None  # found when asked for
+        with self.explained("does not run on images of {} x {} pixels".format(*self.image_size)):
+            # timm keeps the parts that only its own classifier reads (head norm, head convolution): no gradient would ever reach them.
+            drop_unused(self, lambda: self(self.example()))
+            self.dim = self.probe(self.forward)[0].dim
         if frozen:
             self.freeze()
 
@@ -82,17 +97,28 @@ class TimmImage(Encoder):
         return self.encode(x, lambda pixels: [self.tokens_of(self.body.forward_features(pixels))])[0]
 
     def embed(self, x: Images | Tensor) -> Features:
-        return self.encode(x, lambda pixels: [self.embeddings(pixels)])[0]
+        assert self.embed_dim  # raises UserError where there are none
+        return self.encode(x, self.embeddings)[0]
+
+    @cached_property
+    def embed_dim(self) -> int:  # type: ignore[override]
+        """The width of what `embed` gives. Raises UserError for a model whose first stage can't be run by itself."""
+        with self.explained("can't be read before its first block, as early fusion does"):
+            return self.probe(lambda x: self.encode(x, self.embeddings))[0].dim
 
     def levels(self, x: Images | Tensor, depths: Sequence[int]) -> list[Features]:
         wanted = self.depth_indices(depths)
         ascending = sorted(set(wanted))  # the order in which timm gives them
 
         def maps(pixels: Tensor) -> list[Encoded]:
-            found = self.body.forward_intermediates(pixels, indices=ascending, output_fmt="NCHW", intermediates_only=True)
+            found = self.intermediate(pixels, ascending)
             return [cells(found[ascending.index(depth)]) for depth in wanted]
 
         return self.encode(x, maps)
+
+    def intermediate(self, pixels: Tensor, indices: list[int] | None = None) -> list[Tensor]:
+        """Feature maps (U, D, H, W) after these blocks or stages, all if None."""
+        return self.body.forward_intermediates(pixels, indices=indices, output_fmt="NCHW", intermediates_only=True)
 
     def level_dims(self, depths: Sequence[int]) -> list[int]:
         return [self.level_channels()[depth] for depth in self.depth_indices(depths)]
@@ -102,8 +128,12 @@ class TimmImage(Encoder):
         return len(self.level_channels())
 
     def level_channels(self) -> list[int]:
-        info = self.body.feature_info
-        return [level["num_chs"] for level in info] if isinstance(info, list) else info.channels()
+        """The width of each level. Raises UserError for a model that does not show what is between its blocks."""
+        if self.known_levels is None:
+            with self.explained("gives no features of its levels"):
+                every = self.probe(lambda x: self.encode(x, lambda pixels: list(map(cells, self.intermediate(pixels)))))
+            self.known_levels = [features.dim for features in every]
+        return self.known_levels
 
     def depth_indices(self, depths: Sequence[int]) -> list[int]:
         count = self.depth
@@ -119,7 +149,8 @@ class TimmImage(Encoder):
             raise UserError(f"timm's '{self.name}' can't checkpoint its activations") from error
 
     def layers_of_parameters(self) -> dict[str, int]:
-        layers = group_parameters(self.body, self.body.group_matcher(coarse=False), reverse=True)
+        with self.explained("does not tell which layer a parameter belongs to"):
+            layers = group_parameters(self.body, self.body.group_matcher(coarse=False), reverse=True)
         return {f"body.{name}": layer for name, layer in layers.items()}
 
     def spec(self) -> dict[str, Any]:
@@ -128,7 +159,7 @@ class TimmImage(Encoder):
         return {
             "name": architecture,
             "pretrained": False,
-            "image_size": self.image_size[0],
+            "image_size": list(self.image_size),
             "frozen": self.frozen,
             "options": options,
             "data_config": self.data_config,
@@ -143,19 +174,24 @@ class TimmImage(Encoder):
         images = x if isinstance(x, Images) else Images(x, torch.ones(x.shape[0], dtype=torch.bool, device=x.device))
         pixels = images.pixels if images.picture is not None else fill_absent(images.pixels, images.present)
         pixels = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
-        pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        if len(self.mean) == 1:
+            pixels = grey(pixels)
+        pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=self.memory_format)
         with torch.no_grad() if self.frozen else nullcontext(), self.statistics_guard(images.present):
             return [features_of(encoded, images) for encoded in run(pixels)]
 
     def tokens_of(self, y: Tensor) -> Encoded:
         """From the body's output: a map (U, D, H, W) or (U, H, W, D), or tokens (U, N, D)."""
+        if not isinstance(y, Tensor) or y.dim() not in (3, 4):
+            shape = f"a tensor of {y.dim()} dimensions" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise UserError(f"timm's '{self.name}' gives {shape}; expected one feature map (B, D, H, W) or tokens (B, N, D)")
         if y.dim() == 4:
             return cells(y.permute(0, 3, 1, 2) if self.channels_last else y)
         prefix = getattr(self.body, "num_prefix_tokens", 0) or 0
         return Encoded(y, y[:, 0] if prefix else y.mean(dim=1))
 
-    def embeddings(self, pixels: Tensor) -> Encoded:
-        """What comes before the first block."""
+    def embeddings(self, pixels: Tensor) -> list[Encoded]:
+        """What comes before the first block: with the model's own positions, where it shows how it adds them, else with cosines."""
         stem = self.stem()
         if not stem:
             parts = ", ".join(name for name, _ in self.body.named_children())
@@ -163,14 +199,13 @@ class TimmImage(Encoder):
             raise UserError(f"early fusion can't find the stem of '{self.name}': its parts are {parts}; expected one of {known}")
         y = pixels
         for part in stem:
-            y = getattr(self.body, part)(y)
+            y = first(getattr(self.body, part)(y))
         if hasattr(self.body, "_pos_embed"):  # a vision transformer's class token and positions
-            positioned = self.body._pos_embed(y)
-            return self.tokens_of(self.body.norm_pre(positioned[0] if isinstance(positioned, tuple) else positioned))
-        if y.dim() == 3:
-            return self.tokens_of(y)
-        y = y.permute(0, 3, 1, 2) if self.channels_last else y
-        return cells(adaptive_avg_pool2d(y, (min(y.shape[2], LARGEST_GRID), min(y.shape[3], LARGEST_GRID))))
+            y = first(self.body._pos_embed(y))
+            if y.dim() == 3:
+                return [self.tokens_of(self.body.norm_pre(y) if hasattr(self.body, "norm_pre") else y)]
+        y = as_map(y, pixels, self.channels_last)
+        return [cells(adaptive_avg_pool2d(y, (min(y.shape[2], LARGEST_GRID), min(y.shape[3], LARGEST_GRID))))]
 
     def stem(self) -> list[str]:
         for names in STEMS:
@@ -185,12 +220,23 @@ class TimmImage(Encoder):
         return nullcontext()
 
     @torch.no_grad()
-    def probe(self, run: Any) -> int:
+    def probe(self, run: Callable[[Images], Features | list[Features]]) -> list[Features]:
+        """What the smallest input gives, in eval mode."""
         training = self.training
         self.eval()
-        dim = run(self.example()).dim
+        found = run(self.example())
         self.train(training)
-        return dim
+        return [found] if isinstance(found, Features) else found
+
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Whatever a timm model raises while it is tried, as a UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"timm's '{self.name}' {what} ({type(error).__name__}: {shorten(first_line(error), 160)})") from error
 
 
 @contextmanager
@@ -210,6 +256,53 @@ def cells(y: Tensor) -> Encoded:
     """A feature map (U, D, H, W) as H*W tokens, normalised and with their place added; pooled is the map's plain mean."""
     tokens = y.flatten(2).transpose(1, 2)
     return Encoded(layer_norm(tokens, tokens.shape[-1:]) + place_2d(y), tokens.mean(dim=1))
+
+
+def first(y: Any) -> Any:
+    """Of a stage that also gives the size of its grid or such, the features."""
+    return y[0] if isinstance(y, tuple | list) else y
+
+
+def as_map(y: Tensor, pixels: Tensor, channels_last: bool) -> Tensor:
+    """A stem's output as a map (U, D, H, W): patches (U, N, D) row by row, or a map of either layout, told by the pictures' proportions.
+
+    channels_last: what to take where both layouts would have them.
+    """
+    height, width = pixels.shape[2:]
+    if y.dim() == 3:
+        rows = max(1, round((y.shape[1] * height / width) ** 0.5))
+        if y.shape[1] % rows:
+            raise ValueError(f"its {y.shape[1]} patches are no grid")
+        return y.transpose(1, 2).unflatten(2, (rows, y.shape[1] // rows))
+    first_layout, last_layout = (
+        abs(rows * width - columns * height) <= max(height, width) for rows, columns in (y.shape[2:], y.shape[1:3])
+    )
+    return y.permute(0, 3, 1, 2) if last_layout and (channels_last or not first_layout) else y
+
+
+def grey(pixels: Tensor) -> Tensor:
+    """The luma (B, 1, H, W) of RGB pixels, by ITU-R BT.601."""
+    red, green, blue = pixels.unbind(dim=1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
+
+
+def of_channels(key: str, values: Sequence[float], channels: int) -> list[float]:
+    """A constant for each channel: as given, one for all, or the mean of those of RGB for grey."""
+    given = list(values)
+    if len(given) not in (1, 3):
+        raise UserError(f"image encoder: data_config.{key} has {len(given)} values; expected one for each of {channels} channels")
+    return given if len(given) == channels else given * channels if len(given) == 1 else [sum(given) / len(given)]
+
+
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """
+    >>> height_and_width(64), height_and_width([64, 256])
+    ((64, 64), (64, 256))
+    """
+    sides = [size, size] if isinstance(size, int) else list(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(f"image encoder: image_size is {size}; expected a side in pixels, or [height, width]")
+    return sides[0], sides[1]
 
 
 def features_of(encoded: Encoded, images: Images) -> Features:
@@ -235,7 +328,15 @@ def place_2d(y: Tensor) -> Tensor:
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)[:, :dim].to(y.dtype)
 
 
-def load_timm(name: str, pretrained: bool, image_size: int | None, options: dict[str, Any]) -> nn.Module:
+def fastest_format(body: nn.Module) -> torch.memory_format:
+    """Channels last, in which convolutions run 1.3 to 1.6 times as fast on a CPU, and faster on GPUs under autocast; but not for a strided
+    1 x 1 convolution of few channels (FastViT, MobileOne): its gradient on a CPU writes out of bounds and ends the process (torch 2.14).
+    """
+    strided = (m for m in body.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1))
+    return torch.contiguous_format if any(m.in_channels < 32 for m in strided) else torch.channels_last
+
+
+def load_timm(name: str, pretrained: bool, size: tuple[int, int] | None, options: dict[str, Any]) -> nn.Module:
     folder = Path(name).expanduser()
     is_folder = folder.is_dir() or name.startswith((".", "/", "~"))
     if is_folder and not (folder / "config.json").is_file():
@@ -252,23 +353,24 @@ def load_timm(name: str, pretrained: bool, image_size: int | None, options: dict
     try:
         # Transformers have their grid in their weights: those must be told the size, and only those take it.
         fixed = is_folder or ":" in name or timm.get_pretrained_cfg_value(architecture, "fixed_input_size")
-        if image_size and fixed:
+        if size and fixed:
             try:
-                return create(img_size=image_size)
+                return create(img_size=size[0] if size[0] == size[1] else size)
             except TypeError as error:
                 if "img_size" not in str(error):
                     raise
         return create()
-    except TypeError as error:
-        raise UserError(f"image encoder '{name}' refused its options {options}: {error}") from error
-    except (OSError, RuntimeError, ValueError, LookupError, SafetensorError) as error:
-        if not pretrained:
-            raise
-        tried = str(folder) if is_folder else f"hub weights of {name}"
-        raise UserError(
-            f"image encoder: pretrained weights could not be had (tried {tried}: {first_line(error)}). Two ways out: "
-            "--model.image.name=FOLDER with config.json and model.safetensors, or from scratch with --model.image.pretrained=false"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # of any type, from within the model's own code
+        if pretrained and isinstance(error, OSError | RuntimeError | ValueError | LookupError | SafetensorError):
+            tried = str(folder) if is_folder else f"hub weights of {name}"
+            raise UserError(
+                f"image encoder: pretrained weights could not be had (tried {tried}: {first_line(error)}). Two ways out: "
+                "--model.image.name=FOLDER with config.json and model.safetensors, or from scratch with --model.image.pretrained=false"
+            ) from error
+        of_size = f" and size {size[0]} x {size[1]}" if size else ""
+        raise UserError(f"image encoder '{name}' refused its options {options}{of_size}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -285,6 +285,98 @@ def test_options_reach_the_timm_model(name: str) -> None:
     assert any(getattr(module, "drop_prob", 0) > 0 for module in encoder.modules())
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "fastvit_t8", "mobileone_s1"])
+def test_a_model_of_one_channel_reads_the_luma_of_the_picture(name: str) -> None:
+    encoder = make(name, options={"in_chans": 1}).eval()
+    seen: list[Tensor] = []
+    encoder.body.forward_features = lambda x, run=encoder.body.forward_features: seen.append(x) or run(x)
+    encoder(pixels(2))
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R BT.601, as PIL's mode L
+    config = resolve_model_data_config(timm.create_model(name))
+    expected = ((pixels(2) * weights).sum(dim=1, keepdim=True) - sum(config["mean"]) / 3) / (sum(config["std"]) / 3)
+    torch.testing.assert_close(seen[0], expected)
+    rebuilt = TimmImage(**json.loads(json.dumps(encoder.spec()))).eval()
+    rebuilt.load_state_dict(encoder.state_dict())
+    assert_same(rebuilt(pixels(2)), encoder(pixels(2)))
+
+
+def test_other_numbers_of_channels_are_refused() -> None:
+    with pytest.raises(UserError, match=r"'test_vit' has in_chans 4; expected 3 \(RGB\) or 1 \(grey, made from RGB\)"):
+        make("test_vit", options={"in_chans": 4})
+    with pytest.raises(UserError, match=r"data_config\.mean has 2 values; expected one for each of 3 channels"):
+        make("test_vit", data_config={"mean": [0.1, 0.2]})
+    with pytest.raises(UserError, match=r"data_config has no 'means'\. Did you mean mean"):
+        make("test_vit", data_config={"means": [0.1, 0.2, 0.3]})
+
+
+@every
+def test_pictures_that_are_not_square_keep_their_height_and_width(name: str) -> None:
+    encoder = make(name, image_size=[64, 128]).eval()
+    assert encoder.image_size == (64, 128)
+    wide = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(1))
+    square = make(name).eval()
+    prefix = getattr(encoder.body, "num_prefix_tokens", 0) or 0
+    for read in ("forward", "embed"):
+        found, expected = getattr(encoder, read)(wide), getattr(square, read)(pixels(2))
+        assert found.tokens.isfinite().all()
+        assert found.tokens.shape[1] - prefix == 2 * (expected.tokens.shape[1] - prefix) or found.tokens.shape[1] == 14 * 14
+    assert [f.dim for f in encoder.levels(wide, [0, -1])] == encoder.level_dims([0, -1])
+    rebuilt = TimmImage(**json.loads(json.dumps(encoder.spec()))).eval()
+    assert rebuilt.image_size == (64, 128)
+    rebuilt.load_state_dict(encoder.state_dict())
+    assert_same(rebuilt(wide), encoder(wide))
+
+
+@pytest.mark.parametrize("size", [[64], [64, 64, 3], [64, 0], -8, "64"])
+def test_a_size_that_is_none_is_refused_saying_what_was_expected(size: Any) -> None:
+    with pytest.raises(UserError, match=r"image_size is .*; expected a side in pixels, or \[height, width\]"):
+        make("test_resnet", image_size=size)
+
+
+def test_a_size_at_which_the_model_does_not_run_is_refused_with_the_reason() -> None:
+    with pytest.raises(UserError, match=r"timm's 'convit_tiny' does not run on images of 64 x 96 pixels \(RuntimeError: .+\)"):
+        make("convit_tiny", image_size=[64, 96])
+    with pytest.raises(UserError, match=r"'nest_tiny' refused its options {} and size 64 x 96: Model only handles square inputs"):
+        make("nest_tiny", image_size=[64, 96], options={})
+
+
+def test_a_model_is_built_though_it_can_not_be_read_before_its_first_block() -> None:
+    encoder = make("densenet121").eval()
+    assert encoder(pixels(1)).dim == encoder.dim == 1024
+    for use in (lambda: encoder.embed_dim, lambda: encoder.embed(pixels(1))):
+        with pytest.raises(UserError, match="early fusion can't find the stem of 'densenet121'"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "rows", "columns", "options"),
+    [
+        ("xcit_nano_12_p8_224", 128, 8, 14, {}),  # patches with the size of their grid; pooled from 16 columns
+        ("pvt_v2_b0", 32, 14, 14, {}),  # a map with the channels last, in a model that gives them first
+        ("beit_base_patch16_224", 768, 4, 8, {"depth": 1}),  # patches alone, without the class token
+    ],
+)
+def test_what_a_stem_gives_without_positions_is_placed_on_its_grid(
+    name: str, dim: int, rows: int, columns: int, options: dict[str, Any]
+) -> None:
+    encoder = make(name, image_size=[64, 128], options=options).eval()
+    features = encoder.embed(torch.full((1, 3, 64, 128), 0.5))
+    assert features.tokens.shape == (1, rows * columns, dim)
+    middle = features.tokens[0].unflatten(0, (rows, columns))[1:-1, 1:-1].flatten(0, 1)  # where no border is in the patch
+    assert len(middle.unique(dim=0)) == len(middle), "the same patch at another place is another token"
+
+
+def test_weights_stored_in_half_precision_are_read_as_float32(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=5).half()
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    encoder = TimmImage(str(tmp_path), image_size=64)
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+    assert (
+        torch.equal(encoder.body.conv1[0].weight, model.conv1[0].weight.float()) if isinstance(model.conv1, torch.nn.Sequential) else True
+    )
+    encoder(pixels(2)).pooled.square().sum().backward()
+
+
 def test_an_option_that_the_model_does_not_take_is_refused_naming_it() -> None:
     with pytest.raises(UserError, match=r"'test_vit' refused its options.*no_such_option"):
         make("test_vit", options={"no_such_option": 1})
