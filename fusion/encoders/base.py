@@ -35,7 +35,8 @@ class Encoder(nn.Module, ABC):
     """Turns one modality's input into Features.
 
     `dim` is the width of `forward`'s features, `embed_dim` that of `embed`'s. A frozen encoder stays in eval mode, gets no
-    gradient and keeps no activations.
+    gradient and keeps no activations. Only `forward` must work: where an encoder has no embeddings or no levels, what asks for them, and
+    for their widths, raises UserError.
     """
 
     dim: int
