@@ -23,11 +23,11 @@ from fusion.data.processor import ImageSpec, Processor, Resize
 from fusion.data.record import Record
 from fusion.data.sampler import EvaluationBatches, GlobalBatches, planned_updates
 from fusion.data.samples import Batch, ImageStore, Samples, as_is
-from fusion.data.splits import assign_splits, groups_across_splits
+from fusion.data.splits import assign_splits, draw_alike, groups_across_splits
 from fusion.data.table import Columns, Table
 from fusion.data.tokenizer import Tokenizer
 from fusion.encoders import Encoder, TransformersText
-from fusion.errors import UserError
+from fusion.errors import UserError, nearest
 
 SPLITS = ("train", "val", "test")
 
@@ -54,7 +54,10 @@ class ImageTextData(LightningDataModule):
         root: the folder of the published layout.
         val: fraction carved out of train where no val is given, groups kept together, classes kept alike; 0 for none.
         test: the same for test.
-        split_seed: of that carving.
+        split_seed: of that carving, and of `train_samples`.
+        train_samples: most training samples used, drawn at random with the classes alike, without regard to groups; val and test stay as
+            they are. None: all.
+        where: only the rows whose column has this value, {answer_type: CLOSED}; all others are left out of every split.
         batch_size: samples in one optimiser update, over all devices and accumulated batches.
         device_batch_size: most samples of an update that a device takes at a time; the accumulation follows. None: its whole share.
         eval_batch_size: samples evaluated at a time, over all devices.
@@ -85,6 +88,8 @@ class ImageTextData(LightningDataModule):
         val: float = 0.1,
         test: float = 0.1,
         split_seed: int = 0,
+        train_samples: int | None = None,
+        where: dict[str, str] | None = None,
         batch_size: int = 64,
         device_batch_size: int | None = None,
         eval_batch_size: int = 256,
@@ -110,6 +115,7 @@ class ImageTextData(LightningDataModule):
         self.manifest, self.val_manifest, self.test_manifest = manifest, val_manifest, test_manifest
         self.columns, self.format, self.preparer, self.root = columns, format, preparer, root
         self.val, self.test, self.split_seed = val, test, split_seed
+        self.train_samples, self.where = train_samples, where or {}
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         if device_batch_size is not None and device_batch_size < 1:
             raise UserError(f"data.device_batch_size is {device_batch_size}; expected at least 1, or null for a device's whole share")
@@ -166,7 +172,12 @@ class ImageTextData(LightningDataModule):
         table = self.table(modalities)
         splits = assign_splits(table.labels, table.groups, table.splits, val=self.val, test=self.test, seed=self.split_seed)
         table.splits = list[str | None](splits)
-        return table
+        if self.train_samples is None:
+            return table
+        train = [i for i, split in enumerate(table.splits) if split == "train"]
+        drawn = draw_alike([table.labels[i] for i in train], self.train_samples, self.split_seed)
+        left_out = set(train) - {train[i] for i in drawn}
+        return table.take([i for i in range(len(table)) if i not in left_out])
 
     def table(self, modalities: tuple[str, ...]) -> Table:
         """All readable rows, each with the split that its file or its cell gives it."""
@@ -175,7 +186,20 @@ class ImageTextData(LightningDataModule):
             self.folder, self.card = prepared(self.preparer, root, self.cache)
         main = str(self.folder / "manifest.csv") if self.folder else str(self.manifest)
         own = {"val": self.val_manifest, "test": self.test_manifest}
-        return read_manifests(main, own, self.columns, modalities, format=self.format, ledger=self.ledger)
+        return self.chosen_rows(read_manifests(main, own, self.columns, modalities, format=self.format, ledger=self.ledger))
+
+    def chosen_rows(self, table: Table) -> Table:
+        """The rows that `where` asks for. Raises UserError for a column that the manifest lacks, and where no row is left."""
+        for name, value in self.where.items():
+            known: dict[str | None, Sequence[str | None]] = {**table.extra, self.columns.label: table.labels, self.columns.group: table.groups}
+            if name not in known:
+                raise UserError(f"data.where: the manifest has no column '{name}'. {nearest(name, known)}")
+            found = [i for i, cell in enumerate(known[name]) if cell == value]
+            if not found:
+                there = sorted({cell for cell in known[name] if cell})
+                raise UserError(f"data.where: no row has '{value}' in column '{name}'. {nearest(value, there)}")
+            table = table.take(found)
+        return table
 
     def check(self, table: Table, encoder: Encoder) -> tuple[ImageStore, Table, dict[str, str]]:
         """The store of the table's images, the table without the samples whose image is unreadable, and digests of the images' files."""

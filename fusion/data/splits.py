@@ -45,6 +45,29 @@ def assign_splits(
     return [split or "train" for split in settled]
 
 
+def draw_alike(labels: Sequence[str | None], count: int, seed: int) -> list[int]:
+    """The positions of `count` samples drawn at random by `seed`, in ascending order: of every class its share up to rounding, but at least
+    one sample. All of them if there are no more. Raises UserError for a count below the number of classes.
+
+    >>> labels = ["yes"] * 60 + ["no"] * 30 + ["maybe"]
+    >>> [sum(labels[i] == label for i in draw_alike(labels, 12, seed=0)) for label in ("yes", "no", "maybe")]
+    [7, 4, 1]
+    """
+    classes = numbered(labels)
+    sizes = np.bincount(classes)
+    if count < len(sizes):
+        raise UserError(f"data.train_samples is {count}; expected at least one sample of each of the {len(sizes)} training classes")
+    if count >= len(labels):
+        return list(range(len(labels)))
+    random = np.random.default_rng(seed)
+    # One of each class first, then the rest in proportion.
+    wanted = np.maximum(sizes * (count / len(labels)) - 1, 0)
+    wanted *= (count - len(sizes)) / max(wanted.sum(), 1e-9)
+    take = 1 + apportion(wanted[None], sizes - 1, np.array([count - len(sizes)]), random)[0]
+    shuffled = random.permutation(len(labels))
+    return sorted(int(i) for c in range(len(sizes)) for i in shuffled[classes[shuffled] == c][: take[c]])
+
+
 def groups_across_splits(splits: Sequence[str | None], groups: Sequence[str | None]) -> dict[str, set[str]]:
     """The groups with samples in more than one split, and in which; samples without split or group are passed over.
 

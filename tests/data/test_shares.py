@@ -1,0 +1,90 @@
+"""A run on a part of the data: rows of one kind, and fewer training samples."""
+
+import csv
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusion.data import ImageTextData
+from fusion.data.splits import draw_alike
+from fusion.errors import UserError
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """A hundred texts: two classes, one of them a quarter; two kinds, alternating in fours; the last twenty in test."""
+    path = tmp_path / "manifest.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "kind", "split"])
+        for i in range(100):
+            label, kind = "no" if i % 4 else "yes", "closed" if i // 4 % 2 else "open"
+            writer.writerow([f"text {i}", label, kind, "test" if i >= 80 else "train"])
+    return path
+
+
+def table_of(manifest, **options):
+    return ImageTextData(str(manifest), val=0.2, **options).split_table(("text",))
+
+
+def texts_of(table, split):
+    return [text for text, of in zip(table.texts, table.splits, strict=True) if of == split]
+
+
+@given(st.lists(st.sampled_from("aaaabbbc"), min_size=1, max_size=60), st.integers(1, 80), st.integers(0, 1000))
+def test_a_draw_has_the_asked_size_every_class_and_the_proportions(labels, count, seed):
+    sizes = Counter(labels)
+    if count < len(sizes):
+        with pytest.raises(UserError, match=rf"train_samples is {count}; expected at least one sample of each of the {len(sizes)}"):
+            draw_alike(labels, count, seed)
+        return
+    drawn = draw_alike(labels, count, seed)
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == min(count, len(labels))
+    found = Counter(labels[i] for i in drawn)
+    assert set(found) == set(sizes)
+    share = len(drawn) / len(labels)
+    # Beside rounding, what the classes too rare for their share take from the others.
+    given_up = sum(max(0.0, 1 - share * size) for size in sizes.values())
+    for label, size in sizes.items():
+        assert abs(found[label] - share * size) < 1 + given_up + 1e-6
+
+
+def test_another_seed_draws_other_samples():
+    labels = ["a"] * 50 + ["b"] * 50
+    draws = [draw_alike(labels, 20, seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+    assert np.ptp(draws[0]) > 50  # from the whole of the table
+
+
+def test_fewer_training_samples_leave_val_and_test_as_they_are(manifest):
+    whole, share = table_of(manifest), table_of(manifest, train_samples=16)
+    assert len(texts_of(whole, "train")) == 64
+    assert len(texts_of(share, "train")) == 16
+    assert set(texts_of(share, "train")) < set(texts_of(whole, "train"))
+    assert [texts_of(share, split) for split in ("val", "test")] == [texts_of(whole, split) for split in ("val", "test")]
+    labels = Counter(label for label, split in zip(share.labels, share.splits, strict=True) if split == "train")
+    assert labels == {"yes": 4, "no": 12}
+
+
+def test_more_training_samples_than_there_are_leave_all(manifest):
+    assert len(texts_of(table_of(manifest, train_samples=1000), "train")) == 64
+
+
+def test_rows_are_chosen_by_the_value_of_a_column(manifest):
+    table = table_of(manifest, where={"kind": "closed"})
+    assert set(table.extra["kind"]) == {"closed"}
+    assert len(table) == 48
+    assert len(texts_of(table, "test")) == 8
+    assert set(table_of(manifest, where={"kind": "closed", "label": "yes"}).labels) == {"yes"}
+
+
+def test_an_unknown_column_or_value_is_rejected_with_the_nearest(manifest):
+    with pytest.raises(UserError, match=r"data\.where: the manifest has no column 'kinds'. Did you mean kind\?"):
+        table_of(manifest, where={"kinds": "closed"})
+    with pytest.raises(UserError, match=r"data\.where: no row has 'CLOSED' in column 'kind'. Did you mean closed\?"):
+        table_of(manifest, where={"kind": "CLOSED"})
