@@ -8,7 +8,7 @@ from fusion.training.freezing import Freeze
 from fusion.training.fsdp import FSDP
 from fusion.training.groups import Rate
 from fusion.training.muon import Muon
-from fusion.training.precision import Fp16
+from fusion.training.precision import Bf16OnCpu, Fp16
 from fusion.training.schedules import (
     Constant,
     Cosine,
@@ -28,6 +28,7 @@ __all__ = [
     "OGMGE",
     "SWA",
     "Balance",
+    "Bf16OnCpu",
     "Classification",
     "Constant",
     "Cosine",

@@ -1,9 +1,13 @@
-"""fp16 autocast with a gradient scaler whose every setting is a value of the recipe."""
+"""fp16 autocast with a gradient scaler whose every setting is a value of the recipe; bf16 autocast on processors that have it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from collections.abc import Collection
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import rank_zero_warn
 
 from fusion.errors import UserError
 from fusion.model import FusionModel, part_of, plain_name
@@ -26,6 +30,29 @@ class Fp16(MixedPrecision):
             device, init_scale=init_scale, growth_factor=growth_factor, backoff_factor=backoff_factor, growth_interval=growth_interval
         )
         super().__init__("16-mixed", device, scaler)
+
+
+class Bf16OnCpu(Precision):
+    """bf16 autocast on a CPU whose processor multiplies bf16 (AVX512-BF16 or AMX), else float32, with a warning; the plan prints which.
+
+    Without such instructions bf16 is emulated and slower than float32. Where they exist, matrix products gain most and small convolutions
+    lose: measure with the recipe at hand. Weights, their gradients and the optimiser stay in float32; nothing is scaled.
+    """
+
+    def __init__(self) -> None:
+        self.precision = "bf16-mixed" if has_bf16() else "32-true"
+        if self.precision == "32-true":
+            rank_zero_warn("Bf16OnCpu: this processor has no bf16 instructions (AVX512-BF16 or AMX); float32 is used")
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            yield
+
+
+def has_bf16() -> bool:
+    """Whether this processor has instructions for products of bf16 that torch uses."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def scaler_of(plugin: Precision) -> torch.amp.GradScaler | None:

@@ -184,3 +184,33 @@ def test_tf32_is_chosen_in_the_recipe(tiny, fit_here):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+BF16 = "--trainer.plugins=fusion.training.Bf16OnCpu"
+
+
+@pytest.mark.parametrize(("has_it", "dtype", "precision"), [(True, torch.bfloat16, "bf16-mixed"), (False, torch.float32, "32-true")])
+def test_bf16_is_used_where_the_processor_has_it_and_float32_elsewhere_with_a_warning(
+    parts, monkeypatch, overflow_at, recwarn, has_it, dtype, precision
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    dtypes = overflow_at()
+    model, data, trainer = parts(BF16, *SEVEN)
+    trainer.fit(model, datamodule=data)
+    assert dtypes == [dtype] * 7
+    assert trainer.precision == precision
+    assert any("no bf16 instructions" in str(w.message) for w in recwarn) == (not has_it)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.updates == 7
+
+
+def test_bf16_on_a_processor_learns_what_float32_learns(parts, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    losses = []
+    for options in ([], [BF16]):
+        model, data, trainer = parts(*options, *SEVEN)
+        trainer.fit(model, datamodule=data)
+        losses.append(float(trainer.callback_metrics["train/loss_epoch"]))
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
