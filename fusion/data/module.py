@@ -57,7 +57,8 @@ class ImageTextData(LightningDataModule):
         split_seed: of that carving, and of `train_samples`.
         train_samples: most training samples used, drawn at random with the classes alike, without regard to groups; val and test stay as
             they are. None: all.
-        where: only the rows whose column has this value, {answer_type: CLOSED}; all others are left out of every split.
+        where: only the rows whose column has this value, or one of several: {answer_type: CLOSED}, {label: [yes, no]}; all others are left
+            out of every split.
         batch_size: samples in one optimiser update, over all devices and accumulated batches.
         device_batch_size: most samples of an update that a device takes at a time; the accumulation follows. None: its whole share.
         eval_batch_size: samples evaluated at a time, over all devices.
@@ -89,7 +90,7 @@ class ImageTextData(LightningDataModule):
         test: float = 0.1,
         split_seed: int = 0,
         train_samples: int | None = None,
-        where: dict[str, str] | None = None,
+        where: dict[str, str | list[str]] | None = None,
         batch_size: int = 64,
         device_batch_size: int | None = None,
         eval_batch_size: int = 256,
@@ -190,15 +191,16 @@ class ImageTextData(LightningDataModule):
 
     def chosen_rows(self, table: Table) -> Table:
         """The rows that `where` asks for. Raises UserError for a column that the manifest lacks, and where no row is left."""
-        for name, value in self.where.items():
+        for name, asked in self.where.items():
             known: dict[str | None, Sequence[str | None]] = {**table.extra, self.columns.label: table.labels, self.columns.group: table.groups}
             if name not in known:
                 raise UserError(f"data.where: the manifest has no column '{name}'. {nearest(name, known)}")
-            found = [i for i, cell in enumerate(known[name]) if cell == value]
-            if not found:
-                there = sorted({cell for cell in known[name] if cell})
-                raise UserError(f"data.where: no row has '{value}' in column '{name}'. {nearest(value, there)}")
-            table = table.take(found)
+            values = [asked] if isinstance(asked, str) else asked
+            there = {cell for cell in known[name] if cell}
+            for value in values:
+                if value not in there:
+                    raise UserError(f"data.where: no row has '{value}' in column '{name}'. {nearest(value, there)}")
+            table = table.take([i for i, cell in enumerate(known[name]) if cell in values])
         return table
 
     def check(self, table: Table, encoder: Encoder) -> tuple[ImageStore, Table, dict[str, str]]:

@@ -80,11 +80,13 @@ def test_rows_are_chosen_by_the_value_of_a_column(manifest):
     assert set(table.extra["kind"]) == {"closed"}
     assert len(table) == 48
     assert len(texts_of(table, "test")) == 8
-    assert set(table_of(manifest, where={"kind": "closed", "label": "yes"}).labels) == {"yes"}
+    assert len(table_of(manifest, where={"kind": ["closed", "open"]})) == 100
+    assert set(table_of(manifest, where={"kind": "closed", "label": ["yes"]}).labels) == {"yes"}
 
 
 def test_an_unknown_column_or_value_is_rejected_with_the_nearest(manifest):
     with pytest.raises(UserError, match=r"data\.where: the manifest has no column 'kinds'. Did you mean kind\?"):
         table_of(manifest, where={"kinds": "closed"})
-    with pytest.raises(UserError, match=r"data\.where: no row has 'CLOSED' in column 'kind'. Did you mean closed\?"):
-        table_of(manifest, where={"kind": "CLOSED"})
+    for asked in ("CLOSED", ["open", "CLOSED"]):
+        with pytest.raises(UserError, match=r"data\.where: no row has 'CLOSED' in column 'kind'. Did you mean closed\?"):
+            table_of(manifest, where={"kind": asked})
