@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from fusion.cli.benchmark_heads import benchmark_heads, curve
 from fusion.cli.benchmark_kills import benchmark_kills
 from fusion.cli.benchmark_memory import benchmark_memory
+from fusion.cli.benchmark_pretrained import benchmark_pretrained
 from fusion.cli.benchmark_ranks import benchmark_ranks
 from fusion.cli.fit import quiet, standing_callbacks
 from fusion.cli.options import Options
@@ -27,7 +28,7 @@ from fusion.heads import available
 from fusion.training import Classification
 from fusion.training.run_folder import RunFolder
 
-BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory")
+BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained")
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -41,7 +42,9 @@ def benchmark(arguments: Sequence[str]) -> int:
             "       fusion benchmark kills [--kills N] [--seed N] --recipe NAME [any option of fit]\n"
             "       fusion benchmark ranks [--ranks N] [--rounds N] [--compress fp16 sign] [--csv FILE]\n"
             "                              --recipe NAME [any option of fit]\n"
-            "       fusion benchmark memory [--rounds N] --recipe NAME [any option of fit]\n\n"
+            "       fusion benchmark memory [--rounds N] --recipe NAME [any option of fit]\n"
+            "       fusion benchmark pretrained [--heads PATTERN] [--seeds N] [--shares 400 2000 all] [--csv FILE]\n"
+            "                                   --recipe NAME [any option of fit]\n\n"
             "overhead: samples per second of the whole fit loop, of a bare PyTorch loop fed by the same loader, and of a bare loop\n"
             "over batches that already sit in memory; same model, same optimiser, taken in turns in one process.\n"
             "heads: parameters, time and peak memory of each head, beside the plainest PyTorch of its formula, taken in turns;\n"
@@ -49,7 +52,9 @@ def benchmark(arguments: Sequence[str]) -> int:
             "kills: a run killed (SIGKILL) at random moments and resumed each time, compared with one that nobody disturbed.\n"
             "ranks: one process, accumulation, and several processes of one core each with every compression: speed, bytes sent, losses\n"
             "and scores beside each other; --csv: the loss of every update.\n"
-            "memory: peak memory and time of a training batch, the activations of each part kept or computed again."
+            "memory: peak memory and time of a training batch, the activations of each part kept or computed again.\n"
+            "pretrained: validation and test accuracy of every head on shares of the training samples, over the seeds;\n"
+            "--csv: a line a run, and the runs that it has already are not made again."
         )
         return 0
     if words[0] not in BENCHMARKS:
@@ -62,6 +67,9 @@ def benchmark(arguments: Sequence[str]) -> int:
     if words[0] == "memory":
         asked, rest = own_options(words, rounds=5)
         return benchmark_memory(rest, asked.rounds)
+    if words[0] == "pretrained":
+        asked, rest = own_options(words, heads="*", seeds=3, shares=["400", "2000", "all"], csv=None)
+        return benchmark_pretrained(rest, asked.heads, asked.seeds, asked.shares, asked.csv and Path(asked.csv))
     if words[0] == "ranks":
         asked, rest = own_options(words, ranks=2, rounds=1, compress=["fp16", "sign"], csv=None)
         return benchmark_ranks(rest, asked.ranks, asked.rounds, asked.compress, asked.csv and Path(asked.csv))

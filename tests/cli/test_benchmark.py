@@ -37,3 +37,20 @@ def test_one_process_and_several_are_measured_beside_each_other(command: Run, tm
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
     assert all(float(loss) > 0 for row in rows for loss in row.values() if loss != row["update"])
+
+
+@pytest.mark.slow
+def test_heads_are_compared_on_shares_of_the_data_and_finished_runs_are_kept(command: Run, tmp_path: Path) -> None:
+    asked = ["pretrained", "--heads=Logit*", "--seeds=2", "--shares", "40", "all", f"--csv={tmp_path / 'scores.csv'}"]
+    done = command("benchmark", *asked, *TINY)
+    assert done.returncode == 0, done.stderr
+    accuracy = r"0\.\d{3} \(0\.\d{3} to 0\.\d{3}\)"
+    assert re.search(rf"^LogitMean( +{accuracy}){{4}}$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^upper bound \(text only\) +0\.\d{4} +0\.\d{4}$", done.stdout, re.MULTILINE)
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["share"], row["seed"]) for row in rows] == [("40", "0"), ("all", "0"), ("40", "1"), ("all", "1")]
+    assert int(rows[0]["updates"]) == 2  # whole batches of 16 out of 40 samples
+    assert int(rows[1]["updates"]) > 2
+    again = command("benchmark", *asked, *TINY)
+    assert again.stdout == "\n" + done.stdout.partition("\n\n")[2]

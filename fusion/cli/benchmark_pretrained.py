@@ -1,0 +1,108 @@
+"""fusion benchmark pretrained: every head on shares of the training data, with several seeds: validation and test accuracy."""
+
+import csv
+import io
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from fusion.cli.benchmark_ranks import column
+from fusion.cli.fit import fit
+from fusion.cli.tables import aligned
+from fusion.errors import UserError, nearest
+from fusion.heads import available
+from fusion.training.run_folder import read_metrics
+
+BOUNDS = {"image": "upper bound (image only)", "text": "upper bound (text only)", "majority": "majority class"}
+ALL = "all"
+
+
+class Score(NamedTuple):
+    """What one run gave: the validation accuracy of its best epoch, the test accuracy of that epoch, how many updates it made."""
+
+    share: str
+    head: str
+    seed: int
+    val: float
+    test: float
+    updates: int
+    image: float  # upper bounds on the test samples
+    text: float
+    majority: float
+
+
+def benchmark_pretrained(arguments: Sequence[str], pattern: str, seeds: int, shares: Sequence[str], kept: Path | None) -> int:
+    """Run `fit` with these arguments for every head that matches, seed and share of the training samples; print accuracies over the seeds.
+
+    shares: numbers of training samples, or "all". kept: a CSV file to which each run adds a line, and whose runs are not made again.
+    """
+    names = available(pattern)
+    if not names:
+        raise UserError(f"no head matches '{pattern}'. {nearest(pattern, available())}")
+    for share in shares:
+        if share != ALL and not share.isdigit():
+            raise UserError(f"--shares: '{share}' is no number of samples; expected such as 400, or {ALL}")
+    scores = read_scores(kept)
+    there = {(score.share, score.head, score.seed) for score in scores}
+    for seed, share, name in product(range(seeds), shares, names):  # cut short, it has every head
+        if (share, name, seed) not in there:
+            scores.append(score_of(arguments, share, name, seed))
+            print(f"{share} samples, {name}, seed {seed}: val {scores[-1].val:.4f}  {scores[-1].updates} updates", flush=True)
+            add_score(kept, scores[-1])
+    print(f"\n{table(scores, names, shares, seeds)}")
+    return 0
+
+
+def score_of(arguments: Sequence[str], share: str, name: str, seed: int) -> Score:
+    """Train once. Raises UserError where a run doesn't end, or has no validation or test samples to score."""
+    options = [f"--model.head={name}", f"--seed_everything={seed}", *([] if share == ALL else [f"--data.train_samples={share}"])]
+    told = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder:
+        with redirect_stdout(told):
+            status = fit([*arguments, *options, f"--runs={folder}"])
+        if status:
+            raise UserError(f"the run {' '.join(options)} ended with status {status}: {told.getvalue().strip().splitlines()[-1]}")
+        run = next(Path(folder).glob("*/*"))
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        val = column(read_metrics(run / "metrics.csv"), "val/accuracy")
+    if not val or "accuracy" not in results["test"]:
+        raise UserError("the recipe's data has no validation or no test samples; both are reported")
+    test = results["test"]
+    return Score(share, name, seed, max(val), test["accuracy"], results["updates"], *(test[f"ceiling_{of}"] for of in BOUNDS))
+
+
+def table(scores: Sequence[Score], names: Sequence[str], shares: Sequence[str], seeds: int) -> str:
+    """A row a head: for each share, mean (lowest to highest) over the seeds; then what needs no fusion."""
+    rows = [["training samples", *(cell for share in shares for cell in (f"{share}: val", f"{share}: test"))]]
+    for name in names:
+        rows.append([name])
+        for share in shares:
+            found = [score for score in scores if (score.share, score.head) == (share, name) and score.seed < seeds]
+            rows[-1] += [spread([score.val for score in found]), spread([score.test for score in found])]
+    for of, words in BOUNDS.items():
+        rows.append([words, *(cell for _ in shares for cell in ("", f"{getattr(scores[-1], of):.4f}"))])
+    return aligned(rows)
+
+
+def spread(accuracies: Sequence[float]) -> str:
+    return f"{statistics.mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})"
+
+
+def read_scores(kept: Path | None) -> list[Score]:
+    if kept is None or not kept.is_file():
+        return []
+    with open(kept, newline="", encoding="utf-8") as file:
+        return [Score(*(kind(row[name]) for name, kind in Score.__annotations__.items())) for row in csv.DictReader(file)]
+
+
+def add_score(kept: Path | None, score: Score) -> None:
+    if kept is None:
+        return
+    begun = kept.is_file()
+    with open(kept, "a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([*([] if begun else [Score._fields]), score])
