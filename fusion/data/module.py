@@ -24,7 +24,7 @@ from fusion.data.record import Record
 from fusion.data.sampler import EvaluationBatches, GlobalBatches, planned_updates
 from fusion.data.samples import Batch, ImageStore, Samples, as_is
 from fusion.data.splits import assign_splits, draw_alike, groups_across_splits
-from fusion.data.table import Columns, Table
+from fusion.data.table import Columns, Table, as_text
 from fusion.data.tokenizer import Tokenizer
 from fusion.encoders import Encoder, TransformersText
 from fusion.errors import UserError, nearest
@@ -57,8 +57,8 @@ class ImageTextData(LightningDataModule):
         split_seed: of that carving, and of `train_samples`.
         train_samples: most training samples used, drawn at random with the classes alike, without regard to groups; val and test stay as
             they are. None: all.
-        where: only the rows whose column has this value, or one of several: {answer_type: CLOSED}, {label: [yes, no]}; all others are left
-            out of every split.
+        where: only the rows whose column has this value, or one of several: {answer_type: CLOSED}, {label: ["yes", "no"]}; all others are
+            left out of every split.
         batch_size: samples in one optimiser update, over all devices and accumulated batches.
         device_batch_size: most samples of an update that a device takes at a time; the accumulation follows. None: its whole share.
         eval_batch_size: samples evaluated at a time, over all devices.
@@ -90,7 +90,7 @@ class ImageTextData(LightningDataModule):
         test: float = 0.1,
         split_seed: int = 0,
         train_samples: int | None = None,
-        where: dict[str, str | list[str]] | None = None,
+        where: dict[str, str | bool | float | list[str | bool | float]] | None = None,
         batch_size: int = 64,
         device_batch_size: int | None = None,
         eval_batch_size: int = 256,
@@ -195,7 +195,7 @@ class ImageTextData(LightningDataModule):
             known: dict[str | None, Sequence[str | None]] = {**table.extra, self.columns.label: table.labels, self.columns.group: table.groups}
             if name not in known:
                 raise UserError(f"data.where: the manifest has no column '{name}'. {nearest(name, known)}")
-            values = [asked] if isinstance(asked, str) else asked
+            values = wanted_cells(name, asked)
             there = {cell for cell in known[name] if cell}
             for value in values:
                 if value not in there:
@@ -348,6 +348,14 @@ class ImageTextData(LightningDataModule):
             loader.flattened[0].batch_sampler.begin_at(*place)
         if state["losses"] is not None:
             self.set_losses(state["losses"].numpy())
+
+
+def wanted_cells(column: str, asked: Any) -> list[str]:
+    """The cells that `where` asks for in a column, as the table has them. Raises UserError for YAML's booleans, whose spelling is lost."""
+    values = asked if isinstance(asked, list) else [asked]
+    if any(isinstance(value, bool) for value in values):
+        raise UserError(f'data.where.{column}: yes, no, true and false are booleans in YAML; as texts they stand in quotes: ["yes", "no"]')
+    return [str(as_text(value)) for value in values]
 
 
 def image_issue(reason: str, path: str) -> str:

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusion.cli.parser import FusionCLI
 from fusion.data import ImageTextData
+from fusion.data.module import wanted_cells
 from fusion.data.splits import draw_alike
 from fusion.errors import UserError
 
@@ -90,3 +92,12 @@ def test_an_unknown_column_or_value_is_rejected_with_the_nearest(manifest):
     for asked in ("CLOSED", ["open", "CLOSED"]):
         with pytest.raises(UserError, match=r"data\.where: no row has 'CLOSED' in column 'kind'. Did you mean closed\?"):
             table_of(manifest, where={"kind": asked})
+
+
+def test_values_of_the_command_line_arrive_as_cells_and_booleans_are_rejected():
+    words = ["--recipe=quickstart", "--data.where={a: CLOSED, b: [3, 0.5], c: 'yes', d: [\"no\"], e: yes, f: [no, x]}"]
+    where = FusionCLI(words).config.data.where
+    assert [wanted_cells(name, where[name]) for name in "abcd"] == [["CLOSED"], ["3", "0.5"], ["yes"], ["no"]]
+    for name in "ef":
+        with pytest.raises(UserError, match=rf"data\.where\.{name}: yes, no, true and false are booleans in YAML"):
+            wanted_cells(name, where[name])
