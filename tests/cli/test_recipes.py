@@ -13,6 +13,7 @@ from fusion.cli.parser import FusionCLI, expand_recipes
 from fusion.cli.recipes import recipe_names, stack
 from fusion.cli.schedule import schedule
 from fusion.errors import UserError
+from fusion.training.groups import parameter_groups
 
 WHOLE = ["quickstart", "shapes", "easy_vqa", "vqa_rad", "own"]
 README = (ROOT / "README.md").read_text()
@@ -75,6 +76,28 @@ def test_a_recipe_that_is_no_yaml_of_settings_is_refused(tmp_path: Path, text: s
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError, match=r"bad\.yaml"):
         expand_recipes([f"--recipe={tmp_path / 'bad.yaml'}"])
+
+
+@pytest.mark.parametrize("head", ["Concat", "LevelWeighted", "JointTransformer"])
+def test_small_pretrained_gives_encoders_a_twentieth_of_the_heads_rate_and_holds_batch_normalisation(
+    head: str, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSION_CACHE", str(world / "cache"))
+    bert = "{model_type: bert, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 32}"
+    scratch = ["--model.image.pretrained=false", "--model.text.name_or_path=null", f"--model.text.config={bert}"]  # there is no hub here
+    shapes = ["--recipe=quickstart", "--data.preparer.scenes=150", "--data.preparer.questions_per_scene=4"]
+    task, data = FusionCLI([*shapes, "--recipe=encoders/small_pretrained", *scratch, f"--model.head={head}"]).model_and_data()
+    model = task.build(data)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith("encoders.image.") and ".bn" in name} != set()
+    model.train()
+    task.freezing.apply(model, 0)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms
+    assert not any(module.training for module in norms)
+    rates = {group["rate"] for group in parameter_groups(model, task.rates)}
+    assert max(rates) == 1.0
+    assert sorted(rates)[-2] == pytest.approx(0.05)
 
 
 def readme_commands() -> list[str]:
