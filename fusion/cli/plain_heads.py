@@ -252,8 +252,8 @@ def confidence_weighted(head: Any, given: Given) -> Tensor:
 
 def stacking(head: Any, given: Given) -> Tensor:
     present = presence(given)
-    p = decisions(head, given).softmax(dim=-1) * present
-    return head.mix(torch.cat([p.flatten(1), present[..., 0]], dim=-1))
+    log_p = decisions(head, given).softmax(dim=-1).log() * present
+    return head.mix(torch.cat([log_p.flatten(1), present[..., 0]], dim=-1))
 
 
 def cross_attention(head: Any, given: Given) -> Tensor:

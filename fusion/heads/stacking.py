@@ -13,10 +13,11 @@ from fusion.heads.late import LateHead
 class Stacking(LateHead):
     """Classify each modality alone and let a small network decide over the decisions.
 
-        y = W_2 GELU(W_1 [p_1; ...; p_M; present])            p_m = softmax(f_m(x_m)), 0 if modality m is absent
+        y = W_2 GELU(W_1 [log p_1; ...; log p_M; present])            p_m = softmax(f_m(x_m)); 0 for an absent modality
 
     Trained in one piece, so the decisions need not be votes: what one modality says may turn the meaning of what another says, and XOR
-    can be learnt. `by_modality` holds the decisions as logits; with `detach` the network learns from them and doesn't shape them,
+    can be learnt. Logarithms, since the probabilities of many classes hardly differ at first: from them it learns nothing for hundreds
+    of updates. `by_modality` holds the decisions as logits; with `detach` the network learns from them and doesn't shape them,
     and they need losses of their own. (Wolpert's decisions are on samples held out from those that made them; that is up to the caller.)
 
     Source: Wolpert (1992), "Stacked Generalization".
@@ -49,5 +50,5 @@ class Stacking(LateHead):
         return [*super().output_layers(), self.mix[-1]]
 
     def combine(self, logits: Tensor, present: Tensor) -> Tensor:
-        decisions = keep((logits.detach() if self.detach else logits).softmax(dim=-1), present)
+        decisions = keep((logits.detach() if self.detach else logits).log_softmax(dim=-1), present)
         return self.mix(torch.cat([decisions.flatten(1), present.to(decisions.dtype)], dim=-1))

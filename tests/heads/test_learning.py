@@ -79,3 +79,23 @@ def test_additive_heads_stay_at_chance_on_xor_of_two_modalities_and_say_so(name:
     assert max(accuracies) <= 0.80
     assert min(losses) >= math.log(2) - 0.02
     assert "XOR stays at chance" in one_line(HEADS[name].__doc__ or "")
+
+
+def test_stacking_tells_many_classes_apart_within_few_updates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(12, 16, generator=generator)
+
+    def drawn(count: int) -> tuple[dict[str, Tensor], Tensor]:
+        label = torch.randint(0, 12, (count,), generator=generator)
+        return {"text": torch.randn(count, 16, generator=generator), "image": means[label]}, label
+
+    torch.manual_seed(0)
+    head = HEADS["Stacking"]({"text": 16, "image": 16}, 12)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
+    for _ in range(60):
+        features, label = drawn(32)
+        optimizer.zero_grad()
+        cross_entropy(head(features).output, label).backward()
+        optimizer.step()
+    features, label = drawn(1000)
+    assert float((head(features).output.argmax(dim=1) == label).float().mean()) > 0.9

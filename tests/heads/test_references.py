@@ -223,13 +223,13 @@ def test_confidence_is_one_less_the_share_of_the_entropy_that_a_guess_would_have
     rows(head, reference)
 
 
-def test_stacking_decides_over_probabilities_and_presence() -> None:
+def test_stacking_decides_over_log_probabilities_and_presence() -> None:
     head = ready(Stacking(DIMS, 3, dim=5, hidden=7))
 
     def reference(sample: Sample) -> Array:
         found = decisions(head, sample)
-        p = [softmax(found[name]) if name in found else np.zeros(3) for name in DIMS]
-        x = np.concatenate([*p, [float(name in found) for name in DIMS]])
+        log_p = [np.log(softmax(found[name])) if name in found else np.zeros(3) for name in DIMS]
+        x = np.concatenate([*log_p, [float(name in found) for name in DIMS]])
         return linear(head.mix[3], gelu(linear(head.mix[0], x)))
 
     rows(head, reference)
