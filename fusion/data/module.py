@@ -145,7 +145,8 @@ class ImageTextData(LightningDataModule):
         """Read, split, check and tokenize everything, for these encoders (by modality; a text encoder from scratch gets its vocabulary)."""
         if self.splits:
             return
-        table = whole = self.split_table(tuple(encoders))
+        whole = self.split_table(tuple(encoders))
+        table = whole.take([i for i, split in enumerate(whole.splits) if split])
         images = self.check(table, encoders["image"]) if "image" in encoders else None
         digests: dict[str, str] = {}
         if images is not None:
@@ -169,16 +170,16 @@ class ImageTextData(LightningDataModule):
                 )
 
     def split_table(self, modalities: tuple[str, ...]) -> Table:
-        """All readable rows, each with its split: given, or carved out."""
+        """All readable rows, each with its split: given, or carved out; None for training samples beyond `train_samples`."""
         table = self.table(modalities)
         splits = assign_splits(table.labels, table.groups, table.splits, val=self.val, test=self.test, seed=self.split_seed)
         table.splits = list[str | None](splits)
-        if self.train_samples is None:
-            return table
-        train = [i for i, split in enumerate(table.splits) if split == "train"]
-        drawn = draw_alike([table.labels[i] for i in train], self.train_samples, self.split_seed)
-        left_out = set(train) - {train[i] for i in drawn}
-        return table.take([i for i in range(len(table)) if i not in left_out])
+        if self.train_samples is not None:
+            train = [i for i, split in enumerate(table.splits) if split == "train"]
+            drawn = draw_alike([table.labels[i] for i in train], self.train_samples, self.split_seed)
+            for i in set(train) - {train[i] for i in drawn}:
+                table.splits[i] = None
+        return table
 
     def table(self, modalities: tuple[str, ...]) -> Table:
         """All readable rows, each with the split that its file or its cell gives it."""

@@ -12,6 +12,7 @@ from fusion.cli.parser import FusionCLI
 from fusion.data import ImageTextData
 from fusion.data.module import wanted_cells
 from fusion.data.splits import draw_alike
+from fusion.encoders import TransformersText
 from fusion.errors import UserError
 
 
@@ -71,6 +72,14 @@ def test_fewer_training_samples_leave_val_and_test_as_they_are(manifest):
     assert [texts_of(share, split) for split in ("val", "test")] == [texts_of(whole, split) for split in ("val", "test")]
     labels = Counter(label for label, split in zip(share.labels, share.splits, strict=True) if split == "train")
     assert labels == {"yes": 4, "no": 12}
+
+
+def test_samples_left_out_are_recorded_without_split_and_loaded_nowhere(manifest):
+    data = ImageTextData(str(manifest), val=0.2, train_samples=16)
+    data.load({"text": TransformersText(config={"model_type": "bert", "hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1})})
+    assert {name: len(split.table) for name, split in data.splits.items()} == {"train": 16, "val": 16, "test": 20}
+    assert data.record.columns["split"].count(None) == 48
+    assert len(data.record) == 100
 
 
 def test_more_training_samples_than_there_are_leave_all(manifest):
