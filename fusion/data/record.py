@@ -134,12 +134,15 @@ class Record:
             ours, theirs = self.columns[name], now.columns[name]
             return [row for here, row in pairs if ours[here] != theirs[row]]
 
+        then, since = self.columns["split"], now.columns["split"]
+        # A training sample that data.train_samples left out has no split here.
+        moved = [row for here, row in pairs if since[row] not in (None, then[here] or "train")]
         changes = [
             (new, now, "new"),
             (gone, self, "gone"),
             *((unlike(name), now, f"of another {name}") for name in INPUTS),
             (unlike("digest") if images else [], now, "of a changed image file"),
-            ([row for row in unlike("split") if now.columns["split"][row]], now, "in another split"),
+            (moved, now, "in another split"),
         ]
         sentences = [counted(rows, of, what) for rows, of, what in changes if rows]
         order = [here for here, _ in pairs]

@@ -1,6 +1,7 @@
 """fusion evaluate and fusion predict, and the same in Python."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from small_runs import InProcess, Run
+from small_runs import TINY, InProcess, Run
 
 import fusion
 from fusion.errors import UserError
@@ -210,3 +211,13 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"fusion": {"format": 1}, "payload": Path}, tmp_path / "bad.ckpt")
     with pytest.raises(UserError, match="refused to load"):
         fusion.load(str(tmp_path / "bad.ckpt"))
+
+
+def test_a_run_on_a_share_of_the_samples_is_scored_on_the_splits_that_it_had(command: Run, world: Path) -> None:
+    done = command("fit", *TINY, "--data.train_samples=40", "--data.where={kind: existence}", "--runs=shares")
+    assert done.returncode == 0, done.stderr
+    run = next((world / "shares" / "quickstart").iterdir())
+    for split, count in (("train", 40), ("val", int(re.findall(r"^  val +(\d+) samples", done.stdout, re.MULTILINE)[0]))):
+        scored = command("evaluate", f"--run={run}", f"--split={split}", "--by=kind")
+        assert re.search(rf"^existence .* {count}$", scored.stdout, re.MULTILINE), scored.stdout + scored.stderr
+        assert "changed" not in scored.stdout + scored.stderr
