@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
+from fusion.data.cell_text import cell_text
 from fusion.data.curriculum import LOSS, TEXT_LENGTH, Admission, Curriculum, difficulty
 from fusion.data.format import Format
 from fusion.data.image_check import check_images
@@ -24,7 +25,7 @@ from fusion.data.record import Record
 from fusion.data.sampler import EvaluationBatches, GlobalBatches, planned_updates
 from fusion.data.samples import Batch, ImageStore, Samples, as_is
 from fusion.data.splits import assign_splits, draw_alike, groups_across_splits
-from fusion.data.table import Columns, Table, as_text
+from fusion.data.table import Columns, Table
 from fusion.data.tokenizer import Tokenizer
 from fusion.encoders import Encoder, TransformersText
 from fusion.errors import UserError, nearest
@@ -193,7 +194,8 @@ class ImageTextData(LightningDataModule):
     def chosen_rows(self, table: Table) -> Table:
         """The rows that `where` asks for. Raises UserError for a column that the manifest lacks, and where no row is left."""
         for name, asked in self.where.items():
-            known: dict[str | None, Sequence[str | None]] = {**table.extra, self.columns.label: table.labels, self.columns.group: table.groups}
+            roles = {self.columns.label: table.labels, self.columns.group: table.groups}
+            known: dict[str, Sequence[str | None]] = {**table.extra, **{role: cells for role, cells in roles.items() if role}}
             if name not in known:
                 raise UserError(f"data.where: the manifest has no column '{name}'. {nearest(name, known)}")
             values = wanted_cells(name, asked)
@@ -356,7 +358,7 @@ def wanted_cells(column: str, asked: Any) -> list[str]:
     values = asked if isinstance(asked, list) else [asked]
     if any(isinstance(value, bool) for value in values):
         raise UserError(f'data.where.{column}: yes, no, true and false are booleans in YAML; as texts they stand in quotes: ["yes", "no"]')
-    return [str(as_text(value)) for value in values]
+    return [str(cell_text(value)) for value in values]
 
 
 def image_issue(reason: str, path: str) -> str:

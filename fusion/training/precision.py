@@ -1,9 +1,7 @@
 """fp16 autocast with a gradient scaler whose every setting is a value of the recipe; bf16 autocast on processors that have it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-
-from collections.abc import Collection
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
