@@ -1,10 +1,14 @@
 """Console output: printed once however many ranks there are, and a sign of life from what takes long."""
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lightning.pytorch.utilities import rank_zero_only
 
 EVERY_S = 30.0
+printed_at = 0.0
 
 
 def is_rank_zero() -> bool:
@@ -13,8 +17,34 @@ def is_rank_zero() -> bool:
 
 
 def print_rank_zero(text: str) -> None:
+    global printed_at
+    printed_at = time.monotonic()
     if is_rank_zero():
         print(text, flush=True)
+
+
+@contextmanager
+def signs_of_life(doing: str, every_s: float = EVERY_S) -> Iterator[None]:
+    """Around what takes long and can't say how far it is: a line whenever nothing has been printed for `every_s` seconds.
+
+    Args:
+        doing: what is being done, for that line.
+        every_s: seconds between two lines.
+    """
+    began, done = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(max(0.0, max(printed_at, began) + every_s - time.monotonic())):
+            if time.monotonic() >= max(printed_at, began) + every_s:
+                print_rank_zero(f"{doing}, for {time.monotonic() - began:,.0f} s so far")
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 class SignOfLife:

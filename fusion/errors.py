@@ -1,11 +1,26 @@
 """Mistakes that a person can mend, told in one line: what, where, what was expected, the nearest thing that would work."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
     """A mistake in a recipe, an option or the data. The command line prints its message alone and exits with status 2."""
+
+
+@contextmanager
+def construction() -> Iterator[None]:
+    """Around constructors of classes that know no UserError: the values and missing packages that they reject are the user's mistakes.
+
+    Around nothing else: elsewhere a ValueError is a bug of ours, and keeps its traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def message_of(error: UserError) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusion.encoders.base import Encoder
-from fusion.errors import UserError, nearest
+from fusion.errors import UserError, construction, nearest
 from fusion.features import Features
 from fusion.heads.base import FusionHead, FusionOutput, Stage
 
@@ -127,12 +127,8 @@ def all_widths(encoders: Mapping[str, Encoder], stage: Stage) -> dict[str, int |
 
 
 def call_factory(factory: HeadFactory, dims: Mapping[str, Any], out_dim: int) -> FusionHead:
-    try:
+    with construction():  # heads stand alone, and know no UserError
         head = factory(dims, out_dim)
-    except UserError:
-        raise
-    except ValueError as error:  # heads stand alone, and know no UserError
-        raise UserError(" ".join(str(error).split())) from error
     if not isinstance(head, FusionHead):
         raise TypeError(f"expected a function (dims, out_dim) that gives a FusionHead; {factory!r} gave a {type(head).__name__}")
     return head

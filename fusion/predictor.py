@@ -1,5 +1,6 @@
 """A finished run, ready to be asked: paths, pictures, arrays and texts in, classes with probabilities out."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,10 +53,13 @@ class Predictor:
     @classmethod
     def load(cls, run: str | Path, *, checkpoint: str = "best", device: str | torch.device | None = None) -> "Predictor":
         """From a run folder (its "best" or "last" checkpoint) or a checkpoint file alone; on the GPU if there is one and `device` is None.
+        Warns where a run that was never validated has no best one, and the last is used.
 
         Needs no other file, and no hub. Raises UserError for a run that isn't there, and for files that hold more than plain data.
         """
         path = checkpoint_of(run, checkpoint)
+        if Path(run).is_dir() and path.stem != checkpoint:
+            warnings.warn(stands_in(run), stacklevel=2)
         held = read_checkpoint(path)
         about = held.get("fusion") if isinstance(held, dict) else None
         if about is None or about.get("format") not in FORMATS:
@@ -154,17 +158,22 @@ class Predictor:
 
 
 def checkpoint_of(run: str | Path, which: str) -> Path:
-    """The checkpoint file of a run folder, or the file itself."""
+    """The checkpoint file of a run folder, or the file itself. "best" is the last one where nothing was validated to choose by."""
     path = Path(run).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(f"there is no run {path}")
-    found = path / "checkpoints" / f"{which}.ckpt"
-    if not found.is_file():
-        there = sorted(p.stem for p in (path / "checkpoints").glob("*.ckpt"))
+    there = sorted(p.stem for p in (path / "checkpoints").glob("*.ckpt"))
+    if which == "best" and which not in there and "last" in there:
+        which = "last"
+    if which not in there:
         raise UserError(f"{path} has no checkpoint '{which}'; it has {', '.join(there) or 'none: is it a run folder?'}")
-    return found
+    return path / "checkpoints" / f"{which}.ckpt"
+
+
+def stands_in(run: str | Path) -> str:
+    return f"{run} has no best checkpoint, since it wasn't validated; its last one is used"
 
 
 def rebuilt(spec: dict[str, Any], base: type) -> Any:

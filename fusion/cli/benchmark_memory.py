@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from fusion.cli.benchmark_heads import device, peak_bytes, taking_turns
-from fusion.cli.fit import build, print_data_notes, quiet
+from fusion.cli.fit import print_data_notes, quiet
 from fusion.cli.parser import FusionCLI
 from fusion.cli.tables import aligned
 from fusion.data import Batch, ImageTextData
@@ -39,7 +39,7 @@ def benchmark_memory(arguments: Sequence[str], rounds: int) -> int:
 
 def made(arguments: Sequence[str], checkpointed: list[str]) -> tuple[Classification, ImageTextData]:
     task, data = FusionCLI([*arguments, f"--model.checkpoint_activations={checkpointed}"]).model_and_data()
-    build(task, data)
+    task.build(data)
     return task.to(device()).train(), data
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -12,13 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fusion.cli.benchmark_ranks import column
-from fusion.cli.fit import fit
+from fusion.cli.fit import BOUNDS, fit
 from fusion.cli.tables import aligned
 from fusion.errors import UserError, nearest
 from fusion.heads import available
 from fusion.training.run_folder import read_metrics
 
-BOUNDS = {"image": "upper bound (image only)", "text": "upper bound (text only)", "majority": "majority class"}
 ALL = "all"
 
 
@@ -31,7 +31,7 @@ class Score(NamedTuple):
     val: float
     test: float
     updates: int
-    image: float  # upper bounds on the test samples
+    image: float  # upper bounds on the test samples; NaN where inputs hardly repeat
     text: float
     majority: float
 
@@ -73,7 +73,7 @@ def score_of(arguments: Sequence[str], share: str, name: str, seed: int) -> Scor
     if not val or "accuracy" not in results["test"]:
         raise UserError("the recipe's data has no validation or no test samples; both are reported")
     test = results["test"]
-    return Score(share, name, seed, max(val), test["accuracy"], results["updates"], *(test[f"ceiling_{of}"] for of in BOUNDS))
+    return Score(share, name, seed, max(val), test["accuracy"], results["updates"], *(test.get(f"ceiling_{of}", math.nan) for of in BOUNDS))
 
 
 def table(scores: Sequence[Score], names: Sequence[str], shares: Sequence[str], seeds: int) -> str:
@@ -85,7 +85,9 @@ def table(scores: Sequence[Score], names: Sequence[str], shares: Sequence[str], 
             found = [score for score in scores if (score.share, score.head) == (share, name) and score.seed < seeds]
             rows[-1] += [spread([score.val for score in found]), spread([score.test for score in found])]
     for of, words in BOUNDS.items():
-        rows.append([words, *(cell for _ in shares for cell in ("", f"{getattr(scores[-1], of):.4f}"))])
+        bound: float = getattr(scores[-1], of)
+        if not math.isnan(bound):
+            rows.append([words, *(cell for _ in shares for cell in ("", f"{bound:.4f}"))])
     return aligned(rows)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
+from huggingface_hub.utils import disable_progress_bars
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -19,16 +21,18 @@ from fusion.cli.main import leave
 from fusion.cli.parser import FusionCLI, words
 from fusion.cli.resume import has_checkpoint, refuse_difference, refuse_other_data, refuse_past_end, resumed_run
 from fusion.cli.tables import aligned
-from fusion.console import is_rank_zero, print_rank_zero
+from fusion.console import is_rank_zero, print_rank_zero, signs_of_life
 from fusion.data import ImageTextData
-from fusion.data.ceilings import ceilings
+from fusion.data.ceilings import ceilings, repeated
 from fusion.data.checkpoint import newest_whole
+from fusion.data.table import Table
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
 from fusion.training import Classification
 from fusion.training.checkpoints import BestAndLast
 from fusion.training.guards import Guard
+from fusion.training.monitors import check_monitors, validates
 from fusion.training.plan import Plan
-from fusion.training.progress import Progress
+from fusion.training.progress import EpochLines
 from fusion.training.run_folder import RunFolder, new_run_folder
 from fusion.training.steps import Interrupted, SaveInTime, SeedEachStep
 from fusion.training.weights import load_weights
@@ -53,7 +57,11 @@ def fit(arguments: Sequence[str]) -> int:
         if start is not None:
             refuse_past_end(start, cli.config.trainer.max_epochs, cli.config.trainer.max_steps)
         model, data, trainer = cli.make([Plan(), *standing_callbacks(run, cli.config.seed_everything), checkpoint])
-        build(model, data)
+        with signs_of_life("loading data and encoders"):
+            model.build(data)
+        if not validates(trainer, data.splits):
+            checkpoint.without_validation()
+        check_monitors(trainer, model, data.splits)
         if resumed is not None and start is not None:
             refuse_other_data(resumed, start, data)
         print_data_notes(data)
@@ -63,8 +71,6 @@ def fit(arguments: Sequence[str]) -> int:
         if folder is not None and resumed is None:
             folder.rmdir()
         raise
-    if "val" not in data.splits:
-        checkpoint.monitor = None
     try:
         trainer.fit(model, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
         finish(trainer, model, data, checkpoint, run)
@@ -107,7 +113,7 @@ def settled(arguments: Sequence[str]) -> tuple[FusionCLI, Path | None]:
 
 def standing_callbacks(run: RunFolder, seed: int) -> list[Callback]:
     """What every run has, whatever its recipe."""
-    return [run, Progress(), SeedEachStep(seed), Guard(run), SaveInTime()]
+    return [run, EpochLines(), SeedEachStep(seed), Guard(run), SaveInTime()]
 
 
 def lost_a_rank(error: RuntimeError) -> bool:
@@ -116,16 +122,6 @@ def lost_a_rank(error: RuntimeError) -> bool:
         return False
     words = ("gloo", "caused pair closure", "NCCL")  # the second is gloo's too, of what waited behind that which timed out
     return isinstance(error, dist.DistError) or (dist.is_initialized() and any(word in str(error) for word in words))
-
-
-def build(model: Classification, data: ImageTextData) -> None:
-    """Load the data and build the model. What the parts refuse is a mistake in the recipe."""
-    try:
-        model.build(data)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
 
 
 def print_data_notes(data: ImageTextData) -> None:
@@ -140,7 +136,7 @@ def print_data_notes(data: ImageTextData) -> None:
 
 def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpoint: ModelCheckpoint, run: RunFolder) -> None:
     """Score the best checkpoint on the test split; print and keep the result."""
-    best = checkpoint.best_model_path or checkpoint.last_model_path
+    best = checkpoint.best_model_path or checkpoint.last_model_path or None  # None: of a run without a single update
     scores: dict[str, float] = {}
     lines: list[list[str]] = []
     if "test" in data.splits:
@@ -148,7 +144,7 @@ def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpo
         scores = {name.removeprefix("test/"): float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
     if scores:  # not with trainer.limit_test_batches=0
         table = data.splits["test"].table
-        bounds = ceilings(table.images, table.texts, [str(label) for label in table.labels])
+        bounds = upper_bounds(table, model.modalities)
         scores |= {f"ceiling_{name}": bound for name, bound in bounds.items()}
         at_a_time = trainer.test_dataloaders[0].batch_sampler.batch_size * trainer.world_size  # type: ignore[index]
         scored = min(len(table), trainer.num_test_batches[0] * at_a_time)  # fewer by trainer.limit_test_batches
@@ -156,15 +152,29 @@ def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpo
         lines = [
             ["test", "accuracy", "balanced", "F1 macro", "samples"],
             ["this model", *(f"{scores[name]:.4f}" for name in ("accuracy", "balanced_accuracy", "f1_macro")), f"{scored:,}"],
-            ["at best, from the image alone", f"{bounds['image']:.4f}", *of_all],
-            ["at best, from the text alone", f"{bounds['text']:.4f}", *of_all],
-            ["always the commonest class", f"{bounds['majority']:.4f}", *of_all],
+            *([BOUNDS[name], f"{bound:.4f}", *of_all] for name, bound in bounds.items()),
         ]
     if trainer.is_global_zero and run.folder is not None:
         (run.folder / "results.json").write_text(json.dumps({"test": scores, "updates": model.updates}, indent=2) + "\n", encoding="utf-8")
     print_rank_zero("\n" + aligned(lines) if lines else "\nno test samples: nothing scored")
-    print_rank_zero(f"\nrun folder  {run.folder}\nscore it    {command('evaluate')} --run {run.folder}")
+    print_rank_zero(f"\nrun folder  {run.folder}")
+    if best is None:
+        print_rank_zero("no update was made, and no checkpoint: this model can't be used")
+        return
+    print_rank_zero(f"score it    {command('evaluate')} --run {run.folder}")
     print_rank_zero(f"use it      {command('predict')} --run {run.folder} --manifest FILE")
+
+
+BOUNDS = {"image": "upper bound (image only)", "text": "upper bound (text only)", "majority": "majority class"}
+INFORMATIVE = 0.5  # least share of samples whose input repeats; where it doesn't, a bound counts nothing
+
+
+def upper_bounds(table: Table, modalities: Sequence[str]) -> dict[str, float]:
+    """The bounds that say something of these samples: of each modality that the model reads, if it mostly repeats; and the majority's."""
+    inputs = {"image": table.images, "text": table.texts}
+    bounds = ceilings(table.images, table.texts, [str(label) for label in table.labels])
+    informative = [name for name in modalities if repeated(inputs[name]) >= INFORMATIVE]
+    return {name: bounds[name] for name in BOUNDS if name in informative or name == "majority"}
 
 
 # What is said, and how.
@@ -205,3 +215,6 @@ def quiet() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.disable_progress_bar()  # of weights that are loaded in a second
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # of downloads, which a log would hold in a thousand lines

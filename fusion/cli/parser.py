@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
@@ -14,9 +15,10 @@ from fusion.cli.mistakes import told_plainly
 from fusion.cli.recipes import PATH_KEYS, Recipe, stack
 from fusion.data import ImageTextData
 from fusion.data.sampler import accumulation
-from fusion.errors import UserError
+from fusion.errors import UserError, construction
 from fusion.training import Classification
 from fusion.training.checkpoints import AtomicCheckpointIO
+from fusion.training.progress import Bar
 
 TRAINER_DEFAULTS = {
     "max_epochs": 10,
@@ -89,10 +91,8 @@ class FusionCLI(LightningCLI):
     def make(self, callbacks: list[Any]) -> tuple[Classification, ImageTextData, Trainer]:
         """The objects. Raises UserError for values that they refuse."""
         self.trainer_defaults["callbacks"] = callbacks
-        try:
+        with construction():
             super().instantiate_classes()
-        except ValueError as error:
-            raise UserError(" ".join(str(error).split())) from error
         if self.datamodule.device_batch_size is not None:
             devices = self.trainer.num_devices * self.trainer.num_nodes
             self.trainer.accumulate_grad_batches = accumulate(self.config, self.datamodule, devices)
@@ -100,10 +100,8 @@ class FusionCLI(LightningCLI):
 
     def model_and_data(self) -> tuple[Classification, ImageTextData]:
         """Without a trainer, whose devices need not be here."""
-        try:
+        with construction():
             made = self.parser.instantiate(self.config)
-        except ValueError as error:
-            raise UserError(" ".join(str(error).split())) from error
         return made.model, made.data
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -112,9 +110,13 @@ class FusionCLI(LightningCLI):
         # RunFolder brings the loggers; Lightning's own default would leave lightning_logs/ wherever the command is run.
         logger = self.config_init.trainer.logger
         plugins, logger = [*listed, AtomicCheckpointIO()], False if logger is None else logger
+        if self.config_init.trainer.enable_progress_bar is not False and not any(
+            isinstance(callback, ProgressBar) for callback in self.config_init.trainer.callbacks or []
+        ):
+            self.trainer_defaults["callbacks"].insert(0, Bar())  # before the lines, which it lets through
         try:
             return super().instantiate_trainer(plugins=plugins, logger=logger, **kwargs)
-        except (TypeError, ImportError, MisconfigurationException) as error:
+        except (TypeError, MisconfigurationException) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def resolved(self) -> str:

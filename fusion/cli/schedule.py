@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from fusion.cli.fit import build, print_data_notes, quiet
+from fusion.cli.fit import print_data_notes, quiet
 from fusion.cli.options import Options
 from fusion.cli.parser import FusionCLI, accumulate
 from fusion.data.sampler import GlobalBatches, planned_updates
@@ -36,7 +36,7 @@ def schedule(arguments: Sequence[str]) -> int:
     quiet()
     cli = FusionCLI(rest)
     task, data = cli.model_and_data()
-    build(task, data)
+    task.build(data)
     print_data_notes(data)
     devices = world(cli.config.trainer)
     accumulated = accumulate(cli.config, data, devices)

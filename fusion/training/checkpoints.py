@@ -71,6 +71,10 @@ class BestAndLast(ModelCheckpoint):
         self.every_updates, self.every_minutes = every_updates, every_minutes
         self.saved_at = time.monotonic()
 
+    def without_validation(self) -> None:
+        """Nothing will tell which is best: last.ckpt alone is kept."""
+        self.monitor, self.save_top_k = None, 0
+
     def due(self, updates: int) -> bool:
         """Whether the schedule asks for a checkpoint after so many updates, by this process's clock."""
         by_count = self.every_updates is not None and updates % self.every_updates == 0

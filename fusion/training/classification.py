@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 from fusion.data.module import ImageTextData
 from fusion.data.samples import Batch
 from fusion.training.balance import summed
-from fusion.training.metrics import per_split
+from fusion.training.metrics import classification_metrics, per_split
 from fusion.training.modality_dropout import presence
 from fusion.training.task import Task
 
@@ -40,6 +40,10 @@ class Classification(Task):
         self.metrics = per_split(classes + data.unseen_labels, scored)
         self.mean_loss = nn.ModuleDict({name: MeanMetric() for name in scored})
         self.register_buffer("weight", balanced(data, classes) if self.class_weights == "balanced" else None, persistent=False)
+
+    def metric_names(self) -> list[str]:
+        trained = [f"train/{name}_{over}" for name in ("loss", "accuracy") for over in ("step", "epoch")]
+        return [*trained, *(f"val/{name}" for name in [*classification_metrics(2), "loss"])]
 
     # Steps.
 

@@ -1,18 +1,89 @@
-"""How training goes: a bar on a terminal, a line an epoch in a log."""
+"""How training goes: a bar on a terminal, a line an epoch everywhere, and in a log a line every half minute within an epoch."""
 
 import sys
 import time
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from fusion.console import SignOfLife
 from fusion.training.task import Task
 
+SHOWN = {"loss": "train/loss", "val loss": "val/loss", "val accuracy": "val/accuracy"}
 
-class Progress(ProgressBar):
-    """Loss, the last validation accuracy and samples a second; every epoch leaves one line."""
+
+class EpochLines(Callback):
+    """One line an epoch: loss, validation scores and samples a second. Where no bar shows it, also how far the epoch, a validation or the
+    test is, every `every_s` seconds.
+
+    Args:
+        every_s: seconds between two lines within an epoch.
+    """
+
+    def __init__(self, every_s: float = 30.0) -> None:
+        self.sign = SignOfLife(every_s)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        # A run resumed within an epoch has no start of that epoch.
+        self.begin()
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self.began, self.samples, self.training_s = time.monotonic(), 0, 0.0
+        self.sign.reset()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.samples += len(batch.target) * trainer.world_size
+        if self.due(trainer):
+            rate = self.samples / (time.monotonic() - self.began)
+            done = f"batch {batch_idx + 1:,} of {int(trainer.num_training_batches):,}"
+            print(f"epoch {epoch_of(trainer)}  {done}  loss {float(outputs['loss']):.4f}  {rate:,.0f} samples/s", flush=True)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self.training_s = time.monotonic() - self.began
+
+    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *arguments: Any) -> None:
+        self.told(trainer, "validating", arguments[2], trainer.num_val_batches)
+
+    def on_test_batch_end(self, trainer: Trainer, module: LightningModule, *arguments: Any) -> None:
+        self.told(trainer, "testing", arguments[2], trainer.num_test_batches)
+
+    def told(self, trainer: Trainer, what: str, batch_idx: int, batches: Any) -> None:
+        if self.due(trainer):
+            print(f"{what}  batch {batch_idx + 1:,} of {int(sum(batches)):,}", flush=True)
+
+    def due(self, trainer: Trainer) -> bool:
+        """Whether a line within an epoch is to be printed."""
+        shown = sys.stderr.isatty() and trainer.progress_bar_callback is not None
+        return trainer.is_global_zero and not shown and self.sign.due()
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, Task)
+        scores: dict[str, Any] = {f"train/{name}": mean for name, mean in module.epoch_means().items()}  # on every rank, over which it sums
+        scores |= trainer.callback_metrics
+        if not trainer.is_global_zero:
+            return
+        parts = [f"{key} {float(scores[name]):.4f}" for key, name in SHOWN.items() if name in scores]
+        rate = self.samples / max(self.training_s or time.monotonic() - self.began, 1e-9)
+        print(f"epoch {epoch_of(trainer)}  " + "  ".join([*parts, f"{rate:,.0f} samples/s"]), flush=True)
+
+
+def epoch_of(trainer: Trainer) -> str:
+    last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+    return f"{trainer.current_epoch + 1}{last}"
+
+
+class Bar(ProgressBar):
+    """On a terminal, a bar with the loss, the last validation accuracy and samples a second.
+
+    Args:
+        refresh_s: seconds between two looks at the loss, for each of which the device is waited for.
+    """
 
     def __init__(self, refresh_s: float = 0.2) -> None:
         super().__init__()
@@ -26,45 +97,27 @@ class Progress(ProgressBar):
     def enable(self) -> None:
         self.enabled = True
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        # A run resumed within an epoch has no start of that epoch.
-        self.began, self.samples = time.monotonic(), 0
-
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.began, self.samples = time.monotonic(), 0
+        self.began = self.shown = time.monotonic()
+        self.samples = 0
         if self.enabled and sys.stderr.isatty():
             self.bar = tqdm(
                 total=int(trainer.num_training_batches), desc=f"epoch {trainer.current_epoch + 1}", leave=False, mininterval=self.refresh_s
             )
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.bar is None:
+            return
         self.samples += len(batch.target) * trainer.world_size
-        if self.bar is not None:
-            self.bar.update(1)
-            if time.monotonic() - getattr(self, "shown", 0.0) > self.refresh_s:  # reading the loss waits for the device
-                self.shown = time.monotonic()
-                scored = trainer.callback_metrics.get("val/accuracy")
-                metric = "" if scored is None else f", val accuracy {float(scored):.4f}"
-                rate = self.samples / (self.shown - self.began)
-                self.bar.set_postfix_str(f"loss {float(outputs['loss']):.4f}{metric}, {rate:,.0f} samples/s")
-
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self.training_s = time.monotonic() - self.began
+        self.bar.update(1)
+        now = time.monotonic()
+        if now - self.shown > self.refresh_s:
+            self.shown = now
+            scored = trainer.callback_metrics.get("val/accuracy")
+            metric = "" if scored is None else f", val accuracy {float(scored):.4f}"
+            self.bar.set_postfix_str(f"loss {float(outputs['loss']):.4f}{metric}, {self.samples / (now - self.began):,.0f} samples/s")
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        assert isinstance(module, Task)
-        scores: dict[str, Any] = {f"train/{name}": mean for name, mean in module.epoch_means().items()}  # on every rank, over which it sums
-        scores |= trainer.callback_metrics
-        if not self.enabled:
-            return
-        parts = [f"{key} {float(scores[name]):.4f}" for key, name in SHOWN.items() if name in scores]
-        rate = self.samples / max(getattr(self, "training_s", time.monotonic() - self.began), 1e-9)
-        epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
-        print(f"epoch {trainer.current_epoch + 1}{epochs}  " + "  ".join([*parts, f"{rate:,.0f} samples/s"]), flush=True)
-
-
-SHOWN = {"loss": "train/loss", "val loss": "val/loss", "val accuracy": "val/accuracy"}

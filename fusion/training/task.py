@@ -19,7 +19,7 @@ from fusion.data.module import ImageTextData
 from fusion.data.processor import Processor
 from fusion.encoders import Encoder
 from fusion.encoders.adapters import add_adapters
-from fusion.errors import UserError, nearest
+from fusion.errors import UserError, construction, nearest
 from fusion.heads import CrossAttention, FusionHead, FusionOutput, Unimodal
 from fusion.model import FusionModel, check_part, factory_parts, head_class, head_spec
 from fusion.training.balance import Balance, summed
@@ -118,7 +118,8 @@ class Task(LightningModule):
     def build(self, data: ImageTextData) -> FusionModel:
         """Load the data for the encoders, then make the head for the outputs that it asks for. Done once."""
         if self.model is None:
-            encoders = {name: make() for name, make in self.factories.items()}
+            with construction():
+                encoders = {name: make() for name, make in self.factories.items()}
             data.load(encoders)
             self.specs: dict[str, dict[str, Any]] = {
                 name: {"class": type_path(encoder), "init": encoder.spec()} for name, encoder in encoders.items()
@@ -229,6 +230,10 @@ class Task(LightningModule):
         them, at most so many; in evaluation mode, without augmentation, the same on all ranks. NaN where a sample has none.
         """
 
+    @abstractmethod
+    def metric_names(self) -> list[str]:
+        """What is logged of the training and validation, once the model is built."""
+
     # Optimiser and schedule, by updates really made.
 
     def configure_optimizers(self) -> Any:
@@ -251,7 +256,8 @@ class Task(LightningModule):
         assert self.model is not None
         groups = parameter_groups(self.model, self.rates, self.freezing.later(self.model))
         self.own_schedules: list[Schedule | None] = [group.pop("schedule", None) for group in groups]
-        optimizer = self.make_optimizer(groups, **self.fused())
+        with construction():
+            optimizer = self.make_optimizer(groups, **self.fused())
         self.peak: float = optimizer.defaults["lr"]
         for group in optimizer.param_groups:
             group["lr"] *= group["rate"]

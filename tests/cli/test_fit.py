@@ -62,7 +62,7 @@ def test_the_saved_recipe_runs_again_to_the_same_result(command: Run, trained: P
 
 @pytest.mark.parametrize(
     ("limit", "told"),
-    [(2, r"this model .* 8\nat best, from the image alone +0\.\d+ +\d{2,}\n"), (0, "no test samples: nothing scored")],
+    [(2, r"this model .* 8\nupper bound \(image only\) +0\.\d+ +\d{2,}\n"), (0, "no test samples: nothing scored")],
 )
 def test_a_share_of_the_test_split_is_told_as_such(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], limit: int, told: str
