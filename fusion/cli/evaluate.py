@@ -7,40 +7,46 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-from omegaconf import OmegaConf
-
-from fusion.cli.options import Options
-from fusion.cli.rows import predict_rows
+from fusion.cli.options import Options, above_zero
+from fusion.cli.reading import HELP, data_of, reading_of, reading_options
+from fusion.cli.rows import load_for, predict_rows, print_issues, rows_of
 from fusion.cli.tables import aligned
 from fusion.data import ImageTextData
 from fusion.data.image_check import digest_of
 from fusion.data.images import ImageError
 from fusion.data.ledger import Ledger
 from fusion.data.record import FILE, Record
-from fusion.data.table import Table, read_table
+from fusion.data.table import Table
 from fusion.errors import UserError, nearest
 from fusion.evaluation import scores_by_group
-from fusion.predictor import Predictor
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Run the command; gives the exit status."""
-    options = Options("fusion evaluate", "Score a run on one of its splits, or on another manifest.")
+    options = Options("fusion evaluate", f"Score a run on one of its splits, or on another manifest. {HELP}")
     options.add_argument("--run", required=True, help="run folder that fit printed")
     options.add_argument("--split", default="test", help="train, val or test, of the run's own data")
-    options.add_argument("--manifest", help="another manifest with labels, instead of a split; its columns are named as in the run")
+    options.add_argument("--manifest", help="another manifest with labels, instead of a split")
     options.add_argument("--by", help="column of the manifest to score by")
     options.add_argument("--checkpoint", default="best", help="best or last")
-    options.add_argument("--batch_size", type=int, default=256)
-    asked = options.parse_args(list(arguments))
-    predictor = Predictor.load(asked.run, checkpoint=asked.checkpoint)
-    data = data_of(Path(asked.run))
-    data.ledger = Ledger("drop")  # told at the end; the run's on_bad_sample was for training, and is no option here
-    table = rows_to_score(Path(asked.run), data, predictor, asked.split, asked.manifest)
+    options.add_argument("--batch_size", type=above_zero, default=256)
+    own, reading = reading_options(arguments)
+    asked = options.parse_args(own)
+    if reading and not asked.manifest:
+        raise UserError(f"{reading[0].partition('=')[0]} is for another manifest: give --manifest")
+    run = Path(asked.run).expanduser()
+    data = data_of(run)
+    data.ledger = ledger = Ledger("drop")  # told at the end; the run's on_bad_sample was for training, and is no option here
+    predictor = load_for(run, asked.checkpoint, ledger)
+    modalities = tuple(predictor.modalities)
+    if asked.manifest:
+        columns, format = reading_of(run, reading)
+        table = rows_of(asked.manifest, columns, format, modalities, ledger, need_label=True)
+    else:
+        table = split_of(run, data, modalities, asked.split)
     if asked.by:
         column(table, asked.by)  # refused now rather than after the predictions
-    table, predictions = predict_rows(predictor, table, data.ledger, asked.batch_size)
+    table, predictions = predict_rows(predictor, table, ledger, asked.batch_size)
     groups = column(table, asked.by) if asked.by else None
     labels = [str(label) for label in table.labels]
     scores = scores_by_group(predictions.labels, labels, predictor.processor.classes, groups)
@@ -54,32 +60,15 @@ def evaluate(arguments: Sequence[str]) -> int:
     if unseen:
         share = sum(label in unseen for label in labels) / len(labels)
         print(f"{len(unseen)} labels ({share:.1%} of the samples) never occurred in training and count as misses")
-    if data.ledger.issues:
-        data.ledger.write(Path(asked.run) / "evaluation_issues.csv")
-        print(f"warning: {data.ledger.summary().replace('data_issues.csv', str(Path(asked.run) / 'evaluation_issues.csv'))}")
-    for note in data.ledger.notes:
-        print(f"note: {note}")
+    print_issues(ledger, run / "evaluation_issues.csv")
     if not asked.manifest:
-        kept = Path(asked.run) / f"evaluation-{asked.split}{f'-by-{asked.by}' if asked.by else ''}.json"
+        kept = run / f"evaluation-{asked.split}{f'-by-{asked.by}' if asked.by else ''}.json"
         kept.write_text(json.dumps({name: asdict(s) for name, s in scores.items()}, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def data_of(run: Path) -> ImageTextData:
-    """The data of a run, as its recipe says; not loaded."""
-    recipe = run / "recipe.yaml"
-    if not recipe.is_file():
-        raise UserError(f"{run} has no recipe.yaml; expected the run folder that fit printed")
-    settings: Any = OmegaConf.to_container(OmegaConf.load(recipe))
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ImageTextData, "data", sub_configs=True)
-    return parser.instantiate(parser.parse_object({"data": settings["data"]})).data
-
-
-def rows_to_score(run: Path, data: ImageTextData, predictor: Predictor, split: str, manifest: str | None) -> Table:
-    modalities = tuple(predictor.modalities)
-    if manifest is not None:
-        return read_table(manifest, data.columns, modalities, need_label=True, ledger=data.ledger, format=data.format)
+def split_of(run: Path, data: ImageTextData, modalities: tuple[str, ...], split: str) -> Table:
+    """The samples that the run had in this split, found again in its manifest of today; what has changed is noted."""
     record = Record.read(run)
     if record is None:
         data.ledger.note(f"{run} has no {FILE}: which sample was in which split is found anew, as its recipe says")

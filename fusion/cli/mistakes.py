@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser
 from torch.optim import Optimizer
 
 from fusion.cli.recipes import Recipe
@@ -39,7 +39,7 @@ WRONG_TYPE = re.compile(r"Expected a (?:<class '([\w.]+)'>|(\S+))\.? Got value: 
 ONE_OF_TYPES = re.compile(r"Expected (?:a )?<class '(\w+)'>")
 
 
-def told_plainly(message: str, parser: LightningArgumentParser, recipes: Sequence[Recipe]) -> str:
+def told_plainly(message: str, parser: ArgumentParser, recipes: Sequence[Recipe]) -> str:
     """The mistake behind a message of jsonargparse or OmegaConf."""
     message = " ".join(message.split())
     options = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]

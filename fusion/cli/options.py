@@ -24,3 +24,11 @@ class Options(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}")
+
+
+def above_zero(text: str) -> int:
+    """An option's whole number, at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}; expected at least 1")
+    return number

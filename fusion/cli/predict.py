@@ -7,46 +7,45 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from fusion.cli.evaluate import data_of
-from fusion.cli.options import Options
-from fusion.cli.rows import predict_rows
-from fusion.data.format import Format
+from fusion.cli.options import Options, above_zero
+from fusion.cli.reading import HELP, reading_of, reading_options
+from fusion.cli.rows import load_for, predict_rows, print_issues, rows_of
 from fusion.data.ledger import Ledger
-from fusion.data.table import Columns, Table, read_table
+from fusion.data.table import Table
 from fusion.errors import UserError
-from fusion.predictor import Predictions, Predictor
+from fusion.predictor import Predictions
+from fusion.training.run_folder import OWN_FILES
 
 
 def predict(arguments: Sequence[str]) -> int:
     """Run the command; gives the exit status."""
-    options = Options("fusion predict", "Write the predictions for every row of a manifest: class, probabilities, modalities present.")
+    what = "Write the predictions for every row of a manifest: class, probabilities, modalities present."
+    options = Options("fusion predict", f"{what} {HELP}")
     options.add_argument("--run", required=True, help="run folder that fit printed, or a checkpoint file")
     options.add_argument("--manifest", required=True, help="CSV, JSON Lines or Parquet; labels are not needed")
     options.add_argument("--out", default="predictions.csv", help="file to write, .csv or .parquet")
     options.add_argument("--checkpoint", default="best", help="best or last")
-    options.add_argument("--batch_size", type=int, default=256)
-    asked = options.parse_args(list(arguments))
+    options.add_argument("--batch_size", type=above_zero, default=256)
+    own, reading = reading_options(arguments)
+    asked = options.parse_args(own)
     out = Path(asked.out)
     if out.suffix not in (".csv", ".parquet"):
         raise UserError(f"--out {out}: expected a file that ends in .csv or .parquet")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
-    predictor = Predictor.load(asked.run, checkpoint=asked.checkpoint)
-    columns, format = Columns(), Format()
-    if Path(asked.run).is_dir():
-        data = data_of(Path(asked.run))
-        columns, format = data.columns, data.format
+    run, manifest = Path(asked.run).expanduser(), Path(asked.manifest).expanduser()
+    if out.exists() and manifest.exists() and out.samefile(manifest):
+        raise UserError(f"--out {out} is the manifest itself, which would be overwritten; give another file")
+    if out.name in OWN_FILES and run.is_dir() and out.parent.samefile(run):
+        raise UserError(f"--out {out} would overwrite the run's own {out.name}; give another name")
     ledger = Ledger("drop")
-    table = read_table(asked.manifest, columns, tuple(predictor.modalities), need_label=False, ledger=ledger, format=format)
+    predictor = load_for(run, asked.checkpoint, ledger)
+    columns, format = reading_of(run, reading)
+    table = rows_of(asked.manifest, columns, format, tuple(predictor.modalities), ledger, need_label=False)
     table, predictions = predict_rows(predictor, table, ledger, asked.batch_size)
     write(out, table, predictions)
     print(f"{len(table):,} predictions in {out}")
-    if ledger.issues:
-        issues = out.with_name("data_issues.csv")
-        ledger.write(issues)
-        print(f"warning: {ledger.summary().replace('data_issues.csv', str(issues))}")
-    for note in ledger.notes:
-        print(f"note: {note}")
+    print_issues(ledger, out.with_name(f"{out.stem}-data_issues.csv"))
     return 0
 
 

@@ -1,20 +1,41 @@
-"""Rows of a manifest through a trained model; those whose image can't be read are told, not guessed."""
+"""Rows of a manifest through a trained model; those whose image can't be read are listed, not guessed."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from fusion.console import SignOfLife, print_rank_zero
+from fusion.data.format import Format
 from fusion.data.images import ImageError
 from fusion.data.ledger import Ledger
 from fusion.data.module import image_issue
-from fusion.data.table import Table
+from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
-from fusion.predictor import Predictions, Predictor
+from fusion.predictor import Predictions, Predictor, checkpoint_of, stands_in
+
+
+def load_for(run: Path, checkpoint: str, ledger: Ledger) -> Predictor:
+    """The model of a run; a note in the ledger where its last checkpoint stands in for a best one."""
+    path = checkpoint_of(run, checkpoint)
+    if run.is_dir() and path.stem != checkpoint:
+        ledger.note(stands_in(run))
+    return Predictor.load(path)
+
+
+def rows_of(manifest: str, columns: Columns, format: Format, modalities: tuple[str, ...], ledger: Ledger, *, need_label: bool) -> Table:
+    """The rows of a manifest to be predicted. It need not have the columns of all modalities, and is of no split."""
+    columns = replace(columns, split=None)
+    return read_table(manifest, columns, modalities, need_label=need_label, ledger=ledger, format=format, need_all_inputs=False)
 
 
 def predict_rows(predictor: Predictor, table: Table, ledger: Ledger, batch_size: int) -> tuple[Table, Predictions]:
     """The rows whose image could be read, and their predictions."""
     outputs: list[Any] = []
     kept: list[int] = []
+    sign = SignOfLife()
     for start in range(0, len(table), batch_size):
+        if sign.due():
+            print_rank_zero(f"{start:,} of {len(table):,} samples predicted")
         rows = range(start, min(start + batch_size, len(table)))
         unreadable: dict[int, ImageError] = {}
         columns = {"image": [table.images[i] for i in rows], "text": [table.texts[i] for i in rows]}
@@ -30,3 +51,12 @@ def predict_rows(predictor: Predictor, table: Table, ledger: Ledger, batch_size:
             f"none of the {len(table)} samples can be read; the first: {ledger.issues[0].reason if ledger.issues else 'no rows'}"
         )
     return table.take(kept), predictor.gather(outputs)
+
+
+def print_issues(ledger: Ledger, path: Path) -> None:
+    """What was left out, listed in a file, and what was noted."""
+    if ledger.issues:
+        ledger.write(path)
+        print(f"warning: {ledger.summary().replace('data_issues.csv', str(path))}")
+    for note in ledger.notes:
+        print(f"note: {note}")

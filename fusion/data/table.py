@@ -94,11 +94,13 @@ def read_table(
     ledger: Ledger,
     split: str | None = None,
     format: Format = Format(),  # noqa: B008 (frozen)
+    need_all_inputs: bool = True,
 ) -> Table:
     """The usable samples of a manifest: .csv, .tsv, .jsonl, .ndjson (these also as .gz) or .parquet.
 
     modalities: of "image" and "text", those that are read; a sample that lacks all of them goes to the ledger, and the column of the other
     need not exist. need_label: a sample without label goes to the ledger. split: all samples belong to it, for which the file was given.
+    need_all_inputs: the columns of all `modalities` must be there; else of one, and samples lack what has no column, which is noted.
 
     Raises UserError for a file that cannot be read, lacks a column, uses an id twice, names an unknown split (or one other than `split`)
     or has no usable row.
@@ -106,7 +108,8 @@ def read_table(
     path = os.fspath(path)
     path = path if os.path.exists(path) else os.path.expanduser(path)
     cells = read_cells(path, format)
-    refuse_missing_columns(path, cells, columns, modalities, need_label=need_label, need_split=split is None)
+    needed = modalities if need_all_inputs else note_missing_inputs(path, cells, columns, modalities, ledger)
+    refuse_missing_columns(path, cells, columns, needed, need_label=need_label, need_split=split is None, trains=need_all_inputs)
     table, bad, notes = interpret(path, cells, columns, modalities, format.missing, need_label=need_label)
     for note in [*cells.notes, *notes]:
         ledger.note(note)
@@ -216,6 +219,18 @@ def notes_of_nulls(path: str, columns: dict[str, list[str | None]]) -> list[str]
     return notes
 
 
+def note_missing_inputs(path: str, cells: Cells, columns: Columns, modalities: Sequence[str], ledger: Ledger) -> list[str]:
+    """The modalities that have a column, or all where none has; the others are noted."""
+    there = [name for name in modalities if getattr(columns, name) in cells.columns]
+    for name in modalities:
+        column = getattr(columns, name)
+        if there and name not in there and column not in cells.opaque:
+            hint = nearest(column, cells.columns)
+            close = f" {hint} Then: --data.columns.{name}=NAME" if hint.startswith("Did") else ""
+            ledger.note(f"{path} has no column '{column}': all its samples are taken as without {name}.{close}")
+    return [name for name in modalities if name in there or getattr(columns, name) in cells.opaque] if there else list(modalities)
+
+
 # What is refused.
 
 
@@ -257,15 +272,16 @@ def refuse_repeated_ids(path: str, column: str | None, table: Table) -> None:
 
 
 def refuse_missing_columns(
-    path: str, cells: Cells, columns: Columns, modalities: Sequence[str], *, need_label: bool, need_split: bool
+    path: str, cells: Cells, columns: Columns, modalities: Sequence[str], *, need_label: bool, need_split: bool, trains: bool
 ) -> None:
-    """All columns that are wanted and absent, in one message."""
+    """All columns that are wanted and absent, in one message. trains: a model is to be trained, which could do without a modality."""
     wanted = list(modalities)
     if need_label:
         # A column that was renamed was asked for: it can't be optional. (To predict, though, nothing but the inputs is needed.)
         optional = ["id", "group", *(["split"] if need_split else [])]
         wanted += ["label", *(role for role in optional if getattr(columns, role) not in (None, getattr(Columns, role)))]
-    told = [lacks_column(cells, role, getattr(columns, role), modalities) for role in wanted if getattr(columns, role) not in cells.columns]
+    absent = [role for role in wanted if getattr(columns, role) not in cells.columns]
+    told = [lacks_column(cells, role, getattr(columns, role), modalities if trains else ()) for role in absent]
     if told:
         names = [f"'{name}'" for name in cells.columns]
         raise UserError(f"{path} {'; it '.join(told)}. Its columns: {listed(names, most=20)}{hint_of_separator(cells)}")

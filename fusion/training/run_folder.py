@@ -17,9 +17,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from fusion.data.record import FILE as SAMPLES
 from fusion.errors import UserError
 
 PACKAGES = ("torch", "lightning", "timm", "transformers", "tokenizers", "torchmetrics", "numpy", "pillow", "jsonargparse", "omegaconf")
+ISSUES, METRICS = "data_issues.csv", "metrics.csv"
+OWN_FILES = (ISSUES, METRICS, SAMPLES, "evaluation_issues.csv")  # tables that other commands must not overwrite
 
 
 class RunFolder(Callback):
@@ -49,7 +52,7 @@ class RunFolder(Callback):
             (self.folder / "recipe.yaml").write_text(self.recipe, encoding="utf-8")
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            data.ledger.write(self.folder / "data_issues.csv")
+            data.ledger.write(self.folder / ISSUES)
             data.record.write(self.folder)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -106,7 +109,7 @@ def earlier_metrics(folder: Path, writes: bool) -> list[dict[str, str]]:
     """The rows of the folder's metrics.csv. They are kept in a file of another name until the new one has them, since CSVLogger begins by
     deleting.
     """
-    path, kept = folder / "metrics.csv", folder / EARLIER
+    path, kept = folder / METRICS, folder / EARLIER
     if writes and path.is_file() and not kept.is_file():
         path.replace(kept)
     if not kept.is_file():

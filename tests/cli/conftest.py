@@ -37,17 +37,27 @@ def trained(command: Run, world: Path) -> Path:
 
 
 @pytest.fixture
-def in_process(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[str, list[str]], tuple[int, str]]:
-    """Runs a command in this process; gives its exit status and what it wrote to standard error. For mistakes, which end early."""
+def here(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """As `command`, in this process, which has everything loaded."""
     from fusion.cli.main import run
 
-    def call(name: str, arguments: list[str]) -> tuple[int, str]:
+    def call(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(world)
         monkeypatch.setenv("FUSION_CACHE", str(world / "cache"))
+        capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            run(name, arguments)
-        return int(ended.value.code or 0), capsys.readouterr().err
+            run(name, list(arguments))
+        return subprocess.CompletedProcess([name, *arguments], int(ended.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def in_process(here: Run) -> Callable[[str, list[str]], tuple[int, str]]:
+    """Runs a command in this process; gives its exit status and what it wrote to standard error. For mistakes, which end early."""
+
+    def call(name: str, arguments: list[str]) -> tuple[int, str]:
+        done = here(name, *arguments)
+        return done.returncode, done.stderr
 
     return call

@@ -70,7 +70,7 @@ def test_predict_writes_prediction_probabilities_and_presence(command: Run, trai
     assert "data_issues.csv" in done.stdout
 
 
-def test_evaluate_and_predict_read_a_manifest_as_the_run_was_told_to(command: Run, trained: Path, world: Path) -> None:
+def test_evaluate_and_predict_read_a_manifest_as_the_run_was_told_to(here: Run, trained: Path, world: Path) -> None:
     run = world / "own-format"
     shutil.copytree(trained, run)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
@@ -82,12 +82,12 @@ def test_evaluate_and_predict_read_a_manifest_as_the_run_was_told_to(command: Ru
     rows += [("7", "", 'café "red?', classes[0]), ("7", "", "n/a", classes[1]), ("7", "", 'blue?"', classes[1])]
     (world / "ask.tsv").write_bytes("".join("\t".join(row) + "\n" for row in rows).encode("cp1252"))
     for name, words in (("predict", ["--out=own.csv"]), ("evaluate", [])):
-        done = command(name, "--run", str(run), "--manifest", "ask.tsv", *words)
+        done = here(name, "--run", str(run), "--manifest", "ask.tsv", *words)
         assert done.returncode == 0, done.stderr
         assert "1 sample dropped" in done.stdout, name
     (world / "ask.csv").write_bytes(f"image;question;label\n;red?;{classes[0]}\n;blue?;{classes[1]}\n".encode())
     for name, words in (("predict", ["--out=own.csv"]), ("evaluate", [])):
-        assert "note: ask.csv: its cells are separated by ';'" in command(name, "--run", str(run), "--manifest", "ask.csv", *words).stdout
+        assert "note: ask.csv: its cells are separated by ';'" in here(name, "--run", str(run), "--manifest", "ask.csv", *words).stdout
 
 
 def test_paths_pictures_arrays_and_bytes_give_the_same_answer(trained: Path, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_columns_of_images_are_read_as_they_come(trained: Path, tmp_path: Path) 
         ({"images": [None, "https://example.org/a.png"], "texts": ["red?", "red?"]}, "sample 1: image missing: .*download it first"),
         ({"images": [None, "gone.png"], "texts": ["red?", "red?"]}, "sample 1: its image can't be read: missing .gone.png"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",  # a picture's repr has its address
 )
 def test_what_is_no_column_or_no_sample_is_refused_in_one_line(trained: Path, given: dict, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
@@ -213,11 +213,86 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
         fusion.load(str(tmp_path / "bad.ckpt"))
 
 
-def test_a_run_on_a_share_of_the_samples_is_scored_on_the_splits_that_it_had(command: Run, world: Path) -> None:
-    done = command("fit", *TINY, "--data.train_samples=40", "--data.where={kind: existence}", "--runs=shares")
+def test_a_run_on_a_share_of_the_samples_is_scored_on_the_splits_that_it_had(here: Run, world: Path) -> None:
+    done = here("fit", *TINY, "--data.train_samples=40", "--data.where={kind: existence}", "--runs=shares")
     assert done.returncode == 0, done.stderr
     run = next((world / "shares" / "quickstart").iterdir())
     for split, count in (("train", 40), ("val", int(re.findall(r"^  val +(\d+) samples", done.stdout, re.MULTILINE)[0]))):
-        scored = command("evaluate", f"--run={run}", f"--split={split}", "--by=kind")
+        scored = here("evaluate", f"--run={run}", f"--split={split}", "--by=kind")
         assert re.search(rf"^existence .* {count}$", scored.stdout, re.MULTILINE), scored.stdout + scored.stderr
         assert "changed" not in scored.stdout + scored.stderr
+
+
+def test_a_manifest_without_the_column_of_a_modality_is_predicted_as_without_it(here: Run, trained: Path, world: Path) -> None:
+    """As a column of empty cells is; which is said. A table is not the model's if none of its inputs is there."""
+    (world / "texts.csv").write_text("id,text,split\na,is there a red circle?,unheard-of\nb,is there a blue square?,\n")
+    (world / "empty.csv").write_text("id,text,image\na,is there a red circle?,\nb,is there a blue square?,\n")
+    told = {}
+    for name in ("texts", "empty"):
+        told[name] = here("predict", f"--run={trained}", f"--manifest={name}.csv", f"--out={name}-out.csv")
+        assert told[name].returncode == 0, told[name].stderr
+    assert "note: texts.csv has no column 'image': all its samples are taken as without image.\n" in told["texts"].stdout
+    assert "has no column" not in told["empty"].stdout
+    assert (world / "texts-out.csv").read_text() == (world / "empty-out.csv").read_text()
+    (world / "neither.csv").write_text("id,words\na,is there a red circle?\n")
+    refused = here("predict", f"--run={trained}", "--manifest=neither.csv")
+    assert refused.returncode == 2
+    assert "has no column 'image'" in refused.stderr
+    assert "has no column 'text'" in refused.stderr
+    assert "modalities" not in refused.stderr
+
+
+def test_every_option_that_an_error_advises_is_one_of_the_command(trained: Path, here: Run, world: Path) -> None:
+    (world / "foreign.csv").write_text("id;words;pic\na;is there a red circle?;\na;red?;\nb;caf\u00e9?;\n", encoding="cp1252")
+    line = [f"--run={trained}", f"--manifest={world / 'foreign.csv'}", f"--out={world / 'foreign-out.csv'}"]
+    for status, option in (2, "--data.columns.text=words"), (2, "--data.columns.id=null"), (0, "--data.format.encoding=cp1252"):
+        done = here("predict", *line)
+        assert done.returncode == status
+        listed = (world / "foreign-out-data_issues.csv").read_text() if status == 0 else ""
+        assert option.partition("=")[0] in done.stderr + listed
+        line.append(option)
+    assert here("predict", *line).returncode == 0
+    with open(world / "foreign-out.csv") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ["2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--data.columns.txt=words"], "Did you mean data.columns.text"),
+        (["--data.format.encoding=klingon"], "data.format.encoding is 'klingon'"),
+        (["--batch_size=0"], "expected at least 1"),
+    ],
+)
+def test_a_mistaken_option_of_reading_is_one_line(trained: Path, in_process: InProcess, world: Path, words: list[str], told: str) -> None:
+    (world / "ask.csv").write_text("id,text\na,red?\n")
+    status, error = in_process("predict", [f"--run={trained}", "--manifest=ask.csv", *words])
+    assert status == 2
+    assert told in error
+
+
+def test_evaluate_reads_another_manifest_by_options_and_a_split_by_none(trained: Path, in_process: InProcess, world: Path) -> None:
+    status, error = in_process("evaluate", [f"--run={trained}", "--data.columns.label=answer"])
+    assert status == 2
+    assert "--data.columns.label is for another manifest: give --manifest" in error
+
+
+def test_what_predict_writes_overwrites_nothing_of_the_run_and_not_the_manifest(
+    here: Run, trained: Path, in_process: InProcess, world: Path
+) -> None:
+    run = world / "own-files"
+    shutil.copytree(trained, run)
+    held = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert {"data_issues.csv", "metrics.csv", "samples.parquet"} <= held.keys()
+    (world / "some-bad.csv").write_text("id,image,text\na,gone.png,red?\nb,,red?\n")
+    done = here("predict", f"--run={run}", "--manifest=some-bad.csv", f"--out={run / 'new.csv'}")
+    assert done.returncode == 0, done.stderr
+    assert f"see {run / 'new-data_issues.csv'}" in done.stdout
+    for name in ("data_issues.csv", "metrics.csv", "samples.parquet"):
+        status, error = in_process("predict", [f"--run={run}", "--manifest=some-bad.csv", f"--out={run / name}"])
+        assert status == 2
+        assert f"would overwrite the run's own {name}" in error
+    status, error = in_process("predict", [f"--run={run}", "--manifest=some-bad.csv", "--out=./some-bad.csv"])
+    assert status == 2
+    assert "is the manifest itself" in error
+    assert {name: (run / name).read_bytes() for name in held} == held

@@ -1,0 +1,73 @@
+"""How evaluate and predict read a manifest: as the run read its own, or as options ask that are named as those of fit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from omegaconf import OmegaConf
+
+from fusion.cli.mistakes import told_plainly
+from fusion.data import ImageTextData
+from fusion.data.format import Format
+from fusion.data.table import Columns
+from fusion.errors import UserError
+
+PREFIXES = ("--data.columns.", "--data.format.")
+HELP = "--data.columns.NAME and --data.format.NAME, as in fit, say how --manifest is written where that differs from the run's own."
+
+
+def reading_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command's own words, and those that say how a manifest is read.
+
+    >>> reading_options(["--run", "r", "--data.columns.text", "question", "--data.format.separator=;"])
+    (['--run', 'r'], ['--data.columns.text', 'question', '--data.format.separator=;'])
+    """
+    own: list[str] = []
+    reading: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith(PREFIXES):
+            own.append(word)
+            continue
+        reading.append(word)
+        if "=" not in word:
+            reading.extend(value for value in [next(words, None)] if value is not None)
+    return own, reading
+
+
+def reading_of(run: Path, options: Sequence[str]) -> tuple[Columns, Format]:
+    """The columns and the format of a run's manifest, changed by options; defaults for a checkpoint file, which doesn't know them."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_class_arguments(Columns, "data.columns")
+    parser.add_class_arguments(Format, "data.format")
+    settings = settings_of(run) if run.is_dir() else {}
+    own = {name: settings[name] for name in ("columns", "format") if settings.get(name)}
+    try:
+        made = parser.instantiate(parser.parse_args([f"--config={yaml.safe_dump({'data': own})}", *options]))
+    except ArgumentError as error:
+        raise UserError(told_plainly(str(error), parser, [])) from error
+    return made.data.columns, made.data.format
+
+
+def data_of(run: Path) -> ImageTextData:
+    """The data of a run, as its recipe says; not loaded."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ImageTextData, "data", sub_configs=True)
+    try:
+        return parser.instantiate(parser.parse_object({"data": settings_of(run)})).data
+    except ArgumentError as error:
+        raise UserError(f"{run / 'recipe.yaml'}: {told_plainly(str(error), parser, [])}") from error
+
+
+def settings_of(run: Path) -> Any:
+    """What a run's recipe says of its data."""
+    recipe = run / "recipe.yaml"
+    if not run.exists():
+        raise UserError(f"there is no run {run}")
+    if not recipe.is_file():
+        raise UserError(f"{run} has no recipe.yaml; expected the run folder that fit printed")
+    settings: Any = OmegaConf.to_container(OmegaConf.load(recipe))
+    return settings["data"]
