@@ -107,7 +107,7 @@ def settled(arguments: Sequence[str]) -> tuple[FusionCLI, Path | None]:
         )
     cli = FusionCLI(arguments)
     if resumed is not None:
-        refuse_difference(cli.resolved(), (resumed / "recipe.yaml").read_text(encoding="utf-8"))
+        refuse_difference(cli.resolved(), (resumed / "recipe.yaml").read_text(encoding="utf-8"), others)
     return cli, resumed
 
 

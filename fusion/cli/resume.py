@@ -42,16 +42,17 @@ MAY_DIFFER = (
 )
 
 
-def refuse_difference(now: str, then: str) -> None:
+def refuse_difference(now: str, then: str, arguments: Sequence[str] = ()) -> None:
     """A resumed run keeps its recipe: anything else would be a different run that looks like the old one. But it may have other devices:
     the global batches, and their order, are the same on any number; and another end, by which the schedule becomes another (the plan
-    says so).
+    says so). An option that the old recipe doesn't know, since it is newer, may have its default: that is what the run had.
     """
     new, old = flat(yaml.safe_load(now)), flat(yaml.safe_load(then))
+    given = tuple(word.partition("=")[0].removeprefix("--").removesuffix("+") for word in arguments if word.startswith("--"))
     different = [
         f"{key} is {new.get(key)} (was {old.get(key)})"
         for key in {**old, **new}
-        if new.get(key) != old.get(key) and not key.startswith(MAY_DIFFER)
+        if new.get(key) != old.get(key) and not key.startswith(MAY_DIFFER) and (key in old or key.startswith(given))
     ]
     if different:
         raise UserError(f"--resume keeps the run's recipe; these differ: {'; '.join(different[:5])}. Leave them out, or start a new run")

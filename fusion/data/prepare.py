@@ -41,8 +41,11 @@ class Script(Preparer):
             raise UserError(f"{self.path.stem}: say where its files are: --data.root=FOLDER (its layout is described in {self.path})")
         if not root.is_dir():
             raise UserError(f"{self.path.stem}: data.root is {root}, which is no folder")
-        digest = hashlib.sha256(self.path.read_bytes() + str(root.resolve()).encode()).hexdigest()
-        return f"{self.path.stem}-{digest[:12]}"
+        digest = hashlib.sha256(self.path.read_bytes() + str(root.resolve()).encode())
+        for file in sorted(path for path in root.rglob("*") if path.is_file()):
+            stamp = file.stat()
+            digest.update(f"{file.relative_to(root)}|{stamp.st_size}|{stamp.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        return f"{self.path.stem}-{digest.hexdigest()[:12]}"
 
     def prepare(self, folder: Path, root: Path | None) -> str:
         return str(runpy.run_path(str(self.path))["prepare"](root, folder))

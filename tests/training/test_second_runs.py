@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 from tiny_world import ROUNDING, assert_same_end, furthest_weights
 
@@ -295,3 +296,13 @@ def test_an_end_before_what_is_done_is_rejected(tiny, fit_here):
     folder = fit_here("--recipe", tiny()).folder
     assert "--trainer.max_epochs=1, but 2 epochs are done" in refusal(folder, "--trainer.max_epochs=1")
     assert "--trainer.max_steps=3, but 16 updates are made" in refusal(folder, "--trainer.max_steps=3")
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_newer_options(stopped, fit_here):
+    """Its recipe doesn't name them; to set one would be another run."""
+    recipe = stopped / "recipe.yaml"
+    settings = yaml.safe_load(recipe.read_text())
+    del settings["model"]["modality_dropout"], settings["data"]["where"]
+    recipe.write_text(yaml.safe_dump(settings))
+    assert "model.modality_dropout is 0.5 (was None)" in refusal(stopped, "--model.modality_dropout=0.5")
+    assert fit_here("--resume", stopped).status == 0
