@@ -23,9 +23,9 @@ def test_the_average_is_the_papers_recursion_over_real_updates_and_is_what_is_ev
 
     calls, sound = [], Classification.loss
 
-    def loss(self, logits, target):
+    def loss(self, *given):
         calls.append(1)
-        return sound(self, logits, target) * (float("inf") if len(calls) in (3, 6) else 1.0)
+        return sound(self, *given) * (float("inf") if len(calls) in (3, 6) else 1.0)
 
     keep = Keep()
     fp16 = ["--trainer.plugins=fusion.training.Fp16", "--trainer.plugins.init_args.init_scale=1024"]

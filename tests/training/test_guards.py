@@ -95,7 +95,7 @@ def test_with_accumulation_the_ids_are_of_the_whole_update(guarded):
 
 def test_in_mixed_precision_an_overflow_is_the_scalers_and_endless_overflow_stops(parts, monkeypatch):
     finite_loss = Classification.loss
-    monkeypatch.setattr(Classification, "loss", lambda self, logits, target: finite_loss(self, logits, target) * float("inf"))
+    monkeypatch.setattr(Classification, "loss", lambda self, *given: finite_loss(self, *given) * float("inf"))
     model, data, trainer = parts(*FP16, "--trainer.max_epochs=100", callbacks=[Guard()])
     with pytest.raises(UserError, match=f"{MOST_SKIPPED} updates in a row overflowed"):
         trainer.fit(model, datamodule=data)
