@@ -133,8 +133,8 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return manifest
 
 
-def test_bad_samples_are_dropped_with_file_row_and_reason_and_training_goes_on(command: Run, damaged: Path, world: Path) -> None:
-    done = command("fit", *OWN, f"--data.manifest={damaged}", "--runs=damaged-runs")
+def test_bad_samples_are_dropped_with_file_row_and_reason_and_training_goes_on(here: Run, damaged: Path, world: Path) -> None:
+    done = here("fit", *OWN, f"--data.manifest={damaged}", "--runs=damaged-runs")
     assert done.returncode == 0, done.stderr
     assert "7 samples dropped" in done.stdout
     assert "without image" in done.stdout

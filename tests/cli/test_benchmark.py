@@ -8,8 +8,8 @@ import pytest
 from small_runs import TINY, Run
 
 
-def test_the_overhead_of_the_fit_loop_is_measured_against_two_bare_loops(command: Run) -> None:
-    done = command("benchmark", "overhead", "--rounds=2", "--updates=3", *TINY)
+def test_the_overhead_of_the_fit_loop_is_measured_against_two_bare_loops(here: Run) -> None:
+    done = here("benchmark", "overhead", "--rounds=2", "--updates=3", *TINY)
     assert done.returncode == 0, done.stderr
     assert "2 rounds of 3 updates of 16 samples" in done.stdout
     for loop in ("the whole fit loop", "bare loop, same loader", "bare loop, batches in memory"):

@@ -46,12 +46,12 @@ def test_evaluate_tells_mistakes_in_one_line(in_process: InProcess, trained: Pat
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_predict_writes_prediction_probabilities_and_presence(command: Run, trained: Path, world: Path, suffix: str) -> None:
+def test_predict_writes_prediction_probabilities_and_presence(here: Run, trained: Path, world: Path, suffix: str) -> None:
     Image.new("RGB", (64, 64), "red").save(world / "red.png")
     (world / "ask.csv").write_text(
         "id,image,text\na,red.png,is there a red circle?\nb,,is there a red circle?\nc,red.png,\nd,gone.png,what?\n"
     )
-    done = command("predict", "--run", str(trained), "--manifest", "ask.csv", "--out", f"out.{suffix}")
+    done = here("predict", "--run", str(trained), "--manifest", "ask.csv", "--out", f"out.{suffix}")
     assert done.returncode == 0, done.stderr
     if suffix == "csv":
         with open(world / "out.csv") as file:

@@ -53,8 +53,8 @@ def test_the_checkpoint_holds_plain_data_only(trained: Path) -> None:
     assert held["fusion"]["processor"]["classes"]
 
 
-def test_the_saved_recipe_runs_again_to_the_same_result(command: Run, trained: Path, world: Path) -> None:
-    done = command("fit", f"--config={trained / 'recipe.yaml'}", "--runs=again")
+def test_the_saved_recipe_runs_again_to_the_same_result(here: Run, trained: Path, world: Path) -> None:
+    done = here("fit", f"--config={trained / 'recipe.yaml'}", "--runs=again")
     assert done.returncode == 0, done.stderr
     (again,) = (world / "again" / "fit").iterdir()
     assert json.loads((again / "results.json").read_text()) == json.loads((trained / "results.json").read_text())

@@ -69,7 +69,7 @@ def test_a_vocabulary_of_many_characters_is_no_larger_than_asked_and_holds_the_c
 def test_equally_rare_characters_are_left_out_in_the_same_way_by_every_process():
     script = "from fusion.data.tokenizer import Tokenizer as T; print(T.train(['%s'], vocab_size=50, max_length=8).backend.to_str())"
     text = "".join(chr(0x4E00 + i) for i in range(200))
-    told = {subprocess.run([sys.executable, "-c", script % text], capture_output=True, text=True, check=True).stdout for _ in range(3)}
+    told = {subprocess.run([sys.executable, "-c", script % text], capture_output=True, text=True, check=True).stdout for _ in range(2)}
     assert len(told) == 1
 
 
