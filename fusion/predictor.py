@@ -26,7 +26,7 @@ from fusion.errors import UserError
 from fusion.heads import FusionHead
 from fusion.model import FusionModel
 
-FORMATS = (2, 3, 4)
+FORMATS = (2, 3, 4, 5)
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 
@@ -64,6 +64,8 @@ class Predictor:
         about = held.get("fusion") if isinstance(held, dict) else None
         if about is None or about.get("format") not in FORMATS:
             raise UserError(f"{path} is not a checkpoint of this version of fusion")
+        if about["format"] < 5 and about["head"]["class"].endswith(".Stacking"):
+            raise UserError(f"{path}: its Stacking head read probabilities, which this version's doesn't: train it anew")
         processor = Processor.from_state(about["processor"])
         encoders = {name: rebuilt(spec, Encoder)(**spec["init"]) for name, spec in about["encoders"].items()}
         head = partial(rebuilt(about["head"], FusionHead), **about["head"]["init"])

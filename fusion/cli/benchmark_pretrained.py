@@ -8,12 +8,14 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from hashlib import blake2b
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 from fusion.cli.benchmark_ranks import column
 from fusion.cli.fit import BOUNDS, fit
+from fusion.cli.parser import FusionCLI
 from fusion.cli.tables import aligned
 from fusion.errors import UserError, nearest
 from fusion.heads import available
@@ -25,6 +27,7 @@ ALL = "all"
 class Score(NamedTuple):
     """What one run gave: the validation accuracy of its best epoch, the test accuracy of that epoch, how many updates it made."""
 
+    recipe: str  # a digest of the settings that all runs share
     share: str
     head: str
     seed: int
@@ -39,7 +42,8 @@ class Score(NamedTuple):
 def benchmark_pretrained(arguments: Sequence[str], pattern: str, seeds: int, shares: Sequence[str], kept: Path | None) -> int:
     """Run `fit` with these arguments for every head that matches, seed and share of the training samples; print accuracies over the seeds.
 
-    shares: numbers of training samples, or "all". kept: a CSV file to which each run adds a line, and whose runs are not made again.
+    shares: numbers of training samples, or "all". kept: a CSV file to which each run adds a line, and whose runs of
+    the same recipe are not made again.
     """
     names = available(pattern)
     if not names:
@@ -47,18 +51,21 @@ def benchmark_pretrained(arguments: Sequence[str], pattern: str, seeds: int, sha
     for share in shares:
         if share != ALL and not share.isdigit():
             raise UserError(f"--shares: '{share}' is no number of samples; expected such as 400, or {ALL}")
-    scores = read_scores(kept)
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}; expected at least 1")
+    recipe = blake2b(FusionCLI(arguments).resolved().encode(), digest_size=6).hexdigest()
+    scores = [score for score in read_scores(kept) if score.recipe == recipe]
     there = {(score.share, score.head, score.seed) for score in scores}
     for seed, share, name in product(range(seeds), shares, names):  # cut short, it has every head
         if (share, name, seed) not in there:
-            scores.append(score_of(arguments, share, name, seed))
+            scores.append(score_of(arguments, recipe, share, name, seed))
             print(f"{share} samples, {name}, seed {seed}: val {scores[-1].val:.4f}  {scores[-1].updates} updates", flush=True)
             add_score(kept, scores[-1])
     print(f"\n{table(scores, names, shares, seeds)}")
     return 0
 
 
-def score_of(arguments: Sequence[str], share: str, name: str, seed: int) -> Score:
+def score_of(arguments: Sequence[str], recipe: str, share: str, name: str, seed: int) -> Score:
     """Train once. Raises UserError where a run doesn't end, or has no validation or test samples to score."""
     options = [f"--model.head={name}", f"--seed_everything={seed}", *([] if share == ALL else [f"--data.train_samples={share}"])]
     told = io.StringIO()
@@ -73,7 +80,9 @@ def score_of(arguments: Sequence[str], share: str, name: str, seed: int) -> Scor
     if not val or "accuracy" not in results["test"]:
         raise UserError("the recipe's data has no validation or no test samples; both are reported")
     test = results["test"]
-    return Score(share, name, seed, max(val), test["accuracy"], results["updates"], *(test.get(f"ceiling_{of}", math.nan) for of in BOUNDS))
+    return Score(
+        recipe, share, name, seed, max(val), test["accuracy"], results["updates"], *(test.get(f"ceiling_{of}", math.nan) for of in BOUNDS)
+    )
 
 
 def table(scores: Sequence[Score], names: Sequence[str], shares: Sequence[str], seeds: int) -> str:
@@ -99,7 +108,10 @@ def read_scores(kept: Path | None) -> list[Score]:
     if kept is None or not kept.is_file():
         return []
     with open(kept, newline="", encoding="utf-8") as file:
-        return [Score(*(kind(row[name]) for name, kind in Score.__annotations__.items())) for row in csv.DictReader(file)]
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) != Score._fields:
+            raise UserError(f"--csv {kept}: its columns are not {', '.join(Score._fields)}; give a new file")
+        return [Score(*(kind(row[name]) for name, kind in Score.__annotations__.items())) for row in rows]
 
 
 def add_score(kept: Path | None, score: Score) -> None:

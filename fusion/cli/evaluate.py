@@ -32,16 +32,14 @@ def evaluate(arguments: Sequence[str]) -> int:
     options.add_argument("--batch_size", type=above_zero, default=256)
     own, reading = reading_options(arguments)
     asked = options.parse_args(own)
-    if reading and not asked.manifest:
-        raise UserError(f"{reading[0].partition('=')[0]} is for another manifest: give --manifest")
     run = Path(asked.run).expanduser()
     data = data_of(run)
     data.ledger = ledger = Ledger("drop")  # told at the end; the run's on_bad_sample was for training, and is no option here
     predictor = load_for(run, asked.checkpoint, ledger)
     modalities = tuple(predictor.modalities)
+    data.columns, data.format = reading_of(run, reading)
     if asked.manifest:
-        columns, format = reading_of(run, reading)
-        table = rows_of(asked.manifest, columns, format, modalities, ledger, need_label=True)
+        table = rows_of(asked.manifest, data.columns, data.format, modalities, ledger, need_label=True)
     else:
         table = split_of(run, data, modalities, asked.split)
     if asked.by:

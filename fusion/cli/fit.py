@@ -137,6 +137,7 @@ def print_data_notes(data: ImageTextData) -> None:
 def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpoint: ModelCheckpoint, run: RunFolder) -> None:
     """Score the best checkpoint on the test split; print and keep the result."""
     best = checkpoint.best_model_path or checkpoint.last_model_path or None  # None: of a run without a single update
+    updates = model.updates  # which the best checkpoint sets back
     scores: dict[str, float] = {}
     lines: list[list[str]] = []
     if "test" in data.splits:
@@ -155,7 +156,7 @@ def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpo
             *([BOUNDS[name], f"{bound:.4f}", *of_all] for name, bound in bounds.items()),
         ]
     if trainer.is_global_zero and run.folder is not None:
-        (run.folder / "results.json").write_text(json.dumps({"test": scores, "updates": model.updates}, indent=2) + "\n", encoding="utf-8")
+        (run.folder / "results.json").write_text(json.dumps({"test": scores, "updates": updates}, indent=2) + "\n", encoding="utf-8")
     print_rank_zero("\n" + aligned(lines) if lines else "\nno test samples: nothing scored")
     print_rank_zero(f"\nrun folder  {run.folder}")
     if best is None:

@@ -1,7 +1,7 @@
 """The Lightning command line over our task and data, with recipes, and with errors that name the nearest thing that exists."""
 
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError
@@ -80,7 +80,7 @@ class FusionCLI(LightningCLI):
             raise UserError(told_plainly(str(error), parser, recipes)) from error
         for key in PATH_KEYS:  # so that the saved recipe means the same from anywhere
             if self.config.data[key]:
-                self.config.data[key] = str(Path(self.config.data[key]).expanduser().absolute())
+                self.config.data[key] = os.path.abspath(os.path.expanduser(self.config.data[key]))
 
     def _set_seed(self) -> None:
         """Not at parsing: `make` follows, with the seed set by the command."""
@@ -110,9 +110,9 @@ class FusionCLI(LightningCLI):
         # RunFolder brings the loggers; Lightning's own default would leave lightning_logs/ wherever the command is run.
         logger = self.config_init.trainer.logger
         plugins, logger = [*listed, AtomicCheckpointIO()], False if logger is None else logger
-        if self.config_init.trainer.enable_progress_bar is not False and not any(
-            isinstance(callback, ProgressBar) for callback in self.config_init.trainer.callbacks or []
-        ):
+        given = self.config_init.trainer.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        if self.config_init.trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in given):
             self.trainer_defaults["callbacks"].insert(0, Bar())  # before the lines, which it lets through
         try:
             return super().instantiate_trainer(plugins=plugins, logger=logger, **kwargs)

@@ -15,7 +15,7 @@ from fusion.data.table import Columns
 from fusion.errors import UserError
 
 PREFIXES = ("--data.columns.", "--data.format.")
-HELP = "--data.columns.NAME and --data.format.NAME, as in fit, say how --manifest is written where that differs from the run's own."
+HELP = "--data.columns.NAME and --data.format.NAME, as in fit, say how the manifest is written where that differs from the run's own."
 
 
 def reading_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

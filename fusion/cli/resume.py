@@ -48,11 +48,10 @@ def refuse_difference(now: str, then: str, arguments: Sequence[str] = ()) -> Non
     says so). An option that the old recipe doesn't know, since it is newer, may have its default: that is what the run had.
     """
     new, old = flat(yaml.safe_load(now)), flat(yaml.safe_load(then))
-    given = tuple(word.partition("=")[0].removeprefix("--").removesuffix("+") for word in arguments if word.startswith("--"))
+    given = [word.partition("=")[0].removeprefix("--").removesuffix("+") for word in arguments if word.startswith("--")]
+    kept = [key for key in {**old, **new} if key in old or any(f"{key}.".startswith(f"{name}.") for name in given)]
     different = [
-        f"{key} is {new.get(key)} (was {old.get(key)})"
-        for key in {**old, **new}
-        if new.get(key) != old.get(key) and not key.startswith(MAY_DIFFER) and (key in old or key.startswith(given))
+        f"{key} is {new.get(key)} (was {old.get(key)})" for key in kept if new.get(key) != old.get(key) and not key.startswith(MAY_DIFFER)
     ]
     if different:
         raise UserError(f"--resume keeps the run's recipe; these differ: {'; '.join(different[:5])}. Leave them out, or start a new run")
@@ -108,9 +107,12 @@ def processor_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str
 def refuse_past_end(checkpoint: Path, max_epochs: int | None, max_steps: int) -> None:
     """Raises UserError where the run is to end before what is done."""
     held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    refuse_other_format(held)
     epochs = held["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    begun = max(epochs, held["loops"]["fit_loop"]["epoch_progress"]["current"]["started"])
     updates = held["global_step"]
-    if max_epochs is not None and 0 <= max_epochs < epochs:
-        raise UserError(f"--trainer.max_epochs={max_epochs}, but {epochs} epochs are done")
+    if max_epochs is not None and 0 <= max_epochs < begun:
+        more = f", and epoch {begun} is begun" if begun > epochs else ""
+        raise UserError(f"--trainer.max_epochs={max_epochs}, but {epochs} epochs are done{more}")
     if 0 <= max_steps < updates:
         raise UserError(f"--trainer.max_steps={max_steps}, but {updates:,} updates are made")

@@ -12,6 +12,7 @@ T = TypeVar("T")
 VALUES = (str, bool, int, float, Decimal, date, time, timedelta, np.generic)  # pandas' times are datetimes, hence dates
 MAY_BE_NAN = (float, np.floating, np.datetime64, np.timedelta64, Decimal)
 WHOLE = re.compile(r"(-?[0-9]+)\.0+")
+DURATION = re.compile(r"(-?[0-9]+ days [+]?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)")
 TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2} )?([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?([+-][0-9]{2}:[0-9]{2})?")
 FIRST = frozenset("-0123456789")  # what a number or a time begins with
 
@@ -30,8 +31,27 @@ def cell_text(cell: Any) -> str | None:
     """
     if is_null(cell):
         return None
+    if isinstance(cell, timedelta | np.timedelta64):
+        return duration_text(int(np.timedelta64(cell, "ns").astype(np.int64)) if type(cell) is timedelta else nanoseconds(cell))
     text = str(cell)
     return canonical(text.replace("T", " ") if isinstance(cell, np.datetime64) else text)
+
+
+def nanoseconds(cell: Any) -> int:
+    """Of a duration of NumPy or pandas."""
+    return int(getattr(cell, "to_timedelta64", lambda: cell)().astype("timedelta64[ns]").astype(np.int64))
+
+
+def duration_text(ns: int) -> str:
+    """A duration as pandas writes it to CSV, without zeros at the end of its fraction.
+
+    >>> duration_text(1_500_000_000), duration_text(-1_000_000_000)
+    ('0 days 00:00:01.5', '-1 days +23:59:59')
+    """
+    days, rest = divmod(ns, 86_400 * 10**9)
+    seconds, fraction = divmod(rest, 10**9)
+    clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}" + (f".{fraction:09}".rstrip("0") if fraction else "")
+    return f"{days} days {'+' if days < 0 else ''}{clock}"
 
 
 def is_null(cell: Any) -> bool:
@@ -47,6 +67,8 @@ def canonical(text: str) -> str:
         return text
     if number := WHOLE.fullmatch(text):
         return "0" if number[1] == "-0" else number[1]
+    if " days " in text and (found := DURATION.fullmatch(text)):
+        return found[1] + found[2].rstrip("0").rstrip(".")
     if ":" in text and (found := TIME.fullmatch(text)):
         day, clock, fraction, zone = (part or "" for part in found.groups())
         fraction = fraction.rstrip("0").rstrip(".")

@@ -23,6 +23,8 @@ class Format:
     missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.missing, str):
+            object.__setattr__(self, "missing", (self.missing,))
         try:
             "".encode(self.encoding)
         except (LookupError, ValueError):

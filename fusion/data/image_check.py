@@ -21,6 +21,7 @@ from fusion.console import SignOfLife, print_rank_zero
 from fusion.data.images import ImageError
 from fusion.data.processor import ImageSpec
 from fusion.data.samples import load_image
+from fusion.errors import UserError
 
 VERSION = 2  # of what `images` accepts: raise it when the same file would get another verdict
 
@@ -46,9 +47,12 @@ def check_images(paths: Sequence[str], spec: ImageSpec, *, memory_gib: float, ca
         found = in_threads(lambda row: verdict(paths[row], spec, pixels[row]), range(len(paths)))
         verdicts = dict(zip(paths, found, strict=True))
     else:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / "checked.lock"):
-            verdicts = check_remembering(paths, spec, cache / f"checked-{decided_by(spec)}.parquet")
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / "checked.lock"):
+                verdicts = check_remembering(paths, spec, cache / f"checked-{decided_by(spec)}.parquet")
+        except OSError as error:
+            raise UserError(f"can't write to {cache}: {error.strerror or error}. Another place: --data.cache=FOLDER") from error
     bad = {path: reason for path, (reason, _) in verdicts.items() if reason}
     digests = {path: digest for path, (reason, digest) in verdicts.items() if not reason}
     return Checked(pixels if fits else None, bad, digests)
@@ -84,11 +88,7 @@ def decided_by(spec: ImageSpec) -> str:
 
 
 def check_remembering(paths: Sequence[str], spec: ImageSpec, memory: Path) -> dict[str, Verdict]:
-    known: dict[tuple[str, int, int], Verdict] = {}
-    if memory.is_file():
-        t = pq.read_table(memory).to_pydict()
-        stamped = zip(t["path"], t["size"], t["changed"], strict=True)
-        known = dict(zip(stamped, zip(t["reason"], t["digest"], strict=True), strict=True))
+    known = remembered(memory)
     stamps = {path: stamp(path) for path in paths}
     unseen = [path for path in paths if stamps[path] not in known]
     if unseen:
@@ -102,10 +102,20 @@ def check_remembering(paths: Sequence[str], spec: ImageSpec, memory: Path) -> di
     return {path: known[stamps[path]] for path in paths}
 
 
+def remembered(memory: Path) -> dict[tuple[str, int, int], Verdict]:
+    """Verdicts by stamp; none where the file is not there, or is corrupt: the images are then decoded again."""
+    try:
+        t = pq.read_table(memory).to_pydict()
+        stamped = zip(t["path"], t["size"], t["changed"], strict=True)
+        return dict(zip(stamped, zip(t["reason"], t["digest"], strict=True), strict=True))
+    except (FileNotFoundError, pa.ArrowException, KeyError):
+        return {}
+
+
 def stamp(path: str) -> tuple[str, int, int]:
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # the latter for a NUL in the path
         return (path, -1, -1)
     return (path, status.st_size, status.st_mtime_ns)
 

@@ -44,6 +44,8 @@ def locate(cell: str, folder: str = "") -> Located:
         path = os.path.join(folder, text)
         if os.path.exists(path):
             return Located(path, corrected=" and ".join(seen))
+    if not seen:
+        return Located(written)
     return Located(written, missing=f"{written} (written with {' and '.join(seen)}; nor is there {path})")
 
 

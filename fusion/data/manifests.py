@@ -53,9 +53,10 @@ def refuse_two_sources(table: Table, main: str, own: dict[str, str | None]) -> N
 
 def note_shared_files(files: Sequence[tuple[str | None, str]], ledger: Ledger) -> None:
     shares = {
-        ("train", "val"): "every validation sample is trained on: its scores, by which the best checkpoint is chosen, "
-        "say nothing of new samples",
-        ("train", "test"): "every test sample is trained on: its scores say nothing of new samples",
+        ("train", "val"): "validation samples are trained on: their scores, by which the best checkpoint is chosen, say nothing of new "
+        "samples; and a test split carved out of the same file is validated on",
+        ("train", "test"): "test samples are trained on, or validated on where that split is carved out of the same file: their scores say "
+        "nothing of new samples",
         ("val", "test"): "the best checkpoint is chosen on the samples that it is tested on: test scores are too high",
     }
     for i, (split, file) in enumerate(files):

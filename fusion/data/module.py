@@ -114,6 +114,8 @@ class ImageTextData(LightningDataModule):
             raise UserError("say where the data is: --data.manifest=FILE, or a recipe whose data.preparer makes it (one of the two)")
         if batch_size < 1 or eval_batch_size < 1:
             raise UserError(f"data.batch_size is {batch_size} and data.eval_batch_size {eval_batch_size}; expected at least 1")
+        if max_length < 3:
+            raise UserError(f"data.max_length is {max_length}; expected at least 3: a token between those that mark start and end")
         self.manifest, self.val_manifest, self.test_manifest = manifest, val_manifest, test_manifest
         self.columns, self.format, self.preparer, self.root = columns, format, preparer, root
         self.val, self.test, self.split_seed = val, test, split_seed
@@ -194,7 +196,7 @@ class ImageTextData(LightningDataModule):
     def chosen_rows(self, table: Table) -> Table:
         """The rows that `where` asks for. Raises UserError for a column that the manifest lacks, and where no row is left."""
         for name, asked in self.where.items():
-            roles = {self.columns.label: table.labels, self.columns.group: table.groups}
+            roles = {getattr(self.columns, role): getattr(table, f"{role}s") for role in ("text", "label", "split", "id", "group")}
             known: dict[str, Sequence[str | None]] = {**table.extra, **{role: cells for role, cells in roles.items() if role}}
             if name not in known:
                 raise UserError(f"data.where: the manifest has no column '{name}'. {nearest(name, known)}")

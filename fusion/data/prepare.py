@@ -56,6 +56,8 @@ def prepared(preparer: Preparer, root: Path | None, cache: Path) -> tuple[Path, 
 
     Several processes may ask at once: one makes it, in a folder of its own that gets its name when it is whole; the others wait.
     """
+    if root is not None and cache.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"data.cache is {cache}, inside data.root, {root}, which would change with it. Another place: --data.cache=FOLDER")
     folder = cache / preparer.key(root)
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fusion.data.cell_text import duration_text
 from fusion.data.cells import Cells
 from fusion.data.format import Format
 from fusion.data.separated import read_separated
@@ -117,6 +118,9 @@ def column_values(name: str, column: pa.ChunkedArray, flawed: dict[int, str]) ->
 
 def times(column: pa.ChunkedArray) -> list[str | None]:
     """Times as text, for Python's own lack the nanoseconds; time zones as +01:00."""
+    if pa.types.is_duration(column.type):
+        unit = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}[column.type.unit]
+        return [None if count is None else duration_text(count * unit) for count in column.cast(pa.int64()).to_pylist()]
     texts = column.cast(pa.string()).to_pylist()
     if pa.types.is_timestamp(column.type) and column.type.tz is not None:
         return [text and re.sub(r"([+-]\d\d)(\d\d)$", r"\1:\2", text.replace("Z", "+00:00")) for text in texts]

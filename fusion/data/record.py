@@ -1,5 +1,6 @@
 """Which sample went into which split, kept with the run, and found again by content when the table has changed since."""
 
+import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,13 +91,17 @@ class Record:
     def match(self, now: "Record") -> list[int | None]:
         """For each row of `now`, the row here that it is: None where it is new.
 
-        By content first: equal image, text and label, each row here used once. Of what is left, rows of one id are the same, then those
+        By content first: equal image, text and label, each row here used once, for its own id, file and given split where several are
+        equal. Of what is left, rows of one id are the same, then those
         that agree in two of the three, where that names one row on each side.
         """
         found: list[int | None] = [None] * len(now)
         left: Sequence[int] = range(len(self))
         left_now: Sequence[int] = range(len(now))
-        for names, repeats in ((INPUTS, True), (("id",), False), (INPUTS[:2], False), (INPUTS[::2], False), (INPUTS[1:], False)):
+        # Of equal rows, those that also share what was given with them: they may be in different splits.
+        equal = [((*INPUTS, *more), True) for more in (("file", "id"), ("file", "split"), ("split",), ("file",), ())]
+        alike = [(names, False) for names in (("id",), INPUTS[:2], INPUTS[::2], INPUTS[1:])]
+        for names, repeats in [*equal, *alike]:
             here, there = self.rows_by(names, left), now.rows_by(names, left_now)
             for key, rows in there.items():
                 same = here.get(key, [])
@@ -109,12 +114,13 @@ class Record:
         return found
 
     def rows_by(self, names: Sequence[str], rows: Sequence[int]) -> dict[Hashable, list[int]]:
-        """The rows by their cells in these columns, in order; rows of which one of them is empty, or whose id is only their line, are left
-        out unless all three of INPUTS are asked for."""
+        """The rows by their cells in these columns, in order. Left out are rows of which one of these is empty (one of INPUTS may be, where
+        all of these are asked for), or is an id that is only their line."""
         found: dict[Hashable, list[int]] = defaultdict(list)
         for row in rows:
             key = tuple(self.columns[name][row] for name in names)
-            if names == INPUTS or (all(key) and not (names == ("id",) and self.is_line(row))):
+            needed = key[len(INPUTS) :] if names[: len(INPUTS)] == INPUTS else key
+            if all(needed) and not ("id" in names and self.is_line(row)):
                 found[key].append(row)
         return found
 
@@ -162,7 +168,7 @@ def counted(rows: Sequence[int], record: Record, what: str) -> str:
 
 def local_paths(table: Table) -> Iterator[str | None]:
     """The images' paths from the folders of their manifests."""
-    folders = {file: str(Path(file).absolute().parent) + "/" for file in set(table.files)}
+    folders = {file: os.path.dirname(os.path.abspath(file)) + os.sep for file in set(table.files)}
     for path, file in zip(table.images, table.files, strict=True):
         yield path and path.removeprefix(folders[file])
 

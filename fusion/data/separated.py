@@ -147,7 +147,7 @@ def quoted_records(file: Iterator[str], separator: str) -> Iterator[tuple[int, l
 
 def header(path: str, numbered: Iterator[tuple[int, list[str] | str, int]], format: Format) -> list[str]:
     """Names of the columns, from the first line that isn't blank; a nameless column (pandas' index) stays nameless."""
-    cells = next((cells for _, cells, _ in numbered if cells), [])
+    cells = next((cells for _, cells, _ in numbered if isinstance(cells, str) or any(cell.strip() for cell in cells)), [])
     if isinstance(cells, str):
         raise UserError(f"{path}: can't read its header: {cells}")
     names = [cell.removeprefix(BYTE_ORDER_MARK).strip() for cell in cells]

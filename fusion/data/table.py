@@ -102,8 +102,8 @@ def read_table(
     need not exist. need_label: a sample without label goes to the ledger. split: all samples belong to it, for which the file was given.
     need_all_inputs: the columns of all `modalities` must be there; else of one, and samples lack what has no column, which is noted.
 
-    Raises UserError for a file that cannot be read, lacks a column, uses an id twice, names an unknown split (or one other than `split`)
-    or has no usable row.
+    Raises UserError for a file that cannot be read, lacks a column, uses an id twice, names an unknown split (another one where
+    `split` is given), or has no usable row.
     """
     path = os.fspath(path)
     path = path if os.path.exists(path) else os.path.expanduser(path)

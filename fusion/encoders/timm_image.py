@@ -286,9 +286,11 @@ def grey(pixels: Tensor) -> Tensor:
     return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
 
 
-def of_channels(key: str, values: Sequence[float], channels: int) -> list[float]:
+def of_channels(key: str, values: Any, channels: int) -> list[float]:
     """A constant for each channel: as given, one for all, or the mean of those of RGB for grey."""
-    given = list(values)
+    given = list(values) if isinstance(values, list | tuple) else [values]
+    if not all(type(value) in (int, float) for value in given):
+        raise UserError(f"image encoder: data_config.{key} is {values!r}; expected a number for each of {channels} channels")
     if len(given) not in (1, 3):
         raise UserError(f"image encoder: data_config.{key} has {len(given)} values; expected one for each of {channels} channels")
     return given if len(given) == channels else given * channels if len(given) == 1 else [sum(given) / len(given)]

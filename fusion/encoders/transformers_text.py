@@ -69,10 +69,18 @@ class TransformersText(Encoder):
                 f"text encoder '{self.body.config.model_type}' has no embeddings module (its parts: {parts}); take a BERT-like one"
             )
         self.pooling = pooling or ("last" if "clip" in self.body.config.model_type else "mean")
-        drop_unused(self, lambda: self(self.example()))
-        with torch.no_grad():
-            self.dim = self(self.example()).dim
-            self.embed_dim = self.embed(self.example()).dim
+        try:
+            drop_unused(self, lambda: self(self.example()))
+            with torch.no_grad():
+                self.dim = self(self.example()).dim
+                self.embed_dim = self.embed(self.example()).dim
+        except UserError:
+            raise
+        except Exception as error:  # of any type, from within the model's own code
+            raise UserError(
+                f"text encoder: '{self.body.config.model_type}' doesn't read token ids and a mask alone, as a BERT-like model does "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
         if frozen:
             self.freeze()
 

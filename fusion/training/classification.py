@@ -43,7 +43,7 @@ class Classification(Task):
 
     def metric_names(self) -> list[str]:
         trained = [f"train/{name}_{over}" for name in ("loss", "accuracy") for over in ("step", "epoch")]
-        return [*trained, *(f"val/{name}" for name in [*classification_metrics(2), "loss"])]
+        return [*super().metric_names(), *trained, *(f"val/{name}" for name in [*classification_metrics(2), "loss"])]
 
     # Steps.
 

@@ -25,7 +25,7 @@ def check_monitors(trainer: Trainer, task: Task, splits: dict[str, Any]) -> None
     known = [name for name in task.metric_names() if validated or not name.startswith("val/")]
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
-        if monitor is None or not getattr(callback, "strict", True):
+        if monitor is None or not getattr(callback, "strict", True) or (task.balance is not None and monitor.startswith("balance/")):
             continue
         if monitor in known:
             at_each_end = getattr(callback, "_check_on_train_epoch_end", False)  # EarlyStopping's; None: it decides by itself

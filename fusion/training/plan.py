@@ -40,7 +40,6 @@ def data_lines(data: ImageTextData) -> list[str]:
         lines.append(f"  {data.shared_groups:,} groups are in more than one split: the scores may be too high")
     if data.ledger.issues:
         lines.append(f"  {data.ledger.summary()}")
-    lines += [f"  note: {note}" for note in data.ledger.notes]
     return lines
 
 

@@ -97,10 +97,13 @@ class Bar(ProgressBar):
     def enable(self) -> None:
         self.enabled = True
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.on_train_epoch_start(trainer, module)  # which a run resumed within an epoch doesn't have
+
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.began = self.shown = time.monotonic()
         self.samples = 0
-        if self.enabled and sys.stderr.isatty():
+        if self.bar is None and self.enabled and sys.stderr.isatty():
             self.bar = tqdm(
                 total=int(trainer.num_training_batches), desc=f"epoch {trainer.current_epoch + 1}", leave=False, mininterval=self.refresh_s
             )

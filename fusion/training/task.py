@@ -32,7 +32,7 @@ from fusion.training.muon import Muon
 from fusion.training.precision import reject_trained_float16, scaler_of
 from fusion.training.schedules import Constant, Schedule
 
-FORMAT = 4
+FORMAT = 5
 ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
 
 
@@ -230,9 +230,9 @@ class Task(LightningModule):
         them, at most so many; in evaluation mode, without augmentation, the same on all ranks. NaN where a sample has none.
         """
 
-    @abstractmethod
     def metric_names(self) -> list[str]:
-        """What is logged of the training and validation, once the model is built."""
+        """What the task may log of training and validation, beside what its balance logs."""
+        return [f"train/{name}" for name in ("lr", "loss_scale", "skipped_updates", "sent_bytes")]
 
     # Optimiser and schedule, by updates really made.
 

@@ -33,10 +33,10 @@ def load_weights(model: FusionModel | None, file: str | Path, processor: Process
     assert model is not None
     given, about = weights_of(Path(file).expanduser())
     own = model.state_dict()
-    before = None if about is None else Processor.from_state(about["processor"])
+    before = None if about is None or "processor" not in about else Processor.from_state(about["processor"])
     rows = [] if before is None or processor is None else rows_that_moved(model, before, processor)
     fitting: dict[str, Tensor] = {}
-    misshaped, inseparable = [], []
+    misshaped, inseparable, nameless = [], [], []
     for name in [name for name in own if name in given]:
         moved = next((r for r in rows if name in r.names), None)
         if moved is not None and name in moved.whole:
@@ -44,6 +44,8 @@ def load_weights(model: FusionModel | None, file: str | Path, processor: Process
         elif moved is not None and moved.same and given[name].shape[1:] == own[name].shape[1:]:
             there, here = torch.tensor(moved.same).T
             fitting[name] = own[name].clone().index_copy(0, here, given[name][there].to(own[name].dtype))
+        elif moved is not None and not moved.same:
+            nameless.append(name)
         elif moved is not None or given[name].shape != own[name].shape:
             misshaped.append(f"{name} {tuple(given[name].shape)} where {tuple(own[name].shape)} is expected")
         else:
@@ -59,6 +61,7 @@ def load_weights(model: FusionModel | None, file: str | Path, processor: Process
     missing = [name for name in own if name not in given]
     unexpected = [name for name in given if name not in own]
     listings = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped, "for all the other's classes": inseparable}
+    listings["for tokens or classes of which none occurs here"] = nameless
     for what, names in listings.items():
         if names:
             more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""

@@ -271,10 +271,10 @@ def test_a_mistaken_option_of_reading_is_one_line(trained: Path, in_process: InP
     assert told in error
 
 
-def test_evaluate_reads_another_manifest_by_options_and_a_split_by_none(trained: Path, in_process: InProcess, world: Path) -> None:
+def test_evaluate_reads_the_runs_own_table_by_options_too(trained: Path, in_process: InProcess, world: Path) -> None:
     status, error = in_process("evaluate", [f"--run={trained}", "--data.columns.label=answer"])
     assert status == 2
-    assert "--data.columns.label is for another manifest: give --manifest" in error
+    assert "has no column 'answer' for the labels" in error
 
 
 def test_what_predict_writes_overwrites_nothing_of_the_run_and_not_the_manifest(

@@ -52,6 +52,7 @@ def test_narrow_floats_and_times_mean_the_same_where_the_format_keeps_them(tmp_p
             "when": when,
             "berlin": when.tz_localize("Europe/Berlin"),
             "clock": [datetime.time(10), datetime.time(10, 0, 1), datetime.time(10, 0, 0, 500_000)],
+            "lasts": pd.to_timedelta(["1s", None, "-1.5s"]),
         }
     )
     FORMATS[name](frame, tmp_path / name)
@@ -63,6 +64,7 @@ def test_narrow_floats_and_times_mean_the_same_where_the_format_keeps_them(tmp_p
         "when": ["2024-01-31", "2024-01-31 10:00:00", "2024-01-31 10:00:00.5"],
         "berlin": ["2024-01-31 00:00:00+01:00", "2024-01-31 10:00:00+01:00", "2024-01-31 10:00:00.5+01:00"],
         "clock": ["10:00:00", "10:00:01", "10:00:00.5"],
+        "lasts": ["0 days 00:00:01", "", "-1 days +23:59:58.5"],
     }
 
 
@@ -77,6 +79,8 @@ def test_text_that_is_no_number_or_time_as_a_whole_stays_as_it_is():
         (pd.NA, None), (pd.NaT, None), (None, None), (np.float32("nan"), None), (np.datetime64("NaT"), None), (Decimal("NaN"), None),
         (np.bool_(True), "True"), (np.int64(3), "3"), (np.str_("nan"), "nan"), (Decimal("3.00"), "3"), (float("inf"), "inf"),
         (pd.Timestamp("2024-01-31"), "2024-01-31"), (datetime.datetime(2024, 1, 31, 10, 0, 0, 500_000), "2024-01-31 10:00:00.5"),
+        (pd.Timedelta("1 days 00:00:00.5"), "1 days 00:00:00.5"), (datetime.timedelta(hours=1), "0 days 01:00:00"),
+        (np.timedelta64(90, "s"), "0 days 00:01:30"), (np.timedelta64("NaT"), None),
         (datetime.date(2024, 1, 31), "2024-01-31"), (np.datetime64("2024-01-31T10:00:00.000000000"), "2024-01-31 10:00:00"),
     ],
 )  # fmt: skip

@@ -70,3 +70,21 @@ def test_an_image_that_went_bad_after_its_check_is_named(pictures):
     os.remove(pictures[1])
     with pytest.raises(UserError, match=rf"{pictures[1]}: missing; it could be read when the images were checked.*--resume"):
         store.batch(np.array([0, 1]))
+
+
+def test_a_corrupt_memory_of_verdicts_is_made_anew(pictures):
+    before = check(pictures)
+    (memory,) = Path(pictures[0]).parent.glob("checked-*.parquet")
+    memory.write_bytes(b"torn")
+    assert check(pictures) == before
+
+
+def test_a_cache_that_cannot_be_written_is_one_error_with_another_place(pictures):
+    taken = Path(pictures[0])
+    with pytest.raises(UserError, match=f"can't write to {taken}.*--data.cache=FOLDER"):
+        check_images(pictures, ImageSpec((16, 16)), memory_gib=0.0, cache=taken)
+
+
+@pytest.mark.parametrize("memory_gib", [0.0, 1.0])
+def test_a_path_that_no_file_can_have_is_missing(pictures, memory_gib):
+    assert check([*pictures, "a\0b.png"], memory_gib).bad == {"a\0b.png": "missing"}

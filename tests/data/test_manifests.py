@@ -63,6 +63,12 @@ def test_rows_of_another_split_in_a_file_of_its_own_are_refused(file):
         read(file("m.csv", [""] * 10), val=file("v.csv", ["val", "test", "test", ""]))
 
 
+def test_rows_are_chosen_by_any_column(file):
+    main = file("m.csv", ["train", "dev", "test"] * 10)
+    for where, count in (({"split": "val"}, 10), ({"text": "m.csv text 3"}, 1), ({"label": ["a"], "split": ["train", "test"]}, 10)):
+        assert len(ImageTextData(manifest=main, where=where).table(("text",))) == count
+
+
 def test_one_file_for_validation_and_test_is_both_and_is_reported(file):
     main, dev = file("m.csv", [""] * 30, group="m"), file("dev.csv", [""] * 8, group="d")
     data, found = splits_of(manifest=main, val_manifest=dev, test_manifest=dev)
@@ -78,7 +84,7 @@ def test_the_training_file_as_validation_is_used_and_reported(file):
     data, found = splits_of(manifest=main, val_manifest=main)
     assert len(found["val"]) == 30
     assert found["train"]
-    assert "is given for train and for val; every validation sample is trained on" in data.ledger.notes[0]
+    assert "is given for train and for val; validation samples are trained on" in data.ledger.notes[0]
 
 
 def test_a_bad_row_of_a_file_given_twice_is_listed_once(file, tmp_path):

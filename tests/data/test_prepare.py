@@ -5,6 +5,7 @@ import os
 import pytest
 
 from fusion.data.prepare import Script, prepared
+from fusion.errors import UserError
 
 SCRIPT = """
 def prepare(root, folder):
@@ -32,6 +33,12 @@ def test_a_file_that_changed_under_the_root_is_prepared_anew(layout):
     (root / "in" / "rows.txt").write_text("onother")  # of the same size, a moment later
     os.utime(root / "in" / "rows.txt", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert manifest() == "onother"
+
+
+def test_a_cache_inside_the_root_is_rejected(layout):
+    script, root, _ = layout
+    with pytest.raises(UserError, match=r"data\.cache is .* inside data\.root"):
+        prepared(Script(str(script)), root, root / "cache")
 
 
 @pytest.mark.parametrize("change", ["new file", "gone file", "other script"])

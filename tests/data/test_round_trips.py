@@ -7,7 +7,7 @@ What pandas and the formats cannot hold, and so is left out here:
 - JSON Lines of pandas rounds floats to 10 decimals (15 at most), drops the sign of zero, and turns infinities into nulls and times into
   whole numbers (or, by date_format="iso", into text with a T, which is left alone): floats have few digits here; times and narrow floats
   are in test_cell_text.py, without JSON.
-- Durations are words in pandas' CSV and whole numbers in Parquet.
+- Durations are whole numbers in pandas' JSON; they too are in test_cell_text.py.
 """
 
 import pandas as pd

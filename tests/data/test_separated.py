@@ -134,3 +134,13 @@ def test_a_compressed_file_cut_short_or_corrupt_is_refused(tmp_path):
 def test_a_workbook_named_csv_is_refused_by_what_it_is(tmp_path):
     assert "Excel" in refusal(written(tmp_path, b"PK\x03\x04" + b"\0" * 100))
     assert "name it .parquet" in refusal(written(tmp_path, b"PAR1" + b"\0" * 100))
+
+
+def test_blank_lines_before_the_header_are_skipped(tmp_path):
+    (tmp_path / "m.csv").write_text("   \n\nid,text,label\na,one,x\nb,two,y\n")
+    table, _, _ = read_all(tmp_path / "m.csv")
+    assert table.texts == ["one", "two"]
+
+
+def test_one_spelling_of_missing_needs_no_list():
+    assert Format(missing="nan") == Format(missing=("nan",))

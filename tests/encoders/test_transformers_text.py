@@ -437,3 +437,11 @@ def test_a_config_without_model_type_is_refused_naming_some() -> None:
 def test_neither_or_both_of_name_and_config_are_refused_naming_both(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"exactly one of name_or_path .* and config"):
         TransformersText(**options)
+
+
+@pytest.mark.parametrize("kind", ["vit", "ibert", "luke", "layoutlm"])
+def test_a_model_that_reads_no_plain_texts_is_refused_in_one_line(kind: str) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    with pytest.raises(UserError, match=f"'{kind}' doesn't read token ids and a mask alone") as caught:
+        TransformersText(config={"model_type": kind, **small})
+    assert "\n" not in str(caught.value)

@@ -78,7 +78,7 @@ def test_loading_pretrained_weights_prints_nothing_of_its_own(tiny, fit_here, tm
     ("options", "words"),
     [
         ([EARLY, "--trainer.callbacks.monitor=val_loss"], "EarlyStopping monitors 'val_loss', which is not logged. Did you mean val/loss?"),
-        ([EARLY, "--trainer.callbacks.monitor=train/loss"], "Did you mean train/loss_step or train/loss_epoch"),
+        ([EARLY, "--trainer.callbacks.monitor=train/loss"], "Did you mean train/loss_step"),
         (["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/acc"], "ModelCheckpoint monitors 'val/acc'"),
         ([*NO_VALIDATION, EARLY, "--trainer.callbacks.monitor=val/loss"], "nothing is validated: trainer.limit_val_batches is 0"),
         (
@@ -100,7 +100,7 @@ def test_without_a_validation_split_the_error_says_how_to_get_one(tiny, write_ma
         fit(["--recipe", str(tiny(manifest=manifest)), "--data.val=0", EARLY, "--trainer.callbacks.monitor=val/loss"])
 
 
-@pytest.mark.parametrize("monitor", ["val/f1_macro", "val/balanced_accuracy", "train/loss_epoch", "train/accuracy_epoch"])
+@pytest.mark.parametrize("monitor", ["val/f1_macro", "val/balanced_accuracy", "train/lr", "train/loss_epoch", "train/accuracy_epoch"])
 def test_every_metric_that_is_said_to_be_logged_can_be_watched(tiny, fit_here, monitor):
     assert fit_here("--recipe", tiny(), *SHORT, EARLY, f"--trainer.callbacks.monitor={monitor}").status == 0
 
@@ -151,6 +151,17 @@ def test_an_upper_bound_is_printed_only_where_inputs_repeat(tiny, fit_here, writ
     assert "ceiling_text" not in run.results()["test"]
     fit_here("--recipe", tiny(), *SHORT, "--model.modalities=[text]")
     assert "upper bound (image only)" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [EARLY.replace("+", ""), "--trainer.callbacks=RichProgressBar"])
+def test_one_callback_alone_may_be_given(tiny, fit_here, given):
+    monitor = ["--trainer.callbacks.monitor=val/loss"] if "Early" in given else []
+    assert fit_here("--recipe", tiny(), *SHORT, given, *monitor).status == 0
+
+
+def test_results_count_the_updates_that_were_made_not_those_of_the_best_epoch(tiny, fit_here):
+    still = ["--model.optimizer.init_args.lr=0", "--trainer.max_epochs=3", "--trainer.limit_train_batches=2"]  # the first stays the best
+    assert fit_here("--recipe", tiny(), *still).results()["updates"] == 6
 
 
 # Whose mistake it is.

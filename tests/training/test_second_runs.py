@@ -103,6 +103,34 @@ def test_removed_rows_are_reported(run, table, evaluated):
     assert "1 row is gone" in told
 
 
+def test_of_equal_rows_each_keeps_its_own_split(tiny, table, fit_here, capsys):
+    """One is trained on, its copy is tested on; without the first, the second is tested on all the same, and the other way round."""
+    rows = table.rows()
+    copies = [row | {"split": split} for row, split in zip([rows[0]] * 4, ("test", "train", "test", "train"), strict=True)]
+    others = [row | {"split": split} for row, split in zip(rows[1:], ["train", "val", "test"] * len(rows), strict=False)]
+    table.write([*copies, *others])
+    run = fit_here("--recipe", tiny(manifest=table.path), "--trainer.max_epochs=1", "--data.on_unseen_label=count_as_wrong").folder
+    for left in ([0, 2], [1, 3], [0, 1]):
+        table.write([*(copies[i] for i in left), *others])
+        capsys.readouterr()
+        assert evaluate(["--run", str(run)]) == 0
+        scored = json.loads((run / "evaluation-test.json").read_text())["all"]["samples"]
+        assert scored == sum(row["split"] == "test" for row in [*(copies[i] for i in left), *others])
+        told = capsys.readouterr().out
+        assert "2 rows are gone" in told
+        assert "another split" not in told
+
+
+def test_a_path_with_dots_names_the_same_rows(tiny, table, fit_here, capsys):
+    folder = table.path.parent / "inner"
+    folder.mkdir()
+    run = fit_here("--recipe", tiny(manifest=folder / ".." / table.path.name), "--trainer.max_epochs=1", "--data.test=0.2").folder
+    capsys.readouterr()
+    assert evaluate(["--run", str(run)]) == 0
+    assert "changed" not in capsys.readouterr().out
+    assert not any(str(cell).startswith("..") for cell in Record.read(run).columns["file"])
+
+
 def test_a_changed_image_file_is_reported(run, table, evaluated):
     shown = {table.rows()[row]["image"] for row in rows_of(run, "test")}
     path = Path(sorted(shown)[0])
@@ -227,7 +255,7 @@ def test_an_image_file_of_other_bytes_is_rejected_and_the_same_bytes_anew_are_no
 
 def test_another_column_may_change_and_that_is_reported(stopped, table, fit_here, capsys):
     table.change(0, kind="other")
-    assert fit_here("--resume", stopped).status == 0
+    assert fit_here("--resume", stopped, "--data.val=0.1").status == 0
     assert "note: the table has changed since the run began, in nothing that training reads: 1 row is changed" in capsys.readouterr().out
 
 
@@ -298,6 +326,10 @@ def test_an_end_before_what_is_done_is_rejected(tiny, fit_here):
     assert "--trainer.max_steps=3, but 16 updates are made" in refusal(folder, "--trainer.max_steps=3")
 
 
+def test_an_epoch_that_is_begun_cannot_be_beyond_the_end(stopped):
+    assert "0 epochs are done, and epoch 1 is begun" in refusal(stopped, "--trainer.max_epochs=0")
+
+
 def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_newer_options(stopped, fit_here):
     """Its recipe doesn't name them; to set one would be another run."""
     recipe = stopped / "recipe.yaml"
@@ -305,4 +337,4 @@ def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_newer_options(st
     del settings["model"]["modality_dropout"], settings["data"]["where"]
     recipe.write_text(yaml.safe_dump(settings))
     assert "model.modality_dropout is 0.5 (was None)" in refusal(stopped, "--model.modality_dropout=0.5")
-    assert fit_here("--resume", stopped).status == 0
+    assert fit_here("--resume", stopped, "--data.val=0.1").status == 0
