@@ -71,6 +71,7 @@ class EpochLines(Callback):
         parts = [f"{key} {float(scores[name]):.4f}" for key, name in SHOWN.items() if name in scores]
         rate = self.samples / max(self.training_s or time.monotonic() - self.began, 1e-9)
         print(f"epoch {epoch_of(trainer)}  " + "  ".join([*parts, f"{rate:,.0f} samples/s"]), flush=True)
+        self.sign.reset()
 
 
 def epoch_of(trainer: Trainer) -> str:
