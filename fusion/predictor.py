@@ -93,6 +93,8 @@ class Predictor:
             "text": None if texts is None else text_column(texts),
         }
         count = self.count(given)
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; expected at least 1")
         columns = {name: given[name] or [None] * count for name in self.modalities}
         for i in range(count):
             if all(column[i] is None for column in columns.values()):

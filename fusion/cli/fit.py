@@ -43,6 +43,8 @@ def fit(arguments: Sequence[str]) -> int:
     quiet()
     cli, resumed = settled(arguments)
     recipe = cli.resolved()
+    if cli.config.init_from == "":
+        raise UserError("--init_from is empty; expected a file of weights, or leave it out")
     seed_everything(cli.config.seed_everything, workers=True)
     torch.set_float32_matmul_precision(cli.config.float32_matmul_precision)
     checkpoint = BestAndLast(cli.config.checkpoint.every_updates, cli.config.checkpoint.every_minutes)

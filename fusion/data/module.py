@@ -114,6 +114,9 @@ class ImageTextData(LightningDataModule):
             raise UserError("say where the data is: --data.manifest=FILE, or a recipe whose data.preparer makes it (one of the two)")
         if batch_size < 1 or eval_batch_size < 1:
             raise UserError(f"data.batch_size is {batch_size} and data.eval_batch_size {eval_batch_size}; expected at least 1")
+        for option, file in (("manifest", manifest), ("val_manifest", val_manifest), ("test_manifest", test_manifest)):
+            if file == "":
+                raise UserError(f"data.{option} is empty; expected a file, or null for none")
         if max_length < 3:
             raise UserError(f"data.max_length is {max_length}; expected at least 3: a token between those that mark start and end")
         self.manifest, self.val_manifest, self.test_manifest = manifest, val_manifest, test_manifest
@@ -195,6 +198,7 @@ class ImageTextData(LightningDataModule):
 
     def chosen_rows(self, table: Table) -> Table:
         """The rows that `where` asks for. Raises UserError for a column that the manifest lacks, and where no row is left."""
+        before = {split for split in table.splits if split}
         for name, asked in self.where.items():
             roles = {getattr(self.columns, role): getattr(table, f"{role}s") for role in ("text", "label", "split", "id", "group")}
             known: dict[str, Sequence[str | None]] = {**table.extra, **{role: cells for role, cells in roles.items() if role}}
@@ -206,6 +210,12 @@ class ImageTextData(LightningDataModule):
                 if value not in there:
                     raise UserError(f"data.where: no row has '{value}' in column '{name}'. {nearest(value, there)}")
             table = table.take([i for i, cell in enumerate(known[name]) if cell in values])
+        lost = [split for split in sorted(before - set(table.splits)) if {"val": self.val, "test": self.test}.get(split)]
+        if lost:
+            raise UserError(
+                f"data.where leaves no row of the split {' and '.join(lost)} that the manifest gives; to go without: "
+                + " ".join(f"--data.{split}=0" for split in lost)
+            )
         return table
 
     def check(self, table: Table, encoder: Encoder) -> tuple[ImageStore, Table, dict[str, str]]:

@@ -111,14 +111,19 @@ def read_table(
     needed = modalities if need_all_inputs else note_missing_inputs(path, cells, columns, modalities, ledger)
     refuse_missing_columns(path, cells, columns, needed, need_label=need_label, need_split=split is None, trains=need_all_inputs)
     table, bad, notes = interpret(path, cells, columns, modalities, format.missing, need_label=need_label)
-    for note in [*cells.notes, *notes]:
+    for note in [*cells.notes, *notes, *notes_of_case(path, cells, columns, split)]:
         ledger.note(note)
     problems = [(row, "", reason) for row, reason in cells.malformed]
     problems += [(table.rows[i], table.ids[i], reason) for i, reason in bad.items()]
     for row, id, reason in sorted(problems):
         ledger.add(path, row, id, reason)
     if bad:
+        given = {cell for cell in table.splits if cell}
         table = table.take([i for i in range(len(table)) if i not in bad])
+        for lost in sorted(given - set(table.splits)) if len(table) else ():
+            ledger.note(
+                f"{path}: no row of the split '{lost}' that column '{columns.split}' gives is usable; it may be carved out of train"
+            )
     if not len(table):
         first = "; ".join(f"row {row}: {reason}" for row, _, reason in sorted(problems)[:3])
         raise UserError(f"{path}: {len(problems):,} rows were read and none is usable. The first: {first}")
@@ -204,6 +209,18 @@ def notes_of_paths(path: str, rows: list[int], located: list[Located | None]) ->
         f"{path}: {len(found):,} paths of images are written with {what}, which was corrected (rows {listed([str(row) for row in found])})"
         for what, found in corrected.items()
     ]
+
+
+def notes_of_case(path: str, cells: Cells, columns: Columns, split: str | None) -> list[str]:
+    """Columns that differ from an optional one in nothing but capitals: they are read as any other."""
+    notes = []
+    for role in ("id", "group", *(["split"] if split is None else [])):
+        name = getattr(columns, role)
+        alike = [column for column in cells.columns if name and name not in cells.columns and column.casefold() == name.casefold()]
+        notes += [
+            f"{path}: column '{column}' is not taken for '{name}'; if it is meant: --data.columns.{role}={column}" for column in alike
+        ]
+    return notes
 
 
 def notes_of_nulls(path: str, columns: dict[str, list[str | None]]) -> list[str]:

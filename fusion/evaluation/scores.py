@@ -34,7 +34,7 @@ def score(predicted: Sequence[str], labels: Sequence[str], classes: Sequence[str
 def scores_by_group(
     predicted: Sequence[str], labels: Sequence[str], classes: Sequence[str], groups: Sequence[str] | None = None
 ) -> dict[str, Score]:
-    """The score of all samples under "all", then of each group by name.
+    """The score of all samples under "all", then of each group by name; one that is called so too is "all (a group)".
 
     >>> scores = scores_by_group(["yes", "no", "no"], ["yes", "no", "yes"], ["no", "yes"], ["a", "a", "b"])
     >>> [(name, round(s.accuracy, 2)) for name, s in scores.items()]
@@ -43,5 +43,5 @@ def scores_by_group(
     found = {"all": score(predicted, labels, classes)}
     for group in sorted(set(groups or ())):
         rows = [i for i, g in enumerate(groups or ()) if g == group]
-        found[group] = score([predicted[i] for i in rows], [labels[i] for i in rows], classes)
+        found[group if group != "all" else "all (a group)"] = score([predicted[i] for i in rows], [labels[i] for i in rows], classes)
     return found

@@ -5,6 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from fusion.errors import UserError, nearest
+from fusion.training.ddp import DDP
+from fusion.training.precision import scaler_of
 from fusion.training.task import Task
 
 
@@ -22,7 +24,10 @@ def check_monitors(trainer: Trainer, task: Task, splits: dict[str, Any]) -> None
     if any(is_foreign(callback) for callback in callbacks):
         return
     validated = validates(trainer, splits)
-    known = [name for name in task.metric_names() if validated or not name.startswith("val/")]
+    scaled = scaler_of(trainer.precision_plugin) is not None
+    of_engine = ["train/loss_scale", "train/skipped_updates"] if scaled else []
+    of_engine += ["train/sent_bytes"] if isinstance(trainer.strategy, DDP) else []
+    known = of_engine + [name for name in task.metric_names() if validated or not name.startswith("val/")]
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         if monitor is None or not getattr(callback, "strict", True) or (task.balance is not None and monitor.startswith("balance/")):

@@ -231,8 +231,8 @@ class Task(LightningModule):
         """
 
     def metric_names(self) -> list[str]:
-        """What the task may log of training and validation, beside what its balance logs."""
-        return [f"train/{name}" for name in ("lr", "loss_scale", "skipped_updates", "sent_bytes")]
+        """What the task logs of training and validation, beside what its balance and the engine log."""
+        return ["train/lr"]
 
     # Optimiser and schedule, by updates really made.
 

@@ -66,7 +66,7 @@ def test_rows_of_another_split_in_a_file_of_its_own_are_refused(file):
 def test_rows_are_chosen_by_any_column(file):
     main = file("m.csv", ["train", "dev", "test"] * 10)
     for where, count in (({"split": "val"}, 10), ({"text": "m.csv text 3"}, 1), ({"label": ["a"], "split": ["train", "test"]}, 10)):
-        assert len(ImageTextData(manifest=main, where=where).table(("text",))) == count
+        assert len(ImageTextData(manifest=main, where=where, val=0, test=0).table(("text",))) == count
 
 
 def test_one_file_for_validation_and_test_is_both_and_is_reported(file):
@@ -106,3 +106,23 @@ def test_a_training_row_whose_group_is_held_out_in_another_file_is_a_leak_not_mo
     data = ImageTextData(manifest=file("m.csv", [""] * 8, group="g"), val_manifest=file("v.csv", [""] * 4, group="g"), test=0)
     with pytest.raises(UserError, match=r"1 groups are in train and in another split \(the first: 'g0' in train, val\)"):
         data.refuse_leaks(data.split_table(("text",)))
+
+
+def test_a_given_split_that_a_filter_empties_is_not_carved_anew(file):
+    main = file("m.csv", ["train", "train", "test"] * 10)
+    with pytest.raises(UserError, match=r"data.where leaves no row of the split test .*--data.test=0"):
+        splits_of(manifest=main, where={"split": "train"})
+    assert not splits_of(manifest=main, where={"split": "train"}, test=0)[1]["test"]
+
+
+def test_a_column_of_splits_in_capitals_is_noted(tmp_path):
+    (tmp_path / "m.csv").write_text("text,label,Split\n" + "".join(f"t{i},{'xy'[i % 2]},train\n" for i in range(20)))
+    data, _ = splits_of(manifest=str(tmp_path / "m.csv"))
+    assert "column 'Split' is not taken for 'split'; if it is meant: --data.columns.split=Split" in data.ledger.notes[0]
+
+
+def test_a_given_split_without_a_usable_row_is_noted(tmp_path):
+    rows = "".join(f"t{i},{'xy'[i % 2]},train\n" for i in range(20)) + "u,,test\n"
+    (tmp_path / "m.csv").write_text("text,label,split\n" + rows)
+    data, _ = splits_of(manifest=str(tmp_path / "m.csv"))
+    assert any("no row of the split 'test'" in note for note in data.ledger.notes)

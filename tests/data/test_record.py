@@ -11,7 +11,7 @@ ROW = st.tuples(CELL, CELL, st.sampled_from("xy"), st.sampled_from(["train", "va
 NAMES = ("images", "texts", "labels", "splits", "note")
 
 
-def record(rows, digests=None):
+def record(rows, digests=None, ids=None):
     images, texts, labels, splits, notes = (list(column) for column in zip(*rows, strict=True))
     lines = list(range(2, len(rows) + 2))
     table = Table(
@@ -19,7 +19,7 @@ def record(rows, digests=None):
         texts=[cell or None for cell in texts],
         labels=labels,
         splits=splits,
-        ids=list(map(str, lines)),
+        ids=ids or list(map(str, lines)),
         groups=[None] * len(rows),
         rows=lines,
         files=["/data/m.csv"] * len(rows),
@@ -88,3 +88,26 @@ def test_any_changed_image_file_is_reported(rows):
     then, now = record(rows, dict.fromkeys(paths, "one")), record(rows, {**dict.fromkeys(paths, "one"), paths[0]: "other"})
     assert "of a changed image file" in str(then.difference(now))
     assert then.digest() != now.digest()
+
+
+def test_ids_that_were_numbered_anew_name_no_sample():
+    rows = [(str(i), f"text {i}?", "x", "train" if i % 2 else "test", "") for i in range(20)]
+    then = record(rows, ids=[str(i) for i in range(20)])
+    shuffled = [(image, text.removesuffix("?"), label, split, note) for image, text, label, split, note in reversed(rows)]
+    now = record(shuffled, ids=[str(i) for i in range(20)])
+    assert then.match(now) == list(reversed(range(20)))
+
+
+def test_ids_that_hold_name_a_sample_of_which_all_else_has_changed():
+    rows = [(str(i), f"text {i}", "x", "train", "") for i in range(30)]
+    ids = [f"s{i}" for i in range(30)]
+    changed = [*rows[:29], ("new", "new", "y", "train", "")]
+    assert record(rows, ids=ids).match(record(changed, ids=ids)) == list(range(30))
+
+
+def test_a_changed_label_of_samples_without_images_is_reported_as_such():
+    rows = [("", f"text {i}", "x", "test", "") for i in range(6)]
+    changed = [("", f"text {i}", "y", "test", "") for i in range(6)]
+    then, now = record(rows), record(changed)
+    assert then.match(now) == list(range(6))
+    assert str(then.difference(now)) == "6 rows are of another label (m.csv, row 2)"

@@ -100,6 +100,11 @@ def test_without_a_validation_split_the_error_says_how_to_get_one(tiny, write_ma
         fit(["--recipe", str(tiny(manifest=manifest)), "--data.val=0", EARLY, "--trainer.callbacks.monitor=val/loss"])
 
 
+def test_what_only_another_engine_logs_is_rejected_too(tiny):
+    with pytest.raises(UserError, match="'train/loss_scale', which is not logged"):
+        fit(["--recipe", str(tiny()), *SHORT, EARLY, "--trainer.callbacks.monitor=train/loss_scale"])
+
+
 @pytest.mark.parametrize("monitor", ["val/f1_macro", "val/balanced_accuracy", "train/lr", "train/loss_epoch", "train/accuracy_epoch"])
 def test_every_metric_that_is_said_to_be_logged_can_be_watched(tiny, fit_here, monitor):
     assert fit_here("--recipe", tiny(), *SHORT, EARLY, f"--trainer.callbacks.monitor={monitor}").status == 0
