@@ -28,9 +28,11 @@ def predict(arguments: Sequence[str]) -> int:
     options.add_argument("--batch_size", type=above_zero, default=256)
     own, reading = reading_options(arguments)
     asked = options.parse_args(own)
-    out = Path(asked.out)
+    out = Path(asked.out).expanduser()
     if out.suffix not in (".csv", ".parquet"):
         raise UserError(f"--out {out}: expected a file that ends in .csv or .parquet")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; expected a file")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     run, manifest = Path(asked.run).expanduser(), Path(asked.manifest).expanduser()

@@ -262,10 +262,12 @@ def test_every_option_that_an_error_advises_is_one_of_the_command(trained: Path,
         (["--data.columns.txt=words"], "Did you mean data.columns.text"),
         (["--data.format.encoding=klingon"], "data.format.encoding is 'klingon'"),
         (["--batch_size=0"], "expected at least 1"),
+        (["--out=folder.csv"], "--out folder.csv is a folder"),
     ],
 )
 def test_a_mistaken_option_of_reading_is_one_line(trained: Path, in_process: InProcess, world: Path, words: list[str], told: str) -> None:
     (world / "ask.csv").write_text("id,text\na,red?\n")
+    (world / "folder.csv").mkdir(exist_ok=True)
     status, error = in_process("predict", [f"--run={trained}", "--manifest=ask.csv", *words])
     assert status == 2
     assert told in error
