@@ -57,9 +57,9 @@ class Predictor:
 
         Needs no other file, and no hub. Raises UserError for a run that isn't there, and for files that hold more than plain data.
         """
-        path = checkpoint_of(run, checkpoint)
-        if Path(run).is_dir() and path.stem != checkpoint:
-            warnings.warn(stands_in(run), stacklevel=2)
+        path, note = checkpoint_of(run, checkpoint)
+        if note:
+            warnings.warn(note, stacklevel=2)
         held = read_checkpoint(path)
         about = held.get("fusion") if isinstance(held, dict) else None
         if about is None or about.get("format") not in FORMATS:
@@ -161,23 +161,21 @@ class Predictor:
         return Predictions([classes[i] for i in probabilities.argmax(axis=1)], probabilities, classes, present)
 
 
-def checkpoint_of(run: str | Path, which: str) -> Path:
-    """The checkpoint file of a run folder, or the file itself. "best" is the last one where nothing was validated to choose by."""
+def checkpoint_of(run: str | Path, which: str) -> tuple[Path, str]:
+    """The checkpoint file of a run folder, or the file itself; and a note, "" if all is as asked: where nothing was validated, the last
+    stands in for the best.
+    """
     path = Path(run).expanduser()
     if path.is_file():
-        return path
+        return path, ""
     if not path.is_dir():
         raise UserError(f"there is no run {path}")
     there = sorted(p.stem for p in (path / "checkpoints").glob("*.ckpt"))
     if which == "best" and which not in there and "last" in there:
-        which = "last"
+        return path / "checkpoints" / "last.ckpt", f"{run} has no best checkpoint, since it wasn't validated; its last one is used"
     if which not in there:
         raise UserError(f"{path} has no checkpoint '{which}'; it has {', '.join(there) or 'none: is it a run folder?'}")
-    return path / "checkpoints" / f"{which}.ckpt"
-
-
-def stands_in(run: str | Path) -> str:
-    return f"{run} has no best checkpoint, since it wasn't validated; its last one is used"
+    return path / "checkpoints" / f"{which}.ckpt", ""
 
 
 def rebuilt(spec: dict[str, Any], base: type) -> Any:

@@ -113,7 +113,7 @@ class FusionCLI(LightningCLI):
         given = self.config_init.trainer.callbacks or []
         given = given if isinstance(given, list) else [given]
         if self.config_init.trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in given):
-            self.trainer_defaults["callbacks"].insert(0, Bar())  # before the lines, which it lets through
+            self.trainer_defaults["callbacks"] = [Bar(), *self.trainer_defaults["callbacks"]]  # before the lines, which it lets through
         try:
             return super().instantiate_trainer(plugins=plugins, logger=logger, **kwargs)
         except (TypeError, MisconfigurationException) as error:

@@ -1,6 +1,7 @@
 """How evaluate and predict read a manifest: as the run read its own, or as options ask that are named as those of fit."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def reading_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         reading.append(word)
         if "=" not in word:
-            reading.extend(value for value in [next(words, None)] if value is not None)
+            reading += islice(words, 1)
     return own, reading
 
 

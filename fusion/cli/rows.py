@@ -11,14 +11,14 @@ from fusion.data.ledger import Ledger
 from fusion.data.module import image_issue
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
-from fusion.predictor import Predictions, Predictor, checkpoint_of, stands_in
+from fusion.predictor import Predictions, Predictor, checkpoint_of
 
 
 def load_for(run: Path, checkpoint: str, ledger: Ledger) -> Predictor:
     """The model of a run; a note in the ledger where its last checkpoint stands in for a best one."""
-    path = checkpoint_of(run, checkpoint)
-    if run.is_dir() and path.stem != checkpoint:
-        ledger.note(stands_in(run))
+    path, note = checkpoint_of(run, checkpoint)
+    if note:
+        ledger.note(note)
     return Predictor.load(path)
 
 

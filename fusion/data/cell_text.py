@@ -32,14 +32,12 @@ def cell_text(cell: Any) -> str | None:
     if is_null(cell):
         return None
     if isinstance(cell, timedelta | np.timedelta64):
-        return duration_text(int(np.timedelta64(cell, "ns").astype(np.int64)) if type(cell) is timedelta else nanoseconds(cell))
+        exact = (
+            cell.to_timedelta64() if hasattr(cell, "to_timedelta64") else cell
+        )  # pandas' has nanoseconds, which NumPy wouldn't take over
+        return duration_text(int(np.timedelta64(exact, "ns").astype(np.int64)))
     text = str(cell)
     return canonical(text.replace("T", " ") if isinstance(cell, np.datetime64) else text)
-
-
-def nanoseconds(cell: Any) -> int:
-    """Of a duration of NumPy or pandas."""
-    return int(getattr(cell, "to_timedelta64", lambda: cell)().astype("timedelta64[ns]").astype(np.int64))
 
 
 def duration_text(ns: int) -> str:

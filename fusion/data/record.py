@@ -92,8 +92,8 @@ class Record:
         """For each row of `now`, the row here that it is: None where it is new.
 
         By content first: equal image, text and label, each row here used once, for its own id, file and given split where several are
-        equal. Of what is left, rows of one id are the same, then those
-        that agree in two of the three, where that names one row on each side.
+        equal. Of what is left, rows of one id are the same, as long as ids hold; then those that agree in two of the three, where that
+        names one row on each side.
         """
         found: list[int | None] = [None] * len(now)
         left: Sequence[int] = range(len(self))
@@ -116,13 +116,18 @@ class Record:
         return found
 
     def rows_by(self, names: Sequence[str], rows: Sequence[int]) -> dict[Hashable, list[int]]:
-        """The rows by their cells in these columns, in order. Left out are rows of which one of these is empty (one of INPUTS may be, where
-        all of these are asked for), or is an id that is only their line."""
+        """The rows by their cells in these columns, in order. Left out are rows whose id, if asked for, is only their line, and rows of
+        which one of the cells is empty; but an image or a text may be, beside all of INPUTS or beside the other of the two."""
         found: dict[Hashable, list[int]] = defaultdict(list)
         for row in rows:
             key = tuple(self.columns[name][row] for name in names)
-            needed = key[len(INPUTS) :] if names[: len(INPUTS)] == INPUTS else (any(key),) if names == INPUTS[:2] else key
-            if all(needed) and not ("id" in names and self.is_line(row)):
+            if names[: len(INPUTS)] == INPUTS:
+                tells = all(key[len(INPUTS) :])
+            elif names == INPUTS[:2]:  # a sample may lack one of them
+                tells = any(key)
+            else:
+                tells = all(key)
+            if tells and not ("id" in names and self.is_line(row)):
                 found[key].append(row)
         return found
 

@@ -23,11 +23,11 @@ def check_monitors(trainer: Trainer, task: Task, splits: dict[str, Any]) -> None
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if any(is_foreign(callback) for callback in callbacks):
         return
-    validated = validates(trainer, splits)
+    validated, of_task = validates(trainer, splits), task.metric_names()
     scaled = scaler_of(trainer.precision_plugin) is not None
     of_engine = ["train/loss_scale", "train/skipped_updates"] if scaled else []
     of_engine += ["train/sent_bytes"] if isinstance(trainer.strategy, DDP) else []
-    known = of_engine + [name for name in task.metric_names() if validated or not name.startswith("val/")]
+    known = of_engine + [name for name in of_task if validated or not name.startswith("val/")]
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         if monitor is None or not getattr(callback, "strict", True) or (task.balance is not None and monitor.startswith("balance/")):
@@ -40,7 +40,7 @@ def check_monitors(trainer: Trainer, task: Task, splits: dict[str, Any]) -> None
                     f"(trainer.check_val_every_n_epoch is {trainer.check_val_every_n_epoch}); leave out check_on_train_epoch_end"
                 )
             continue
-        if monitor in task.metric_names():
+        if monitor in of_task:
             none = "there is no validation split (--data.val=0.1 takes a tenth of train)"
             why = "trainer.limit_val_batches is 0" if "val" in splits else none
             raise UserError(f"trainer.callbacks: {type(callback).__name__} monitors '{monitor}', but nothing is validated: {why}")

@@ -60,8 +60,13 @@ def load_weights(model: FusionModel | None, file: str | Path, processor: Process
         lines.append("  the file names neither tokens nor classes: where their numbers agree, they are taken to be the same")
     missing = [name for name in own if name not in given]
     unexpected = [name for name in given if name not in own]
-    listings = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped, "for all the other's classes": inseparable}
-    listings["for tokens or classes of which none occurs here"] = nameless
+    listings = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshaped,
+        "for all the other's classes": inseparable,
+        "for tokens or classes of which none occurs here": nameless,
+    }
     for what, names in listings.items():
         if names:
             more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""

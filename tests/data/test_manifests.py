@@ -115,6 +115,12 @@ def test_a_given_split_that_a_filter_empties_is_not_carved_anew(file):
     assert not splits_of(manifest=main, where={"split": "train"}, test=0)[1]["test"]
 
 
+def test_a_file_of_its_own_that_a_filter_empties_is_not_replaced_by_a_carved_split(file, tmp_path):
+    (tmp_path / "m.csv").write_text("text,label,kind\n" + "".join(f"t{i},{'xy'[i % 2]},shoe\n" for i in range(20)))
+    with pytest.raises(UserError, match=r"data.where leaves no row of the split val .*--data.val=0"):  # v.csv has no such column
+        splits_of(manifest=str(tmp_path / "m.csv"), val_manifest=file("v.csv", [""] * 6), where={"kind": "shoe"})
+
+
 def test_a_column_of_splits_in_capitals_is_noted(tmp_path):
     (tmp_path / "m.csv").write_text("text,label,Split\n" + "".join(f"t{i},{'xy'[i % 2]},train\n" for i in range(20)))
     data, _ = splits_of(manifest=str(tmp_path / "m.csv"))
