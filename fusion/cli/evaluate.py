@@ -1,7 +1,7 @@
 """fusion evaluate: score a run on any split or manifest, also by group."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -75,6 +75,10 @@ def split_of(run: Path, data: ImageTextData, modalities: tuple[str, ...], split:
         table = data.table(modalities)
         now = Record.of(table, {})
         found = record.match(now)
+        new = [path for path, here in zip(table.images, found, strict=True) if path and here is None]
+        if new and len(set(found) - {None}) < len(record):  # images may have been moved or renamed
+            now = Record.of(table, digests_of(new))
+            found = record.match(now)
         changes = record.difference(now, found, images=False).sentences  # files are compared of those samples alone that are scored
         if changes:
             kept = "Rows keep the split that they had; new ones have none"
@@ -89,13 +93,18 @@ def split_of(run: Path, data: ImageTextData, modalities: tuple[str, ...], split:
     return table.take(chosen)
 
 
+def digests_of(paths: Iterable[str]) -> dict[str, str]:
+    """Of the images' files, without those that can't be read, which are listed when they are scored."""
+    found = {}
+    for path in paths:
+        with suppress(ImageError):
+            found[path] = digest_of(path)
+    return found
+
+
 def note_changed_images(record: Record, table: Table, pairs: list[tuple[int, int | None]], ledger: Ledger) -> None:
     then = {path: record.columns["digest"][here] for i, here in pairs if here is not None and (path := table.images[i])}
-    changed = []
-    for path, digest in then.items():
-        with suppress(ImageError):  # one that can't be read is listed when it is scored
-            if digest and digest_of(path) != digest:
-                changed.append(path)
+    changed = [path for path, digest in digests_of(path for path in then if then[path]).items() if digest != then[path]]
     if changed:
         ledger.note(f"{len(changed):,} image files have changed since the run was trained (the first: {changed[0]})")
 

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fusion.cli.main import leave
 from fusion.cli.parser import FusionCLI, words
-from fusion.cli.resume import has_checkpoint, refuse_difference, refuse_other_data, refuse_past_end, resumed_run
+from fusion.cli.resume import has_checkpoint, refuse_difference, refuse_other_data, refuse_past_end, resumed_run, to_go_on_from
 from fusion.cli.tables import aligned
 from fusion.console import is_rank_zero, print_rank_zero, signs_of_life
 from fusion.data import ImageTextData
@@ -56,8 +56,10 @@ def fit(arguments: Sequence[str]) -> int:
         start, warning = newest_whole(resumed / "checkpoints") if resumed is not None else (None, None)
         if warning:
             print_rank_zero(warning)
-        if start is not None:
-            refuse_past_end(start, cli.config.trainer.max_epochs, cli.config.trainer.max_steps)
+        if resumed is not None and start is not None:
+            held = to_go_on_from(start)
+            refuse_difference(recipe, held.get("recipe", recipe), fix=f"Restore them in {resumed / 'recipe.yaml'}")
+            refuse_past_end(held, cli.config.trainer.max_epochs, cli.config.trainer.max_steps)
         model, data, trainer = cli.make([Plan(), *standing_callbacks(run, cli.config.seed_everything), checkpoint])
         with signs_of_life("loading data and encoders"):
             model.build(data)
@@ -65,7 +67,7 @@ def fit(arguments: Sequence[str]) -> int:
             checkpoint.without_validation()
         check_monitors(trainer, model, data.splits)
         if resumed is not None and start is not None:
-            refuse_other_data(resumed, start, data)
+            refuse_other_data(resumed, start, held["fusion"], data)
         print_data_notes(data)
         if resumed is None and cli.config.init_from:
             print_rank_zero(load_weights(model.model, cli.config.init_from, data.processor))

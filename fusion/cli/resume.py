@@ -39,48 +39,65 @@ MAY_DIFFER = (
     *("data.device_batch_size", "data.eval_batch_size", "data.num_workers", "data.memory_gib", "data.cache"),
     *("trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler", "checkpoint."),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.max_time"),
+    *("data.manifest", "data.val_manifest", "data.test_manifest"),  # where they are; what they hold is looked at
 )
 
 
-def refuse_difference(now: str, then: str, arguments: Sequence[str] = ()) -> None:
+def refuse_difference(now: str, then: str, arguments: Sequence[str] = (), fix: str = "Leave them out") -> None:
     """A resumed run keeps its recipe: anything else would be a different run that looks like the old one. But it may have other devices:
     the global batches, and their order, are the same on any number; and another end, by which the schedule becomes another (the plan
     says so). An option that the old recipe doesn't know, since it is newer, may have its default: that is what the run had.
     """
     new, old = flat(yaml.safe_load(now)), flat(yaml.safe_load(then))
     given = [word.partition("=")[0].removeprefix("--").removesuffix("+") for word in arguments if word.startswith("--")]
-    kept = [key for key in {**old, **new} if key in old or any(f"{key}.".startswith(f"{name}.") for name in given)]
+    kept = [key for key in {**old, **new} if inside(key, old) or any(f"{key}.".startswith(f"{name}.") for name in given)]
     different = [
         f"{key} is {new.get(key)} (was {old.get(key)})" for key in kept if new.get(key) != old.get(key) and not key.startswith(MAY_DIFFER)
     ]
     if different:
-        raise UserError(f"--resume keeps the run's recipe; these differ: {'; '.join(different[:5])}. Leave them out, or start a new run")
+        raise UserError(f"--resume keeps the run's recipe; these differ: {'; '.join(different[:5])}. {fix}, or start a new run")
+
+
+def inside(key: str, settings: dict[str, Any]) -> bool:
+    """Whether the settings have this key, or a value where it would be nested.
+
+    >>> inside("model.rates.head", {"model.rates": None}), inside("model.rates", {"model.head": None})
+    (True, False)
+    """
+    names = key.split(".")
+    return any(".".join(names[:depth]) in settings for depth in range(1, len(names) + 1))
 
 
 def flat(settings: Any, above: str = "") -> dict[str, Any]:
     """Settings by their dotted keys."""
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not settings:
         return {above: settings}
     return {key: value for name, inner in settings.items() for key, value in flat(inner, f"{above}.{name}" if above else name).items()}
 
 
-def refuse_other_data(folder: Path, checkpoint: Path, data: ImageTextData) -> None:
-    """A resumed run keeps its data: classes, tokenizer, image sizes, rows and image files. Raises UserError that says what differs; what
-    differs without harm is noted in the ledger.
-    """
+def to_go_on_from(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds; its tensors stay on the disk. Raises UserError for one of another version."""
     held: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     refuse_other_format(held)
-    then = held["fusion"]
+    return held
+
+
+def refuse_other_data(folder: Path, checkpoint: Path, then: dict[str, Any], data: ImageTextData) -> None:
+    """A resumed run keeps its data: classes, tokenizer, image sizes, rows and image files. Raises UserError that says what differs; what
+    differs without harm is noted in the ledger. then: what the checkpoint holds of the task.
+    """
     different = processor_differences(then["processor"], data.processor.state())
     record = Record.read(folder)
-    rows = None if record is None else record.difference(data.record)
-    if then["samples"] != data.record.digest():
-        different += rows.sentences if rows is not None and rows.samples else ["its samples are not those that it was trained on"]
-    elif rows is not None and rows.others:
-        if data.reads_columns:
+    if record is not None and record.digest() == then["samples"]:
+        rows = record.difference(data.record)
+        if rows.samples:
+            different += rows.sentences
+        elif rows.others and data.reads_columns:
             different.append(f"{rows} ({data.reads_columns} orders the curriculum)")
-        else:
+        elif rows.sentences:
             data.ledger.note(f"the table has changed since the run began, in nothing that training reads: {rows}")
+    elif then["samples"] != data.record.digest():
+        different.append("its samples are not those that it was trained on")
     if different:
         raise UserError(
             f"can't resume {folder}: its data has changed: {'; '.join(different)}. Restore it, or start a new run "
@@ -104,10 +121,8 @@ def processor_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str
     return found
 
 
-def refuse_past_end(checkpoint: Path, max_epochs: int | None, max_steps: int) -> None:
-    """Raises UserError where the run is to end before what is done."""
-    held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    refuse_other_format(held)
+def refuse_past_end(held: dict[str, Any], max_epochs: int | None, max_steps: int) -> None:
+    """Raises UserError where the run is to end before what is done in its checkpoint."""
     epochs = held["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     begun = max(epochs, held["loops"]["fit_loop"]["epoch_progress"]["current"]["started"])
     updates = held["global_step"]

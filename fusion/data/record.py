@@ -15,6 +15,7 @@ from fusion.errors import UserError
 
 FILE = "samples.parquet"
 INPUTS = ("image", "text", "label")
+BYTES = ("digest", "text", "label")  # the same, by what is in the image's file instead of its path
 SCHEMA = pa.schema(
     {
         "split": pa.string(),
@@ -30,7 +31,7 @@ SCHEMA = pa.schema(
 @dataclass
 class Difference:
     """How a table differs from the one that was recorded: a sentence for each kind of change; samples: whether any of it concerns images,
-    texts, labels, splits or the order of the rows; others: whether other columns differ."""
+    texts, labels, splits or the order of the rows, which the path of an unchanged image doesn't; others: whether other columns differ."""
 
     sentences: list[str]
     samples: bool
@@ -92,15 +93,17 @@ class Record:
         """For each row of `now`, the row here that it is: None where it is new.
 
         By content first: equal image, text and label, each row here used once, for its own id, file and given split where several are
-        equal. Of what is left, rows of one id are the same, as long as ids hold; then those that agree in two of the three, where that
-        names one row on each side.
+        equal; an image that was moved or renamed by the digest of its file, where `now` has it. Of what is left, rows of one id are the
+        same, as long as ids hold; then those that agree in two of the three, where that names one row on each side.
         """
         found: list[int | None] = [None] * len(now)
         left: Sequence[int] = range(len(self))
         left_now: Sequence[int] = range(len(now))
         # Of equal rows, those that also share what was given with them: they may be in different splits.
-        equal = [((*INPUTS, *more), True) for more in (("file", "id"), ("file", "split"), ("split",), ("file",), ())]
-        alike = [(names, False) for names in (("id",), INPUTS[:2], INPUTS[::2], INPUTS[1:])]
+        given = (("file", "id"), ("file", "split"), ("split",), ("file",), ())
+        equal = [((*content, *more), True) for content in (INPUTS, BYTES) for more in given]
+        two_of_three = [content[places] for places in (slice(2), slice(0, 3, 2)) for content in (INPUTS, BYTES)]
+        alike = [(names, False) for names in (("id",), *two_of_three, INPUTS[1:])]
         for names, repeats in [*equal, *alike]:
             if names == ("id",) and not self.ids_hold(now, found):
                 continue
@@ -117,7 +120,8 @@ class Record:
 
     def rows_by(self, names: Sequence[str], rows: Sequence[int]) -> dict[Hashable, list[int]]:
         """The rows by their cells in these columns, in order. Left out are rows whose id, if asked for, is only their line, and rows of
-        which one of the cells is empty; but an image or a text may be, beside all of INPUTS or beside the other of the two."""
+        which one of the cells is empty; but an image or a text may be, beside all of INPUTS or beside the other of the two, and a text
+        beside the digest of an image."""
         found: dict[Hashable, list[int]] = defaultdict(list)
         for row in rows:
             key = tuple(self.columns[name][row] for name in names)
@@ -125,6 +129,8 @@ class Record:
                 tells = all(key[len(INPUTS) :])
             elif names == INPUTS[:2]:  # a sample may lack one of them
                 tells = any(key)
+            elif names[:2] == BYTES[:2]:
+                tells = bool(key[0]) and all(key[2:])
             else:
                 tells = all(key)
             if tells and not ("id" in names and self.is_line(row)):
@@ -156,10 +162,14 @@ class Record:
         then, since = self.columns["split"], now.columns["split"]
         # A training sample that data.train_samples left out has no split here.
         moved = [row for here, row in pairs if since[row] not in (None, then[here] or "train")]
+        digests, digests_now = self.columns["digest"], now.columns["digest"]
+        renamed = {row for here, row in pairs if digests[here] and digests[here] == digests_now[row]}
+        paths = unlike("image")
         changes = [
             (new, now, "new"),
             (gone, self, "gone"),
-            *((unlike(name), now, f"of another {name}") for name in INPUTS),
+            ([row for row in paths if row not in renamed], now, "of another image"),
+            *((unlike(name), now, f"of another {name}") for name in INPUTS[1:]),
             ([row for row in unlike("digest") if now.columns["split"][row]] if images else [], now, "of a changed image file"),
             (moved, now, "in another split"),
         ]
@@ -167,7 +177,9 @@ class Record:
         order = [here for here, _ in pairs]
         if not sentences and order != sorted(order):
             sentences.append("the rows are in another order")
-        samples, others = bool(sentences), unlike("other")
+        samples, others, paths = bool(sentences), unlike("other"), [row for row in paths if row in renamed]
+        if paths:
+            sentences.append(counted(paths, now, "of the same image under another path"))
         if others:
             sentences.append(counted(others, now, "changed in columns other than image, text and label"))
         return Difference(sentences, samples, bool(others))
@@ -183,7 +195,7 @@ def local_paths(table: Table) -> Iterator[str | None]:
     """The images' paths from the folders of their manifests."""
     folders = {file: os.path.dirname(os.path.abspath(file)) + os.sep for file in set(table.files)}
     for path, file in zip(table.images, table.files, strict=True):
-        yield path and path.removeprefix(folders[file])
+        yield path and os.path.abspath(path).removeprefix(folders[file])
 
 
 def hashed(cells: Iterable[str | None]) -> list[int]:

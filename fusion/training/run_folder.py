@@ -53,7 +53,8 @@ class RunFolder(Callback):
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             data.ledger.write(self.folder / ISSUES)
-            data.record.write(self.folder)
+            if not (self.folder / SAMPLES).exists():  # a resumed run's is that of its start, which its checkpoints name
+                data.record.write(self.folder)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.go_on_with_the_log(trainer)
@@ -76,7 +77,9 @@ class RunFolder(Callback):
         (self.folder / EARLIER).unlink(missing_ok=True)
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The metrics up to a checkpoint are on the disk before it is: a run killed later goes on with all of them."""
+        """The metrics up to a checkpoint are on the disk before it is: a run killed later goes on with all of them. And the recipe, for
+        the folder's may be edited later."""
+        checkpoint["recipe"] = self.recipe
         if not (trainer.is_global_zero and self.log and trainer.loggers):
             return
         self.csv.save()

@@ -131,6 +131,47 @@ def test_a_path_with_dots_names_the_same_rows(tiny, table, fit_here, capsys):
     assert not any(str(cell).startswith("..") for cell in Record.read(run).columns["file"])
 
 
+@pytest.fixture
+def own_images(table, tmp_path):
+    """The table's images in a folder beside it, by their names there; gives the folder."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = table.rows()
+    for row in rows:
+        copy = folder / Path(row["image"]).name
+        copy.write_bytes(Path(row["image"]).read_bytes())
+        row["image"] = f"pictures/{copy.name}"
+    table.write(rows)
+    return folder
+
+
+def rename(folder, table):
+    folder.rename(folder.with_name("renamed"))
+    table.write([row | {"image": row["image"].replace("pictures/", "./renamed/")} for row in table.rows()])
+
+
+def test_renamed_images_are_known_by_their_content(own_images, tiny, table, fit_here, capsys):
+    run = fit_here("--recipe", tiny(manifest=table.path), "--trainer.max_epochs=1", "--data.test=0.2").folder
+    evaluate(["--run", str(run)])
+    before = json.loads((run / "evaluation-test.json").read_text())
+    table.write([row | {"image": f"./{row['image']}"} for row in table.rows()])
+    capsys.readouterr()
+    evaluate(["--run", str(run)])
+    assert "changed" not in capsys.readouterr().out
+    table.write([row | {"image": row["image"].removeprefix("./")} for row in table.rows()])
+    rename(own_images, table)
+    changed = rows_of(run, "test")[0]
+    evaluate(["--run", str(run)])
+    told = capsys.readouterr().out
+    rows = len(table.rows())
+    assert f"the table has changed since the run was trained: {rows:,} rows are of the same image under another path (manifest.csv" in told
+    assert json.loads((run / "evaluation-test.json").read_text()) == before
+    table.change(changed, label="unheard of")
+    evaluate(["--run", str(run)])
+    assert f"1 row is of another label (manifest.csv, row {changed + 2})" in capsys.readouterr().out
+    assert json.loads((run / "evaluation-test.json").read_text())["all"]["samples"] == before["all"]["samples"]
+
+
 def test_a_changed_image_file_is_reported(run, table, evaluated):
     shown = {table.rows()[row]["image"] for row in rows_of(run, "test")}
     path = Path(sorted(shown)[0])
@@ -268,10 +309,51 @@ def test_the_column_that_orders_a_curriculum_may_not_change(tiny, table, fit_her
     assert "(hard orders the curriculum)" in refusal(folder)
 
 
+def test_renamed_images_and_a_moved_manifest_change_nothing(own_images, tiny, table, fit_here, stop_after, monkeypatch, capsys):
+    whole = fit_here("--recipe", tiny(manifest=table.path), runs="whole")
+    stop_after(2)
+    folder = fit_here("--recipe", tiny(manifest=table.path)).folder
+    monkeypatch.setattr(fit_module, "SaveInTime", SaveInTime)
+    rename(own_images, table)
+    record = (folder / "samples.parquet").read_bytes()
+    moved = table.path.with_name("moved.csv")
+    table.path.rename(moved)
+    resumed = fit_here("--resume", folder, f"--data.manifest={moved}")
+    assert "in nothing that training reads: " in capsys.readouterr().out
+    assert (folder / "samples.parquet").read_bytes() == record
+    assert_same_end(resumed, whole)
+
+
 def test_without_its_record_a_changed_table_is_rejected_by_the_checkpoint(stopped, table):
     (stopped / "samples.parquet").unlink()
     table.change(0, text="is there?")
     assert "its samples are not those that it was trained on" in refusal(stopped)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["model"]["optimizer"]["init_args"].update(lr=0.5), "model.optimizer.init_args.lr is 0.5 (was 0.05)"),
+        (
+            lambda r: r["model"]["optimizer"].update(class_path="torch.optim.Adam", init_args={"lr": 0.05}),
+            "torch.optim.Adam (was torch.optim.SGD)",
+        ),
+        (lambda r: r["model"].update(rates={"head": {"factor": 2.0}}), "model.rates.head.factor is 2.0 (was None)"),
+        (lambda r: r["data"].update(batch_size=7), "data.batch_size is 7"),
+    ],
+    ids=["rate", "optimiser", "new", "batch"],
+)
+def test_a_recipe_that_was_edited_since_is_rejected(stopped, fit_here, change, words):
+    recipe = stopped / "recipe.yaml"
+    before = recipe.read_text()
+    settings = yaml.safe_load(before)
+    change(settings)
+    recipe.write_text(yaml.safe_dump(settings))
+    told = refusal(stopped)
+    assert words in told
+    assert f"Restore them in {recipe}" in told
+    recipe.write_text(before)
+    assert fit_here("--resume", stopped).status == 0
 
 
 HARMLESS = ["--data.num_workers=1", "--trainer.log_every_n_steps=3", "--data.memory_gib=0", "--trainer.enable_model_summary=true"]
