@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub.utils import disable_progress_bars
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from fusion.cli.main import leave
 from fusion.cli.parser import FusionCLI, words
@@ -29,8 +29,8 @@ from fusion.data.table import Table
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
 from fusion.training import Classification
 from fusion.training.checkpoints import BestAndLast
+from fusion.training.checks import check_before_training, validates
 from fusion.training.guards import Guard
-from fusion.training.monitors import check_monitors, validates
 from fusion.training.plan import Plan
 from fusion.training.progress import EpochLines
 from fusion.training.run_folder import RunFolder, new_run_folder
@@ -65,7 +65,7 @@ def fit(arguments: Sequence[str]) -> int:
             model.build(data)
         if not validates(trainer, data.splits):
             checkpoint.without_validation()
-        check_monitors(trainer, model, data.splits)
+        check_before_training(trainer, model, data)
         if resumed is not None and start is not None:
             refuse_other_data(resumed, start, held["fusion"], data)
         print_data_notes(data)
@@ -87,7 +87,11 @@ def fit(arguments: Sequence[str]) -> int:
         if dist.is_initialized():  # the other ranks may know nothing of it
             leave(status, together=False)
         return status
+    except MisconfigurationException as error:  # Lightning's own UserError
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     except RuntimeError as error:
+        if str(error).startswith("Early stopping conditioned on metric"):
+            raise UserError(f"trainer.callbacks: {error}") from error
         if not lost_a_rank(error):
             raise
         lost = f"rank {trainer.global_rank} {'lost' if dist.is_initialized() else 'could not reach'} another rank"

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
 from torch.optim import Optimizer
 
 from fusion.cli.recipes import Recipe
@@ -28,6 +29,7 @@ KINDS: dict[str, type] = {
     "model.optimizer": Optimizer,
     "model.balance": Balance,
     "data.preparer": Preparer,
+    "trainer.callbacks": Callback,
 }
 
 
@@ -35,6 +37,7 @@ REFUSED = re.compile(r"(?:Group|Key|key|Option) ['\"]([\w.]+)['\"]:? (?:does not
 NO_SUCH_KEY = re.compile(r"(?:Group ['\"]([\w.]+)['\"] does not accept )?(?:nested key|No action for key) ['\"]([\w.]+)['\"]")
 NO_SUCH_CLASS = re.compile(r"Expected a dot import path string: (\S+)|No module named '?([\w.]+)'?|Import failed for '?([\w.]+)")
 NESTED = re.compile(r"Given value: NestedArg\(key='([\w.]+)', val='?([^')]*)")  # an option of a class, given on the command line
+PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)': (.*?)(?= - Problem| - Not a valid| - Expected a <class 'NoneType'>|$)")
 WRONG_TYPE = re.compile(r"Expected a (?:<class '([\w.]+)'>|(\S+))\.? Got value: (.+?)(?:\.? G(?:iven|ot) value| - Expected|$)")
 ONE_OF_TYPES = re.compile(r"Expected (?:a )?<class '(\w+)'>")
 
@@ -54,6 +57,12 @@ def told_plainly(message: str, parser: ArgumentParser, recipes: Sequence[Recipe]
     if match := NO_SUCH_KEY.search(message):
         unknown = f"{match[1]}.{match[2]}" if match[1] else match[2]
         return f"unknown key '{unknown}'. {nearest(unknown, known)}{place(unknown, '', recipes)}"
+    if (match := PROBLEM.search(message)) and not REFUSED.search(match[2]):  # the first of a union's: of the class that was named
+        name, problem = match[1].rpartition(".")[2], match[2]
+        if missing := re.search(r"the following arguments are required: (.+)", problem):
+            return f"{key}: {name} needs {missing[1]}{place(key, name, recipes)}"
+        if (inner := re.search(r'Parser key "([\w.]+)"', problem)) and (unfit := WRONG_TYPE.search(problem)):
+            return f"{key}.init_args.{inner[1]}: expected {unfit[1] or unfit[2]}, got {unfit[3]}{place(key, unfit[3], recipes)}"
     if match := REFUSED.search(message):
         cls = class_named(message, key)
         if cls is not None:
@@ -79,6 +88,13 @@ def told_plainly(message: str, parser: ArgumentParser, recipes: Sequence[Recipe]
         expected = " or ".join("null" if name == "NoneType" else name for name in dict.fromkeys(types))
         return f"{key}: expected {expected}, got {match[1]}{place(key, match[1], recipes)}"
     return message
+
+
+def rejected_by_constructor(message: str) -> str:
+    """What a class said of its arguments, from a message of jsonargparse about a union of which it is one."""
+    reason = re.search(r"Union subtypes .*? Errors: - (.+?) - Not a valid subclass of ", message)
+    cls = re.search(r"Given value: .*?class_path='[\w.]*?(\w+)'", message)
+    return f"{cls[1]}: {reason[1]}" if reason and cls else message
 
 
 def no_class(key: str, option: str) -> str:

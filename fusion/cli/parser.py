@@ -1,7 +1,9 @@
 """The Lightning command line over our task and data, with recipes, and with errors that name the nearest thing that exists."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError
@@ -11,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from fusion.cli.mistakes import told_plainly
+from fusion.cli.mistakes import rejected_by_constructor, told_plainly
 from fusion.cli.recipes import PATH_KEYS, Recipe, stack
 from fusion.data import ImageTextData
 from fusion.data.sampler import accumulation
@@ -19,6 +21,7 @@ from fusion.errors import UserError, construction
 from fusion.training import Classification
 from fusion.training.checkpoints import AtomicCheckpointIO
 from fusion.training.progress import Bar
+from fusion.training.run_folder import RunFolder
 
 TRAINER_DEFAULTS = {
     "max_epochs": 10,
@@ -91,8 +94,10 @@ class FusionCLI(LightningCLI):
     def make(self, callbacks: list[Any]) -> tuple[Classification, ImageTextData, Trainer]:
         """The objects. Raises UserError for values that they refuse."""
         self.trainer_defaults["callbacks"] = callbacks
-        with construction():
+        with self.constructors():
             super().instantiate_classes()
+        # First, since it brings the loggers that others look for.
+        self.trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunFolder))  # type: ignore[attr-defined]
         if self.datamodule.device_batch_size is not None:
             devices = self.trainer.num_devices * self.trainer.num_nodes
             self.trainer.accumulate_grad_batches = accumulate(self.config, self.datamodule, devices)
@@ -100,9 +105,20 @@ class FusionCLI(LightningCLI):
 
     def model_and_data(self) -> tuple[Classification, ImageTextData]:
         """Without a trainer, whose devices need not be here."""
-        with construction():
+        with self.constructors():
             made = self.parser.instantiate(self.config)
         return made.model, made.data
+
+    @contextmanager
+    def constructors(self) -> Iterator[None]:
+        """Around the constructors of all that a recipe names: what they reject, in one line."""
+        try:
+            with construction():
+                yield
+        except ArgumentError as error:
+            raise UserError(told_plainly(str(error), self.parser, [])) from error
+        except UserError as error:
+            raise UserError(rejected_by_constructor(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self.config_init.trainer.plugins
@@ -112,7 +128,12 @@ class FusionCLI(LightningCLI):
         plugins, logger = [*listed, AtomicCheckpointIO()], False if logger is None else logger
         given = self.config_init.trainer.callbacks or []
         given = given if isinstance(given, list) else [given]
-        if self.config_init.trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in given):
+        bars = [type(callback).__name__ for callback in given if isinstance(callback, ProgressBar)]
+        if bars and self.config_init.trainer.enable_progress_bar is False:
+            raise UserError(f"trainer.enable_progress_bar is false, but trainer.callbacks has {bars[0]}: leave out one of the two")
+        if self.config_init.trainer.enable_checkpointing is False:
+            raise UserError("trainer.enable_checkpointing is false: a run is scored, used and continued by its checkpoints; leave it out")
+        if self.config_init.trainer.enable_progress_bar is not False and not bars:
             self.trainer_defaults["callbacks"] = [Bar(), *self.trainer_defaults["callbacks"]]  # before the lines, which it lets through
         try:
             return super().instantiate_trainer(plugins=plugins, logger=logger, **kwargs)
@@ -120,8 +141,18 @@ class FusionCLI(LightningCLI):
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def resolved(self) -> str:
-        """Every setting, as a recipe."""
-        return self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
+        """Every setting, as a recipe. Raises UserError for one that YAML can't say."""
+        try:
+            return self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
+        except ValueError as error:
+            found = re.search(r"\('cannot represent an object', (.+?)\)\n", str(error))
+            if found is None:
+                raise
+            cls = re.search(r"class_path='[\w.]*?(\w+)'", str(error))
+            raise UserError(
+                f"{cls[1] if cls else 'a class'} has an option whose value, {found[1]}, a recipe can't hold; "
+                "give that option as text or as a number"
+            ) from error
 
 
 def accumulate(config: Any, data: ImageTextData, devices: int) -> int:

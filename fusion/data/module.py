@@ -327,6 +327,13 @@ class ImageTextData(LightningDataModule):
         if self.admission is not None:
             self.admission.set_difficulty(losses)
 
+    def batch_count(self, split: str, world: int, accumulate: int) -> int:
+        """The batches of an epoch, or of an evaluation, on each of so many devices."""
+        count = len(self.splits[split].samples)
+        if split == "train":
+            return len(GlobalBatches(count, self.batch_size, seed=self.seed, world=world, accumulate=accumulate))
+        return len(EvaluationBatches(count, max(1, self.eval_batch_size // world), world=world))
+
     def val_dataloader(self) -> Sequence[DataLoader[Batch]]:
         return [self.evaluation_loader("val")] if "val" in self.splits else []
 

@@ -71,45 +71,6 @@ def test_loading_pretrained_weights_prints_nothing_of_its_own(tiny, fit_here, tm
     assert "Loading" not in "".join(capfd.readouterr())
 
 
-# Metrics that are watched.
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ([EARLY, "--trainer.callbacks.monitor=val_loss"], "EarlyStopping monitors 'val_loss', which is not logged. Did you mean val/loss?"),
-        ([EARLY, "--trainer.callbacks.monitor=train/loss"], "Did you mean train/loss_step"),
-        (["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/acc"], "ModelCheckpoint monitors 'val/acc'"),
-        ([*NO_VALIDATION, EARLY, "--trainer.callbacks.monitor=val/loss"], "nothing is validated: trainer.limit_val_batches is 0"),
-        (
-            [EARLY, "--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.check_on_train_epoch_end=true", SELDOM],
-            "epochs without validation",
-        ),
-    ],
-    ids=["misspelt", "train", "checkpoint", "no validation", "some epochs"],
-)
-def test_a_metric_that_nothing_logs_is_rejected_before_training(tiny, tmp_path, options, words):
-    with pytest.raises(UserError, match=re.escape(words)):
-        fit(["--recipe", str(tiny()), *SHORT, *options])
-    assert not list((tmp_path / "runs").glob("*/*"))
-
-
-def test_without_a_validation_split_the_error_says_how_to_get_one(tiny, write_manifest, tmp_path):
-    manifest = write_manifest(lambda i, row: dict(row, split="train" if row["split"] == "val" else row["split"]))
-    with pytest.raises(UserError, match=r"no validation split \(--data\.val=0\.1"):
-        fit(["--recipe", str(tiny(manifest=manifest)), "--data.val=0", EARLY, "--trainer.callbacks.monitor=val/loss"])
-
-
-def test_what_only_another_engine_logs_is_rejected_too(tiny):
-    with pytest.raises(UserError, match="'train/loss_scale', which is not logged"):
-        fit(["--recipe", str(tiny()), *SHORT, EARLY, "--trainer.callbacks.monitor=train/loss_scale"])
-
-
-@pytest.mark.parametrize("monitor", ["val/f1_macro", "val/balanced_accuracy", "train/lr", "train/loss_epoch", "train/accuracy_epoch"])
-def test_every_metric_that_is_said_to_be_logged_can_be_watched(tiny, fit_here, monitor):
-    assert fit_here("--recipe", tiny(), *SHORT, EARLY, f"--trainer.callbacks.monitor={monitor}").status == 0
-
-
 # Runs without validation, and without a single update.
 
 

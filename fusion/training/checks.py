@@ -1,0 +1,106 @@
+"""What is found out before training rather than after an epoch of it: callbacks that don't go with our engine, metrics that nothing logs,
+limits below one batch."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+)
+
+from fusion.data.module import ImageTextData
+from fusion.errors import UserError, nearest
+from fusion.training.ddp import DDP
+from fusion.training.precision import scaler_of
+from fusion.training.task import Task
+
+REJECTED = {
+    GradientAccumulationScheduler: "an update is one global batch of the plan: data.batch_size, in shares of data.device_batch_size",
+    BatchSizeFinder: "an update is one global batch of the plan: data.batch_size; what a device holds at once is data.device_batch_size",
+    LearningRateFinder: "it would change the recipe's rate in silence; try rates by --model.optimizer.lr",
+    BackboneFinetuning: "use --model.freeze, as {image: {until_update: 500}}",
+}
+
+
+def validates(trainer: Trainer, splits: dict[str, Any]) -> bool:
+    """Whether the run will be validated at all."""
+    return "val" in splits and trainer.limit_val_batches != 0
+
+
+def check_before_training(trainer: Trainer, task: Task, data: ImageTextData) -> None:
+    """Raises UserError for what would end the training later, or change it against its plan."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, instead in REJECTED.items():
+            if isinstance(callback, kind):
+                raise UserError(f"trainer.callbacks: no {kind.__name__} here: {instead}")
+        if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/") and callback._check_on_train_epoch_end is None:
+            # After each validation: an epoch that max_steps cuts short has none.
+            callback._check_on_train_epoch_end = False
+    check_limits(trainer, data)
+    check_monitors(trainer, task, data.splits)
+
+
+def check_limits(trainer: Trainer, data: ImageTextData) -> None:
+    """Raises UserError for a share of the batches below one batch, and for a validation after more batches than an epoch has."""
+    world = trainer.num_devices * trainer.num_nodes
+    batches = {split: data.batch_count(split, world, trainer.accumulate_grad_batches) for split in data.splits}
+    for split, count in batches.items():
+        name = f"limit_{split}_batches"
+        limit = getattr(trainer, name)
+        if isinstance(limit, float) and 0 < limit * count < 1:
+            raise UserError(
+                f"trainer.{name} is {limit} of {count} batches, less than one; expected a number of batches, or {1 / count:.3g}"
+            )
+    limit = trainer.limit_train_batches
+    most = int(limit * batches["train"]) if isinstance(limit, float) else min(limit, batches["train"])
+    every = trainer.val_check_interval
+    if isinstance(every, int) and every > most and trainer.check_val_every_n_epoch is not None and validates(trainer, data.splits):
+        raise UserError(
+            f"trainer.val_check_interval is {every} batches, but an epoch has {most}; expected at most that, or "
+            "--trainer.check_val_every_n_epoch=null, with which they are counted across epochs"
+        )
+
+
+def check_monitors(trainer: Trainer, task: Task, splits: dict[str, Any]) -> None:
+    """Raises UserError for a callback (EarlyStopping, ModelCheckpoint) whose `monitor` names a metric that nothing logs.
+
+    Nothing is rejected where a callback from outside Lightning and fusion has a hook, in which it may log metrics of its own; nor for
+    EarlyStopping(strict=False).
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(may_log(callback) for callback in callbacks):
+        return
+    validated, of_task = validates(trainer, splits), task.metric_names()
+    scaled = scaler_of(trainer.precision_plugin) is not None
+    of_engine = ["train/loss_scale", "train/skipped_updates"] if scaled else []
+    of_engine += ["train/sent_bytes"] if isinstance(trainer.strategy, DDP) else []
+    known = of_engine + [name for name in of_task if validated or not name.startswith("val/")]
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is None or not getattr(callback, "strict", True) or (task.balance is not None and monitor.startswith("balance/")):
+            continue
+        if monitor in known:
+            at_each_end = getattr(callback, "_check_on_train_epoch_end", False)  # EarlyStopping's; None: it decides by itself
+            if monitor.startswith("val/") and at_each_end and trainer.check_val_every_n_epoch != 1:
+                raise UserError(
+                    f"trainer.callbacks: {type(callback).__name__} looks for '{monitor}' after epochs without validation "
+                    f"(trainer.check_val_every_n_epoch is {trainer.check_val_every_n_epoch}); leave out check_on_train_epoch_end"
+                )
+            continue
+        if monitor in of_task:
+            none = "there is no validation split (--data.val=0.1 takes a tenth of train)"
+            why = "trainer.limit_val_batches is 0" if "val" in splits else none
+            raise UserError(f"trainer.callbacks: {type(callback).__name__} monitors '{monitor}', but nothing is validated: {why}")
+        fix = f"Did you mean {monitor}_epoch?" if f"{monitor}_epoch" in known else nearest(monitor, known)
+        raise UserError(f"trainer.callbacks: {type(callback).__name__} monitors '{monitor}', which is not logged. {fix}")
+
+
+def may_log(callback: Callback) -> bool:
+    """Whether a callback is from outside Lightning and fusion, and does anything at all during training."""
+    foreign = type(callback).__module__.partition(".")[0] not in ("lightning", "pytorch_lightning", "fusion")
+    hooks = [name for name in vars(Callback) if name.startswith(("on_", "setup"))]
+    return foreign and any(getattr(type(callback), name) is not getattr(Callback, name) for name in hooks)
