@@ -1,5 +1,6 @@
 """fusion predict: write a run's predictions for a manifest."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from fusion.cli.options import Options, above_zero
-from fusion.cli.reading import HELP, reading_of, reading_options
+from fusion.cli.reading import HELP, reading_of, reading_options, settings_of
 from fusion.cli.rows import load_for, predict_rows, print_issues, rows_of
 from fusion.data.ledger import Ledger
 from fusion.data.table import Table
@@ -35,11 +36,8 @@ def predict(arguments: Sequence[str]) -> int:
         raise UserError(f"--out {out} is a folder; expected a file")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
-    run, manifest = Path(asked.run).expanduser(), Path(asked.manifest).expanduser()
-    if out.exists() and manifest.exists() and out.samefile(manifest):
-        raise UserError(f"--out {out} is the manifest itself, which would be overwritten; give another file")
-    if out.name in OWN_FILES and run.is_dir() and out.parent.samefile(run):
-        raise UserError(f"--out {out} would overwrite the run's own {out.name}; give another name")
+    run, issues = Path(asked.run).expanduser(), out.with_name(f"{out.stem}-data_issues.csv")
+    refuse_to_overwrite(out, issues, run, asked.manifest)
     ledger = Ledger("drop")
     predictor = load_for(run, asked.checkpoint, ledger)
     columns, format = reading_of(run, reading)
@@ -47,8 +45,24 @@ def predict(arguments: Sequence[str]) -> int:
     table, predictions = predict_rows(predictor, table, ledger, asked.batch_size)
     write(out, table, predictions)
     print(f"{len(table):,} predictions in {out}")
-    print_issues(ledger, out.with_name(f"{out.stem}-data_issues.csv"))
+    print_issues(ledger, issues)
     return 0
+
+
+def refuse_to_overwrite(out: Path, issues: Path, run: Path, manifest: str) -> None:
+    """Raises UserError, before anything is predicted, where a file that is to be written is one to be kept, or can't be written."""
+    kept = {"the manifest itself": manifest}
+    if run.is_dir():
+        settings = settings_of(run)
+        kept |= {f"the run's own data.{name}": settings.get(name) for name in ("manifest", "val_manifest", "test_manifest")}
+        kept |= {f"the run's own {name}": str(run / name) for name in OWN_FILES}
+    for path in (out, issues):
+        listing = "" if path == out else f" (its list of samples that are left out: {path})"
+        for what, other in kept.items():
+            if other and path.resolve() == Path(other).expanduser().resolve():
+                raise UserError(f"--out {out} would overwrite {what}{listing}; give another name")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"--out {out} can't be written: no permission for {path if path.exists() else path.parent}")
 
 
 def write(out: Path, table: Table, predictions: Predictions) -> None:
@@ -57,7 +71,10 @@ def write(out: Path, table: Table, predictions: Predictions) -> None:
     columns |= {f"present_{name}": there.tolist() for name, there in predictions.present.items()}
     columns |= {f"p_{label}": predictions.probabilities[:, i].tolist() for i, label in enumerate(predictions.classes)}
     made = pa.table(columns)
-    if out.suffix == ".csv":
-        pyarrow.csv.write_csv(made, out)
-    else:
-        pyarrow.parquet.write_table(made, out)
+    try:
+        if out.suffix == ".csv":
+            pyarrow.csv.write_csv(made, out)
+        else:
+            pyarrow.parquet.write_table(made, out)
+    except OSError as error:
+        raise UserError(f"--out {out} can't be written: {error}") from error

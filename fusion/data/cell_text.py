@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 T = TypeVar("T")
-VALUES = (str, bool, int, float, Decimal, date, time, timedelta, np.generic)  # pandas' times are datetimes, hence dates
+PYTHON_VALUES = (str, bool, int, float, Decimal, date, time, timedelta)  # pandas' times are datetimes, hence dates
+VALUES = (*PYTHON_VALUES, np.bool_, np.integer, np.floating, np.datetime64, np.timedelta64)  # not complex numbers, bytes and structures
 MAY_BE_NAN = (float, np.floating, np.datetime64, np.timedelta64, Decimal)
 WHOLE = re.compile(r"(-?[0-9]+)\.0+")
-DURATION = re.compile(r"(-?[0-9]+ days [+]?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)")
+DURATION = re.compile(r"(-?[0-9]+ days) ([+]?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?")
 TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2} )?([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?([+-][0-9]{2}:[0-9]{2})?")
 FIRST = frozenset("-0123456789")  # what a number or a time begins with
 
@@ -21,7 +22,8 @@ def cell_text(cell: Any) -> str | None:
     """The text of a value, None for a null.
 
     Booleans are True and False. A whole number has no .0; other floats have the fewest digits that tell them apart at their own width.
-    A time is written as pandas writes it to CSV, without zeros at the end of its fraction; midnight is the date alone. Text that is
+    A time is written as pandas writes it to CSV, without zeros at the end of its fraction; midnight is the date alone, and a duration of
+    whole days the days alone. Text that is
     such a number or time as a whole is written alike, because a CSV file holds nothing but text; any other text stays as it is.
 
     >>> [cell_text(cell) for cell in ("3", 3, 3.0, "3.0", "v3.0", 0.5, np.float32(0.1), True, "true", None, float("nan"), "nan")]
@@ -41,12 +43,14 @@ def cell_text(cell: Any) -> str | None:
 
 
 def duration_text(ns: int) -> str:
-    """A duration as pandas writes it to CSV, without zeros at the end of its fraction.
+    """A duration as pandas writes it to CSV, without zeros at the end of its fraction; whole days alone, as pandas writes a column of them.
 
-    >>> duration_text(1_500_000_000), duration_text(-1_000_000_000)
-    ('0 days 00:00:01.5', '-1 days +23:59:59')
+    >>> duration_text(1_500_000_000), duration_text(-1_000_000_000), duration_text(2 * 86_400 * 10**9)
+    ('0 days 00:00:01.5', '-1 days +23:59:59', '2 days')
     """
     days, rest = divmod(ns, 86_400 * 10**9)
+    if not rest:
+        return f"{days} days"
     seconds, fraction = divmod(rest, 10**9)
     clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}" + (f".{fraction:09}".rstrip("0") if fraction else "")
     return f"{days} days {'+' if days < 0 else ''}{clock}"
@@ -66,7 +70,8 @@ def canonical(text: str) -> str:
     if number := WHOLE.fullmatch(text):
         return "0" if number[1] == "-0" else number[1]
     if " days " in text and (found := DURATION.fullmatch(text)):
-        return found[1] + found[2].rstrip("0").rstrip(".")
+        clock = found[2] + (found[3] or "").rstrip("0").rstrip(".")
+        return found[1] if clock in ("00:00:00", "+00:00:00") else f"{found[1]} {clock}"
     if ":" in text and (found := TIME.fullmatch(text)):
         day, clock, fraction, zone = (part or "" for part in found.groups())
         fraction = fraction.rstrip("0").rstrip(".")

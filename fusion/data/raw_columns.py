@@ -5,11 +5,14 @@ from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from PIL import Image
 
 from fusion.data.cell_text import VALUES, cell_text, is_null
 from fusion.data.image_paths import locate, odd_paths
 from fusion.data.images import ImageError
+from fusion.data.readers import column_values
+from fusion.data.text_file import undecodable
 from fusion.errors import UserError
 
 ONE_VALUE = (str, bytes, bytearray, os.PathLike, Image.Image)
@@ -26,6 +29,8 @@ def text_column(values: Iterable[Any]) -> list[str | None]:
         if not (is_null(value) or isinstance(value, VALUES)):
             raise UserError(f"sample {i}: its text is a {type(value).__name__}; expected a text, a number or None")
         text = cell_text(value)
+        if text and not text.isascii() and (flaw := undecodable([("text", text)])):
+            raise UserError(f"sample {i}: {flaw}")
         texts.append(text if text and not text.isspace() else None)
     return texts
 
@@ -61,8 +66,8 @@ def column(values: Iterable[Any], name: str, single_ndim: int = 0) -> list[Any]:
         raise UserError(f"{name} is one {type(values).__name__} of {dimensions} dimensions; expected a list or one column, as {name}=[...]")
     if isinstance(values, Mapping | Set) or not isinstance(values, Iterable):
         raise UserError(f"{name} is a {type(values).__name__}; expected a list, an array or a column of a data frame")
-    if hasattr(values, "to_pylist"):  # Arrow
-        return list(values.to_pylist())
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return column_values(name, values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values]), {})
     if hasattr(values, "to_numpy"):  # a data frame's column, which is indexed by its labels and turns narrow floats into Python's
         values = values.to_numpy()
     return list(values)

@@ -88,6 +88,10 @@ def read_parquet(path: str, format: Format) -> Cells:
         with pq.ParquetFile(path) as file:
             kinds = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
             opaque = {name: str(kind) for name, kind in kinds.items() if pa.types.is_nested(kind) or "binary" in str(kind)}
+            for field in file.schema_arrow:  # pandas' periods are whole numbers there, counted from 1970
+                extension = (field.metadata or {}).get(b"ARROW:extension:name", b"").decode() or getattr(field.type, "extension_name", "")
+                if extension.startswith("pandas."):
+                    opaque[field.name] = extension
             table = file.read(columns=[name for name in kinds if name not in opaque])
     except pa.ArrowException as error:
         raise UserError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from error

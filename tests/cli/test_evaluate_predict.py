@@ -16,6 +16,7 @@ from PIL import Image
 from small_runs import TINY, InProcess, Run
 
 import fusion
+from fusion.data.raw_columns import text_column
 from fusion.errors import UserError
 
 
@@ -143,6 +144,28 @@ def test_what_is_missing_in_python_is_missing(trained: Path, null: object) -> No
     assert np.array_equal(answer.probabilities, model.predict(images=[pixels, None], texts=[None, "red?"]).probabilities)
     with pytest.raises(UserError, match="sample 0 has neither"):
         model.predict(texts=[null])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (np.bytes_(b"red"), "its text is a bytes_"),
+        (np.zeros(1, dtype=[("a", "i4")])[0], "its text is a void"),
+        (1 + 2j, "its text is a complex"),
+        (np.complex64(1), "its text is a complex64"),
+        ([1], "its text is a list"),
+        ("is there \ud800?", "sample 1: not UTF-8 (lone surrogate U+D800"),
+    ],
+    ids=["bytes", "structure", "complex", "complex64", "list", "surrogate"],
+)
+def test_what_has_no_text_is_rejected_and_not_read_as_its_repr(trained: Path, value: object, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        fusion.load(str(trained)).predict(texts=["red?", value])
+
+
+def test_narrow_floats_of_arrow_have_the_digits_they_have_in_numpy(trained: Path) -> None:
+    for column in (pa.array([0.1, None, 3.0], pa.float32()), pa.chunked_array([[0.1], [None, 3.0]], pa.float32())):
+        assert text_column(column) == text_column(np.array([0.1, np.nan, 3.0], np.float32)) == ["0.1", None, "3"]
 
 
 def test_columns_of_a_frame_with_missing_cells_are_read_as_they_come(trained: Path) -> None:
@@ -296,5 +319,16 @@ def test_what_predict_writes_overwrites_nothing_of_the_run_and_not_the_manifest(
         assert f"would overwrite the run's own {name}" in error
     status, error = in_process("predict", [f"--run={run}", "--manifest=some-bad.csv", "--out=./some-bad.csv"])
     assert status == 2
-    assert "is the manifest itself" in error
+    assert "--out some-bad.csv would overwrite the manifest itself" in error
+    manifest = world / "its-data_issues.csv"
+    shutil.copy(world / "some-bad.csv", manifest)
+    status, error = in_process("predict", [f"--run={run}", f"--manifest={manifest}", f"--out={world / 'its.csv'}"])
+    assert status == 2
+    assert f"would overwrite the manifest itself (its list of samples that are left out: {manifest})" in error
+    trained_on = Path(yaml.safe_load((run / "recipe.yaml").read_text())["data"]["manifest"])
+    before = trained_on.read_bytes()
+    status, error = in_process("predict", [f"--run={run}", "--manifest=some-bad.csv", f"--out={trained_on}"])
+    assert status == 2
+    assert "would overwrite the run's own data.manifest" in error
+    assert trained_on.read_bytes() == before
     assert {name: (run / name).read_bytes() for name in held} == held

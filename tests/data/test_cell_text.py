@@ -5,7 +5,9 @@ from decimal import Decimal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+from pandas.core.arrays.arrow.extension_types import ArrowPeriodType
 from reading import read_all, written
 
 from fusion.data.cell_text import cell_text
@@ -53,6 +55,8 @@ def test_narrow_floats_and_times_mean_the_same_where_the_format_keeps_them(tmp_p
             "berlin": when.tz_localize("Europe/Berlin"),
             "clock": [datetime.time(10), datetime.time(10, 0, 1), datetime.time(10, 0, 0, 500_000)],
             "lasts": pd.to_timedelta(["1s", None, "-1.5s"]),
+            "days": pd.to_timedelta(["1D", None, "-2D"]),
+            "mixed": pd.to_timedelta(["1D", "1h", "-2D"]),
         }
     )
     FORMATS[name](frame, tmp_path / name)
@@ -65,7 +69,22 @@ def test_narrow_floats_and_times_mean_the_same_where_the_format_keeps_them(tmp_p
         "berlin": ["2024-01-31 00:00:00+01:00", "2024-01-31 10:00:00+01:00", "2024-01-31 10:00:00.5+01:00"],
         "clock": ["10:00:00", "10:00:01", "10:00:00.5"],
         "lasts": ["0 days 00:00:01", "", "-1 days +23:59:58.5"],
+        "days": ["1 days", "", "-2 days"],
+        "mixed": ["1 days", "0 days 01:00:00", "-2 days"],
     }
+
+
+@pytest.mark.parametrize("pandas_is_there", [True, False])
+def test_periods_of_parquet_are_rejected_not_read_as_their_numbers(tmp_path, pandas_is_there):
+    pd.DataFrame({"text": ["t", "u"], "label": pd.period_range("2024-01", periods=2, freq="M")}).to_parquet(tmp_path / "m.parquet")
+    if not pandas_is_there:  # which registers the type
+        pa.unregister_extension_type("pandas.period")
+    try:
+        with pytest.raises(UserError, match=r"has pandas\.period in column 'label', expected text"):
+            read_all(tmp_path / "m.parquet")
+    finally:
+        if not pandas_is_there:
+            pa.register_extension_type(ArrowPeriodType("M"))
 
 
 def test_text_that_is_no_number_or_time_as_a_whole_stays_as_it_is():
