@@ -325,10 +325,13 @@ def test_what_predict_writes_overwrites_nothing_of_the_run_and_not_the_manifest(
     status, error = in_process("predict", [f"--run={run}", f"--manifest={manifest}", f"--out={world / 'its.csv'}"])
     assert status == 2
     assert f"would overwrite the manifest itself (its list of samples that are left out: {manifest})" in error
-    trained_on = Path(yaml.safe_load((run / "recipe.yaml").read_text())["data"]["manifest"])
-    before = trained_on.read_bytes()
+    assert {name: (run / name).read_bytes() for name in held} == held
+    trained_on = world / "trained-on.csv"
+    trained_on.write_text("kept")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["val_manifest"] = str(trained_on)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     status, error = in_process("predict", [f"--run={run}", "--manifest=some-bad.csv", f"--out={trained_on}"])
     assert status == 2
-    assert "would overwrite the run's own data.manifest" in error
-    assert trained_on.read_bytes() == before
-    assert {name: (run / name).read_bytes() for name in held} == held
+    assert "would overwrite the run's own data.val_manifest" in error
+    assert trained_on.read_text() == "kept"
