@@ -1,6 +1,7 @@
 """fusion evaluate: score a run on any split or manifest, also by group."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -16,9 +17,11 @@ from fusion.data.image_check import digest_of
 from fusion.data.images import ImageError
 from fusion.data.ledger import Ledger
 from fusion.data.record import FILE, Record
-from fusion.data.table import Table
+from fusion.data.table import Columns, Table
 from fusion.errors import UserError, nearest
 from fusion.evaluation import scores_by_group
+
+UNFIT = r'[/\\:*?"<>|\0]'  # for the name of a file
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -43,9 +46,9 @@ def evaluate(arguments: Sequence[str]) -> int:
     else:
         table = split_of(run, data, modalities, asked.split)
     if asked.by:
-        column(table, asked.by)  # refused now rather than after the predictions
+        column(table, data.columns, asked.by)  # refused now rather than after the predictions
     table, predictions = predict_rows(predictor, table, ledger, asked.batch_size)
-    groups = column(table, asked.by) if asked.by else None
+    groups = column(table, data.columns, asked.by) if asked.by else None
     labels = [str(label) for label in table.labels]
     scores = scores_by_group(predictions.labels, labels, predictor.processor.classes, groups)
     title = asked.manifest or asked.split
@@ -60,7 +63,8 @@ def evaluate(arguments: Sequence[str]) -> int:
         print(f"{len(unseen)} labels ({share:.1%} of the samples) never occurred in training and count as misses")
     print_issues(ledger, run / "evaluation_issues.csv")
     if not asked.manifest:
-        kept = run / f"evaluation-{asked.split}{f'-by-{asked.by}' if asked.by else ''}.json"
+        by = f"-by-{re.sub(UNFIT, '_', asked.by)[:100]}" if asked.by else ""
+        kept = run / f"evaluation-{asked.split}{by}.json"
         kept.write_text(json.dumps({name: asdict(s) for name, s in scores.items()}, indent=2) + "\n", encoding="utf-8")
     return 0
 
@@ -84,6 +88,9 @@ def split_of(run: Path, data: ImageTextData, modalities: tuple[str, ...], split:
             kept = "Rows keep the split that they had; new ones have none"
             data.ledger.note(f"the table has changed since the run was trained: {'; '.join(changes)}. {kept}")
         table.splits = [None if row is None else record.columns["split"][row] for row in found]
+        had = record.columns["split"].count(split)
+        if had and split not in table.splits:
+            raise UserError(f"none of the {had:,} rows of the run's split '{split}' is in its table any more: {'; '.join(changes)}")
     there = sorted({str(s) for s in table.splits if s})
     if split not in there:
         raise UserError(f"the run's data has no split '{split}'. {nearest(split, there)}")
@@ -109,10 +116,10 @@ def note_changed_images(record: Record, table: Table, pairs: list[tuple[int, int
         ledger.note(f"{len(changed):,} image files have changed since the run was trained (the first: {changed[0]})")
 
 
-def column(table: Table, name: str) -> list[str]:
-    """A column of the manifest by its name there."""
+def column(table: Table, columns: Columns, name: str) -> list[str]:
+    """A column of the manifest by its name there, or by its role."""
     known: dict[str, Sequence[Any]] = {"label": table.labels, "group": table.groups, "split": table.splits, "id": table.ids}
-    known |= table.extra
+    known |= table.by_name(columns)
     if name not in known:
         raise UserError(f"--by: the manifest has no column '{name}'. {nearest(name, known)}")
     return ["" if cell is None else str(cell) for cell in known[name]]

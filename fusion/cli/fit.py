@@ -27,6 +27,7 @@ from fusion.data.ceilings import ceilings, repeated
 from fusion.data.checkpoint import newest_whole
 from fusion.data.table import Table
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
+from fusion.predictor import checkpoint_of
 from fusion.training import Classification
 from fusion.training.checkpoints import BestAndLast
 from fusion.training.checks import check_before_training, validates
@@ -70,7 +71,12 @@ def fit(arguments: Sequence[str]) -> int:
             refuse_other_data(resumed, start, held["fusion"], data)
         print_data_notes(data)
         if resumed is None and cli.config.init_from:
-            print_rank_zero(load_weights(model.model, cli.config.init_from, data.processor))
+            file = Path(cli.config.init_from).expanduser()
+            if file.is_dir():
+                file, note = checkpoint_of(file, "best")
+                if note:
+                    print_rank_zero(f"note: {note}")
+            print_rank_zero(load_weights(model.model, file, data.processor))
     except BaseException:
         if folder is not None and resumed is None:
             folder.rmdir()

@@ -62,7 +62,9 @@ class FusionCLI(LightningCLI):
         )
         parser.add_argument("--resume", type=str | None, help="Run folder to continue exactly where it stopped.")
         parser.add_argument(
-            "--init_from", type=str | None, help="Checkpoint or file of weights to start from; only weights whose name and shape fit."
+            "--init_from",
+            type=str | None,
+            help="Run, checkpoint or file of weights to start from; only those whose name and shape fit.",
         )
         parser.add_argument("--checkpoint.every_updates", type=int | None, help="Also save last.ckpt after so many updates.")
         parser.add_argument("--checkpoint.every_minutes", type=float | None, help="Also save last.ckpt after so many minutes.")

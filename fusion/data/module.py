@@ -200,12 +200,13 @@ class ImageTextData(LightningDataModule):
         """The rows that `where` asks for. Raises UserError for a column that the manifest lacks, and where no row is left."""
         before = {split for split in table.splits if split}
         for name, asked in self.where.items():
-            roles = {getattr(self.columns, role): getattr(table, f"{role}s") for role in ("text", "label", "split", "id", "group")}
-            known: dict[str, Sequence[str | None]] = {**table.extra, **{role: cells for role, cells in roles.items() if role}}
+            known = table.by_name(self.columns)
             if name not in known:
                 raise UserError(f"data.where: the manifest has no column '{name}'. {nearest(name, known)}")
             values = wanted_cells(name, asked)
             there = {cell for cell in known[name] if cell}
+            if not there:
+                raise UserError(f"data.where: no row has anything in column '{name}'")
             for value in values:
                 if value not in there:
                     raise UserError(f"data.where: no row has '{value}' in column '{name}'. {nearest(value, there)}")
@@ -254,9 +255,10 @@ class ImageTextData(LightningDataModule):
         leaks = {group: splits for group, splits in shared.items() if "train" in splits}
         if leaks and self.on_shared_group == "error":
             group, splits = next(iter(leaks.items()))
+            where = "the files" if self.val_manifest or self.test_manifest else f"column '{self.columns.split}'"
             raise UserError(
                 f"{len(leaks)} groups are in train and in another split (the first: '{group}' in {', '.join(sorted(splits))}); "
-                f"what train has seen can't test it. Mend column '{self.columns.split}', or accept it: --data.on_shared_group=report; "
+                f"what train has seen can't test it. Mend {where}, or accept it: --data.on_shared_group=report; "
                 f"or, if column '{self.columns.group}' is not meant as groups: --data.columns.group=null"
             )
         self.shared_groups = len(shared)
@@ -375,6 +377,8 @@ class ImageTextData(LightningDataModule):
 def wanted_cells(column: str, asked: Any) -> list[str]:
     """The cells that `where` asks for in a column, as the table has them. Raises UserError for YAML's booleans, whose spelling is lost."""
     values = asked if isinstance(asked, list) else [asked]
+    if not values:
+        raise UserError(f"data.where.{column} is an empty list, which no row fits; name cells, or leave it out")
     if any(isinstance(value, bool) for value in values):
         raise UserError(f'data.where.{column}: yes, no, true and false are booleans in YAML; as texts they stand in quotes: ["yes", "no"]')
     return [str(cell_text(value)) for value in values]

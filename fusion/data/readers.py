@@ -57,6 +57,8 @@ def read_jsonl(path: str, format: Format) -> Cells:
                 text = text.removeprefix(BYTE_ORDER_MARK)
             if not text or text.isspace():
                 continue
+            if text[0] == "[" and not cells.rows and not cells.malformed:
+                raise UserError(f"the manifest {path} is a JSON array; expected one object a line, as by pandas' to_json(lines=True)")
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
@@ -78,6 +80,9 @@ def read_jsonl(path: str, format: Format) -> Cells:
             for name, column in cells.columns.items():
                 column.append(row.get(name))
             cells.rows.append(line)
+    if cells.malformed and not cells.rows:
+        line, reason = cells.malformed[0]
+        raise UserError(f"the manifest {path} has no line that is a JSON object; the first: row {line}: {reason}")
     return cells
 
 

@@ -1,8 +1,7 @@
 """Which sample went into which split, kept with the run, and found again by content when the table has changed since."""
 
-import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -56,7 +55,7 @@ class Record:
     @classmethod
     def of(cls, table: Table, digests: Mapping[str, str]) -> "Record":
         """A table's record; digests: by path of an image, of its file."""
-        cells = {"image": local_paths(table), "text": table.texts, "label": table.labels}
+        cells = {"image": table.local_paths(), "text": table.texts, "label": table.labels}
         columns: dict[str, list] = {name: hashed(column) for name, column in cells.items()}
         others = [table.groups, *(table.extra[name] for name in sorted(table.extra))]
         columns["other"] = hashed(list(map(repr, zip(*others, strict=True))))
@@ -189,13 +188,6 @@ def counted(rows: Sequence[int], record: Record, what: str) -> str:
     """So many rows, and where the first stands."""
     first = f"{record.columns['file'][rows[0]]}, row {record.columns['row'][rows[0]]}"
     return f"{len(rows):,} row{'s are' if len(rows) > 1 else ' is'} {what} ({first})"
-
-
-def local_paths(table: Table) -> Iterator[str | None]:
-    """The images' paths from the folders of their manifests."""
-    folders = {file: os.path.dirname(os.path.abspath(file)) + os.sep for file in set(table.files)}
-    for path, file in zip(table.images, table.files, strict=True):
-        yield path and os.path.abspath(path).removeprefix(folders[file])
 
 
 def hashed(cells: Iterable[str | None]) -> list[int]:

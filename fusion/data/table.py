@@ -5,7 +5,7 @@ One bad row does not cost the file: it goes to the ledger with its line and reas
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ class Table:
 
     images: absolute paths, None for a sample without image. texts, labels, groups: None where there is none. splits: "train", "val",
     "test", or None where the manifest does not say. files and rows: where each sample stands: the line of a text file, whose header
-    is line 1, or the row of a Parquet file, counted from 1. extra: every other column by its name, as text, "" where empty.
+    is line 1, or the row of a Parquet file, counted from 1. extra: every other column by its name, as text, "" where empty; also that of
+    an image or a text which isn't read.
     """
 
     images: list[str | None]
@@ -75,6 +76,19 @@ class Table:
         """The samples at these positions, in this order."""
         columns = {f.name: [getattr(self, f.name)[i] for i in indices] for f in fields(self) if f.name != "extra"}
         return Table(**columns, extra={name: [cells[i] for i in indices] for name, cells in self.extra.items()})
+
+    def by_name(self, columns: Columns) -> dict[str, Sequence[str | None]]:
+        """Every column by its name in the manifest; images by their paths from its folder."""
+        roles = {"image": list(self.local_paths()), "text": self.texts, "label": self.labels}
+        roles |= {"split": self.splits, "id": list[str | None](self.ids), "group": self.groups}
+        named = {getattr(columns, role): cells for role, cells in roles.items()}
+        return {**{name: cells for name, cells in named.items() if name is not None}, **self.extra}
+
+    def local_paths(self) -> Iterator[str | None]:
+        """The images' paths from the folders of their manifests."""
+        folders = {file: os.path.dirname(os.path.abspath(file)) + os.sep for file in set(self.files)}
+        for path, file in zip(self.images, self.files, strict=True):
+            yield path and os.path.abspath(path).removeprefix(folders[file])
 
     @staticmethod
     def concat(tables: Sequence["Table"]) -> "Table":
@@ -158,7 +172,7 @@ def interpret(
     texts = [cell if cell and not cell.isspace() else None for cell in column("text")]
     labels, splits, groups = (stripped(column(role)) for role in ("label", "split", "group"))
     ids = [(name or "").strip() or str(row) for name, row in zip(column("id"), cells.rows, strict=True)]
-    of_a_role = {getattr(columns, f.name) for f in fields(columns)}
+    of_a_role = {getattr(columns, f.name) for f in fields(columns) if f.name in modalities or f.name not in ("image", "text")}
     extra = {
         name: [cell or "" for cell in as_texts(name, found, nulls, {})] for name, found in cells.columns.items() if name not in of_a_role
     }
@@ -310,7 +324,7 @@ def lacks_column(cells: Cells, role: str, name: str, modalities: Sequence[str]) 
     hint = nearest(name, cells.columns)
     close = f" {hint}" if hint.startswith("Did") else ""
     others = [other for other in modalities if other != role]
-    without = f", or train without: --model.modalities=[{','.join(others)}]" if role in modalities and others else ""
+    without = f", or train without: fit --model.modalities=[{','.join(others)}]" if role in modalities and others else ""
     return f"has no column '{name}' for the {role}s.{close} Another name: --data.columns.{role}=NAME{without}"
 
 

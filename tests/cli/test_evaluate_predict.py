@@ -302,6 +302,27 @@ def test_evaluate_reads_the_runs_own_table_by_options_too(trained: Path, in_proc
     assert "has no column 'answer' for the labels" in error
 
 
+def test_evaluate_groups_by_any_column_of_the_manifest_by_its_own_name(trained: Path, here: Run, world: Path) -> None:
+    rows = "".join(f",is there a red circle?,{'yes' if i % 2 else 'no'},{i % 3}\n" for i in range(6))
+    (world / "named.csv").write_text(f"image,question,answer,a/b: c\n{rows}")
+    line = [f"--run={trained}", f"--manifest={world / 'named.csv'}", "--data.columns.text=question", "--data.columns.label=answer"]
+    for by, groups in ("question", ["is there a red circle?"]), ("answer", ["no", "yes"]), ("a/b: c", ["0", "1", "2"]):
+        done = here("evaluate", *line, f"--by={by}")
+        assert done.returncode == 0, done.stderr
+        assert all(f"\n{group} " in done.stdout for group in groups)
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
+    run = world / "run-by-slash"
+    shutil.copytree(trained, run)
+    recipe["data"] |= {"preparer": None, "manifest": str(world / "slash.csv"), "val": 0}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (run / "samples.parquet").unlink()
+    rows = "".join(f",red {i}?,{'yes' if i % 2 else 'no'},test,{i}\n" for i in range(4))
+    (world / "slash.csv").write_text(f"image,text,label,split,a/b: c\n{rows}")
+    done = here("evaluate", f"--run={run}", "--by=a/b: c")
+    assert done.returncode == 0, done.stderr
+    assert (run / "evaluation-test-by-a_b_ c.json").is_file()
+
+
 def test_what_predict_writes_overwrites_nothing_of_the_run_and_not_the_manifest(
     here: Run, trained: Path, in_process: InProcess, world: Path
 ) -> None:

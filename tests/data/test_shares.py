@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion.cli.parser import FusionCLI
-from fusion.data import ImageTextData
+from fusion.data import Columns, ImageTextData
 from fusion.data.module import wanted_cells
 from fusion.data.splits import draw_alike
 from fusion.encoders import TransformersText
@@ -101,6 +101,24 @@ def test_an_unknown_column_or_value_is_rejected_with_the_nearest(manifest):
     for asked in ("CLOSED", ["open", "CLOSED"]):
         with pytest.raises(UserError, match=r"data\.where: no row has 'CLOSED' in column 'kind'. Did you mean closed\?"):
             table_of(manifest, where={"kind": asked})
+
+
+def test_a_filter_that_no_row_can_fit_is_rejected(manifest, tmp_path):
+    with pytest.raises(UserError, match=r"data\.where\.kind is an empty list, which no row fits"):
+        table_of(manifest, where={"kind": []})
+    bare = tmp_path / "bare.csv"
+    bare.write_text("text,label,note\nt,a,\nu,b,\n")
+    with pytest.raises(UserError, match=r"data\.where: no row has anything in column 'note'"):
+        table_of(bare, where={"note": "x"})
+
+
+def test_rows_are_chosen_by_the_manifests_own_names_and_by_inputs_that_the_model_does_not_read(tmp_path):
+    (tmp_path / "m.csv").write_text("picture,question,answer\n" + "".join(f"imgs/{i % 5}.png,q{i % 2}?,{'xy'[i % 2]}\n" for i in range(40)))
+    columns = Columns(image="picture", text="question", label="answer")
+    for where, count in ({"question": "q1?"}, 20), ({"picture": ["imgs/1.png", "imgs/2.png"]}, 16), ({"answer": "x"}, 20):
+        for modalities in ("text",), ("image",), ("image", "text"):
+            data = ImageTextData(manifest=str(tmp_path / "m.csv"), columns=columns, where=where)
+            assert len(data.table(modalities)) == count
 
 
 def test_values_of_the_command_line_arrive_as_cells_and_booleans_are_rejected():

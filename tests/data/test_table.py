@@ -191,7 +191,22 @@ def test_a_modality_that_is_not_wanted_is_neither_needed_nor_read(tmp_path, want
     assert getattr(read(manifest(tmp_path, f"{wanted},label\nt,x\n"), (wanted,)), other) == [None]
     found = read(manifest(tmp_path, HEADER + "a,t,x\n"), (wanted,))
     assert getattr(found, other) == [None]
-    assert found.extra == {}
+    assert found.extra == {other.removesuffix("s"): ["a" if other == "images" else "t"]}  # as any column of the file: to choose rows by
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"text": "t", "label": "x"}]', "is a JSON array; expected one object a line"),
+        ('\n[\n{"text": "t", "label": "x"},\n{"text": "u", "label": "y"}\n]', "is a JSON array; expected one object a line"),
+        ("text,label\nt,x\nu,y\n", "has no line that is a JSON object; the first: row 1: not JSON"),
+        ("[1]\n", "is a JSON array"),
+    ],
+    ids=["one line", "pretty", "csv", "list"],
+)
+def test_a_file_of_another_kind_that_is_named_jsonl_is_rejected_as_that(tmp_path, content, words):
+    with pytest.raises(UserError, match=words):
+        read(manifest(tmp_path, content, "m.jsonl"), ("text",))
 
 
 def test_labels_are_stripped_text_and_missing_ones_go_to_the_ledger(tmp_path):

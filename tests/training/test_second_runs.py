@@ -103,6 +103,15 @@ def test_removed_rows_are_reported(run, table, evaluated):
     assert "1 row is gone" in told
 
 
+def test_a_split_that_is_gone_is_told_with_what_has_changed(run, table):
+    gone = set(rows_of(run, "test"))
+    table.write([row for i, row in enumerate(table.rows()) if i not in gone])
+    with pytest.raises(
+        UserError, match=rf"none of the {len(gone)} rows of the run's split 'test' is in its table any more: {len(gone)} rows are"
+    ):
+        evaluate(["--run", str(run)])
+
+
 def test_of_equal_rows_each_keeps_its_own_split(tiny, table, fit_here, capsys):
     """One is trained on, its copy is tested on; without the first, the second is tested on all the same, and the other way round."""
     rows = table.rows()
@@ -224,6 +233,11 @@ def test_an_image_that_goes_bad_during_training_ends_it_in_one_line_with_its_pat
     told = capsys.readouterr().err
     assert ended.value.code == 2
     assert re.fullmatch(rf"error: {copies}/\S+: empty file; it could be read when the images were checked\..*\n", told)
+
+
+def test_a_run_gives_its_best_weights_to_another(run, tiny, table, fit_here, capsys):
+    fit_here("--recipe", tiny(manifest=table.path), "--trainer.max_epochs=1", f"--init_from={run}")
+    assert f"started from {run / 'checkpoints' / 'best.ckpt'}: " in capsys.readouterr().out
 
 
 # Resuming.
