@@ -46,6 +46,8 @@ def fit(arguments: Sequence[str]) -> int:
     recipe = cli.resolved()
     if cli.config.init_from == "":
         raise UserError("--init_from is empty; expected a file of weights, or leave it out")
+    if cli.config.trainer.enable_checkpointing is False:
+        raise UserError("trainer.enable_checkpointing is false: a run is scored, used and continued by its checkpoints; leave it out")
     seed_everything(cli.config.seed_everything, workers=True)
     torch.set_float32_matmul_precision(cli.config.float32_matmul_precision)
     checkpoint = BestAndLast(cli.config.checkpoint.every_updates, cli.config.checkpoint.every_minutes)

@@ -133,8 +133,6 @@ class FusionCLI(LightningCLI):
         bars = [type(callback).__name__ for callback in given if isinstance(callback, ProgressBar)]
         if bars and self.config_init.trainer.enable_progress_bar is False:
             raise UserError(f"trainer.enable_progress_bar is false, but trainer.callbacks has {bars[0]}: leave out one of the two")
-        if self.config_init.trainer.enable_checkpointing is False:
-            raise UserError("trainer.enable_checkpointing is false: a run is scored, used and continued by its checkpoints; leave it out")
         if self.config_init.trainer.enable_progress_bar is not False and not bars:
             self.trainer_defaults["callbacks"] = [Bar(), *self.trainer_defaults["callbacks"]]  # before the lines, which it lets through
         try:
