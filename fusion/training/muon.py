@@ -24,7 +24,9 @@ class Muon(Optimizer):
     a convolution are taken as the rows of one matrix. Parameter groups with `hidden` False (embeddings, output layers, vectors) are
     AdamW's; without such a key every parameter of two or more dimensions is hidden.
 
-    Matrices of one shape are orthogonalised together, in float32.
+    Matrices of one shape are orthogonalised together; on a GPU in bfloat16, whose error the iteration bears, as in the published code.
+    Cost: for a matrix of R <= C, 20 R^2 C + 10 R^3 operations an update whatever the batch; for ViT-B and BERT-base together 3.2 TFLOP,
+    which is 5 % of an update of 460 pairs of a picture and 64 tokens, and less above.
 
     >>> layer = torch.nn.Linear(8, 8)
     >>> optimizer = Muon(layer.parameters(), lr=0.01)
@@ -44,7 +46,13 @@ class Muon(Optimizer):
         for name, value, most in (("momentum", momentum, 1), ("betas", max(betas), 1), ("lr", lr, math.inf)):
             if not 0 <= value < most:
                 raise ValueError(f"Muon: {name} is {value}; expected 0 to {most}")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps, "hidden": True})
+        options = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
+        # fused: AdamW's kernel wants the count of steps where the weights are, and by this key `load_state_dict` puts it there.
+        super().__init__(params, options | {"hidden": True, "fused": True})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups = [{"fused": True, **group} for group in state_dict["param_groups"]]  # which older checkpoints lack
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -106,10 +114,10 @@ class Muon(Optimizer):
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     """For each of the matrices (n, R, C) = U S V', about U V': singular values of 1, give or take 0.3. Zero stays zero."""
     a, b, c = NEWTON_SCHULZ
-    x = matrices.float()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    x = x / (x.flatten(1).norm(dim=1, dtype=torch.float32)[:, None, None].to(x.dtype) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
