@@ -1,20 +1,23 @@
 """Distributed data parallel whose gradients may be compressed on their way between the ranks, and whose bytes are counted."""
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from fusion.errors import UserError
+from fusion.training import residuals
 from fusion.training.precision import scaler_of
 from fusion.training.sign_compression import SignCompression
 
-Compression = Literal["none", "fp16", "bf16", "powersgd", "sign"]
+Compression = Literal["none", "fp16", "bf16", "sign"]
 
 
 class DDP(DDPStrategy):
@@ -22,9 +25,9 @@ class DDP(DDPStrategy):
 
     (Lightning registers DDP's communication hooks on GPUs alone, in silence; here they work on both.)
 
-    compress: "none"; "fp16" or "bf16" halve the bytes; "powersgd" sends matrices of low rank (Vogels et al., 2019; needs NCCL); "sign"
-    sends one bit a value (SignCompression).
-    powersgd_rank: the rank of those matrices. powersgd_start: updates sent in full before.
+    compress: "none"; "fp16" or "bf16" halve the bytes; "sign" sends one bit a value (SignCompression). (PowerSGD, which torch has, is not
+    among them: one overflow leaves NaN in its error memory for good, which is kept by DDP's buckets and fits neither a thaw nor a
+    checkpoint.)
     timeout_s: how long a rank waits for another before the run ends.
     find_unused_parameters: needed where a parameter gets no gradient (model.allow_unused).
     """
@@ -32,25 +35,21 @@ class DDP(DDPStrategy):
     def __init__(
         self,
         compress: Compression = "none",
-        powersgd_rank: int = 4,
-        powersgd_start: int = 100,
         timeout_s: float = 1800.0,
         find_unused_parameters: bool = False,
     ) -> None:
-        if timeout_s <= 0 or powersgd_rank < 1 or powersgd_start < 2:
-            raise UserError("DDP: timeout_s must be above 0, powersgd_rank at least 1, powersgd_start at least 2")
+        if timeout_s <= 0:
+            raise UserError(f"DDP: timeout_s is {timeout_s}; expected a number above 0")
         super().__init__(timeout=timedelta(seconds=timeout_s), find_unused_parameters=find_unused_parameters)
         self.compress = compress
-        self.powersgd_rank, self.powersgd_start = powersgd_rank, powersgd_start
         self.sign = SignCompression()
-        self.powersgd: powerSGD_hook.PowerSGDState | None = None
+        self.resumed: dict[str, Any] = {}  # the state of a checkpoint, until the model is on its device
         self.sent = 0
 
     def _configure_launcher(self) -> None:
         """Refuse, before any other process is started, what their backend can't do."""
-        if self.compress in ("bf16", "powersgd") and self._get_process_group_backend() != "nccl":
-            why = "gloo doesn't sum bf16" if self.compress == "bf16" else "its low-rank exchange is unreliable over gloo"
-            raise UserError(f"DDP: compress={self.compress} needs NCCL, that is GPUs: {why}. On a CPU take fp16 or sign")
+        if self.compress == "bf16" and self._get_process_group_backend() != "nccl":
+            raise UserError("DDP: compress=bf16 needs NCCL, that is GPUs: gloo doesn't sum bf16. On a CPU take fp16 or sign")
         super()._configure_launcher()
 
     def _register_ddp_hooks(self) -> None:
@@ -58,10 +57,14 @@ class DDP(DDPStrategy):
         assert isinstance(model, DistributedDataParallel)
         if self.compress == "none":  # DDP's own way, which is faster than a hook
             return
-        if self.compress == "powersgd" and self.powersgd is None:
-            self.powersgd = powerSGD_hook.PowerSGDState(
-                None, matrix_approximation_rank=self.powersgd_rank, start_powerSGD_iter=self.powersgd_start
-            )
+        if self.resumed:
+            module = self.lightning_module
+            assert module is not None
+            checkpoints = Path(str(module.trainer.ckpt_path)).parent
+            updates, world = self.resumed["updates"], self.resumed["world"]
+            unsaid = residuals.read(checkpoints, updates, world, self.global_rank, self.world_size)
+            self.sign.load_state(self.resumed, unsaid, dict(module.named_parameters()))
+            self.resumed = {}
         self.sign.embeddings = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
         model.register_comm_hook(self, exchange)
 
@@ -79,15 +82,28 @@ class DDP(DDPStrategy):
         """Bytes that this rank has handed to the exchange of gradients in the last update."""
         return full_bytes(self.lightning_module) if self.compress == "none" else self.sent
 
-    # What exact resuming needs.
+    # What exact resuming needs: in the checkpoint what is the same on all ranks, beside it what isn't.
 
-    def compression_state(self, parameters: dict[str, Tensor]) -> dict[str, Any]:
-        """A collective: all ranks call it."""
-        return self.sign.state(parameters, self) if self.compress == "sign" else {}
+    def compression_state(self) -> dict[str, Any]:
+        if self.compress != "sign" or not self.sign.residual:
+            return {}
+        return self.sign.state(dict(self.lightning_module.named_parameters())) | {"world": self.world_size}  # type: ignore[union-attr]
 
-    def load_compression_state(self, state: dict[str, Any], parameters: dict[str, Tensor]) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        folder, state = Path(filepath).parent, checkpoint["fusion"]["compression"]
         if state:
-            self.sign.load_state(state, parameters, self)
+            own = residuals.path_of(folder, state["updates"], self.global_rank, self.world_size)
+            residuals.write(own, self.sign.unsaid(dict(self.lightning_module.named_parameters())))  # type: ignore[union-attr]
+            self.barrier("residuals")  # a checkpoint is there when all that it names is
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if state and self.is_global_zero:
+            residuals.clean(folder)
+
+    def load_compression_state(self, state: dict[str, Any]) -> None:
+        """To be taken once the model is on its device."""
+        self.resumed = state if self.compress == "sign" else {}
+        if self.resumed and "world" not in state:
+            raise UserError("the checkpoint's sign compression is of an older version of fusion; --init_from takes its weights")
 
 
 def full_bytes(model: Any) -> int:
@@ -100,13 +116,6 @@ def exchange(strategy: DDP, bucket: dist.GradBucket) -> torch.futures.Future[Ten
     buffer = bucket.buffer()
     if strategy.compress == "sign":
         return strategy.sign.exchange(strategy, bucket)
-    if strategy.compress == "powersgd":
-        assert strategy.powersgd is not None
-        before = strategy.powersgd.compression_stats()[2] if strategy.powersgd.iter >= strategy.powersgd_start else None
-        future = powerSGD_hook.powerSGD_hook(strategy.powersgd, bucket)
-        after = strategy.powersgd.compression_stats()[2]
-        strategy.sent += buffer.nbytes if before is None else int((after - before) * buffer.element_size())
-        return future
     strategy.sent += buffer.numel() * 2
     hook = default_hooks.fp16_compress_hook if strategy.compress == "fp16" else default_hooks.bf16_compress_hook
     return hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]

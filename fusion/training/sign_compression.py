@@ -114,31 +114,19 @@ class SignCompression:
         self.left |= dict(zip(parameters, left, strict=True))
         return bits, factors, top
 
-    # What exact resuming needs: what is left to be said, which differs from rank to rank, and the axes, which don't.
+    # What exact resuming needs, as plain data by parameter name: the axes, which are the same on all ranks, and what this one left unsaid.
 
-    def state(self, parameters: dict[str, Tensor], strategy: DDP) -> dict[str, Any]:
-        """As plain data, by parameter name. A collective: all ranks call it."""
-        mine = {name: self.residual[p] for name, p in parameters.items() if p in self.residual}
-        if not mine:
-            return {}
-        flat = torch.cat([r.flatten() for r in mine.values()])
-        gathered = [torch.empty_like(flat) for _ in range(strategy.world_size)]
-        dist.all_gather(gathered, flat)
-        sizes = [r.numel() for r in mine.values()]
-        residual = [
-            {name: part.view_as(mine[name]).cpu() for name, part in zip(mine, of_rank.split(sizes), strict=True)} for of_rank in gathered
-        ]
-        axes = {name: [side and {"moment": side.moment, "basis": side.basis} for side in self.axes[parameters[name]]] for name in mine}
-        return {"residual": residual, "axes": axes, "updates": self.updates}
+    def state(self, parameters: dict[str, Tensor]) -> dict[str, Any]:
+        named = {name: self.axes[p] for name, p in parameters.items() if p in self.axes}
+        axes = {name: [side and {"moment": side.moment, "basis": side.basis} for side in sides] for name, sides in named.items()}
+        return {"axes": axes, "updates": self.updates}
 
-    def load_state(self, state: dict[str, Any], parameters: dict[str, Tensor], strategy: DDP) -> None:
-        """Each rank takes its own residuals; with another number of ranks, each takes an equal share of their sum."""
-        by_rank = state["residual"]
-        if len(by_rank) == strategy.world_size:
-            own = by_rank[strategy.global_rank]
-        else:
-            own = {name: sum(of_rank[name] for of_rank in by_rank) / len(by_rank) for name in by_rank[0]}
-        self.residual = {parameters[name]: r.to(parameters[name].device) for name, r in own.items()}
+    def unsaid(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.residual[p].cpu() for name, p in parameters.items() if p in self.residual}
+
+    def load_state(self, state: dict[str, Any], unsaid: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+        """Where the parameters are now: on their device."""
+        self.residual = {parameters[name]: r.to(parameters[name].device) for name, r in unsaid.items()}
         for name, sides in state["axes"].items():
             device = parameters[name].device
             rows, columns = (side and Axes(side["moment"].to(device), side["basis"].to(device)) for side in sides)

@@ -343,7 +343,7 @@ class Task(LightningModule):
         if self.balance is not None:
             self.balance.load_state_dict(checkpoint["fusion"]["balance"])
         if isinstance(self.trainer.strategy, DDP):
-            self.trainer.strategy.load_compression_state(checkpoint["fusion"]["compression"], dict(self.named_parameters()))
+            self.trainer.strategy.load_compression_state(checkpoint["fusion"]["compression"])
 
     def recount(self, checkpoint: dict[str, Any]) -> None:
         """Lightning counts the epoch's batches, of which an update now has another number."""
@@ -355,7 +355,7 @@ class Task(LightningModule):
 
     def compression_state(self) -> dict[str, Any]:
         strategy = self.trainer.strategy
-        return strategy.compression_state(dict(self.named_parameters())) if isinstance(strategy, DDP) else {}
+        return strategy.compression_state() if isinstance(strategy, DDP) else {}
 
 
 def refuse_other_format(checkpoint: Mapping[str, Any]) -> None:

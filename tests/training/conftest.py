@@ -124,12 +124,16 @@ def fit_command(tmp_path):
 
 @pytest.fixture
 def fit_on_two(tmp_path):
-    """Runs fit on two ranks; gives the run and what it printed. They are forked from a process that has all modules loaded, since to load
-    them takes longer than to train.
+    """Runs fit of a recipe on two ranks, or goes on with a run's folder; gives the run and what it printed. They are forked from a process
+    that has all modules loaded, since to load them takes longer than to train.
     """
 
     def run(recipe, *arguments, engine=TWO, runs="runs"):
-        words, port = ["--recipe", str(recipe), *engine, *arguments, f"--runs={tmp_path / runs}"], free_port()
+        goes_on = Path(recipe).is_dir()
+        words = ["--resume", str(recipe), *arguments]
+        if not goes_on:
+            words = ["--recipe", str(recipe), *engine, *arguments, f"--runs={tmp_path / runs}"]
+        port = free_port()
         prints = [tmp_path / f"{runs}_rank{rank}.txt" for rank in (0, 1)]
         ranks = [FORKED.Process(target=one_of_two, args=(rank, port, words, prints[rank])) for rank in (0, 1)]
         for rank in ranks:
@@ -139,7 +143,7 @@ def fit_on_two(tmp_path):
             rank.kill()
         told = [file.read_text() for file in prints]
         assert [rank.exitcode for rank in ranks] == [0, 0], "\n".join(told)
-        return Run(0, newest(tmp_path / runs)), "".join(told)
+        return Run(0, Path(recipe) if goes_on else newest(tmp_path / runs)), "".join(told)
 
     return run
 

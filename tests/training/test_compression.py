@@ -1,6 +1,6 @@
 """Compressed gradients: what the bits say, what they leave for later, and what two ranks learn by them."""
 
-import io
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_world import ROUNDING, TWO, furthest, furthest_weights
+from tiny_world import ROUNDING, TWO, assert_same_end, furthest, furthest_weights
 
 from fusion.errors import UserError
+from fusion.training import residuals
 from fusion.training.muon import orthogonal
 from fusion.training.sign_compression import SignCompression, code, packed, spoken, unpacked
 
@@ -153,18 +154,16 @@ def test_sides_too_long_and_filters_and_vectors_and_embeddings_keep_their_axes(a
     assert [[side is not None for side in compression.axes[p]] for p in parameters] == [[True, False], *[[False, False]] * 4]
 
 
-def test_compression_goes_on_from_its_state_to_the_bit(alone):
-    alone.global_rank = 0
+def test_compression_goes_on_from_its_state_to_the_bit(alone, tmp_path):
     named = {f"p{i}": torch.nn.Parameter(torch.zeros(shape)) for i, shape in enumerate(SHAPES)}
     parameters, whole = list(named.values()), SignCompression()
     gradients = [[torch.randn(s, generator=torch.Generator().manual_seed(i)) for s in SHAPES] for i in range(20)]
     for values in gradients[:13]:
         said(whole, alone, parameters, values)
-    file = io.BytesIO()
-    torch.save(whole.state(named, alone), file)
-    file.seek(0)
+    torch.save(whole.state(named), tmp_path / "state.pt")
+    residuals.write(residuals.path_of(tmp_path, 13, 0, 1), whole.unsaid(named))
     resumed = SignCompression()
-    resumed.load_state(torch.load(file, weights_only=True), named, alone)
+    resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True), residuals.read(tmp_path, 13, 1, 0, 1), named)
     for values in gradients[13:]:
         for one, other in zip(said(whole, alone, parameters, values), said(resumed, alone, parameters, values), strict=True):
             assert torch.equal(one, other)
@@ -203,7 +202,49 @@ def test_a_skipped_update_has_said_nothing(alone):
     assert torch.equal(compression.axes[p][1].moment, before[1])
 
 
+def test_each_rank_reads_its_own_share_and_another_number_of_ranks_an_equal_share_of_the_sum(tmp_path):
+    shares = [{"a": torch.full((2,), float(rank))} for rank in range(4)]
+    for rank, share in enumerate(shares):
+        residuals.write(residuals.path_of(tmp_path, 7, rank, 4), share)
+    assert residuals.read(tmp_path, 7, 4, 2, 4)["a"].tolist() == [2, 2]
+    for world in 1, 2, 8:
+        parts = [residuals.read(tmp_path, 7, 4, rank, world)["a"] for rank in range(world)]
+        assert torch.stack(parts).mean(dim=0).tolist() == [1.5, 1.5]  # what all have left, as the mean over the ranks says it
+    path = residuals.path_of(tmp_path, 7, 2, 4)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"update-7-rank-2-of-4\.pt, what rank 2 had left to say, is not whole"):
+        residuals.read(tmp_path, 7, 4, 2, 4)
+    path.unlink()
+    with pytest.raises(UserError, match="it is missing"):
+        residuals.read(tmp_path, 7, 4, 0, 2)
+
+
+def test_shares_that_no_checkpoint_names_are_removed(tmp_path):
+    for updates in 3, 5, 8:
+        residuals.write(residuals.path_of(tmp_path, updates, 0, 1), {"a": torch.ones(1)})
+    for name, updates in ("last", 8), ("previous", 5):
+        torch.save({"fusion": {"compression": {"updates": updates, "world": 1}}}, tmp_path / f"{name}.ckpt")
+    torch.save({"fusion": {"compression": {}}}, tmp_path / "best.ckpt")
+    residuals.clean(tmp_path)
+    assert sorted(file.name for file in (tmp_path / "residuals").iterdir()) == ["update-5-rank-0-of-1.pt", "update-8-rank-0-of-1.pt"]
+
+
 # Two ranks.
+
+
+@pytest.mark.slow
+def test_a_run_that_says_signs_goes_on_to_the_bit_and_on_another_number_of_ranks(tiny, fit_on_two, fit_here):
+    recipe, sign = tiny(), "--trainer.strategy.init_args.compress=sign"
+    whole, _ = fit_on_two(recipe, sign, "--trainer.max_epochs=3", "--model.schedule=Constant", runs="whole")
+    short, _ = fit_on_two(recipe, sign, "--trainer.max_epochs=2", "--model.schedule=Constant", runs="short")
+    copy = short.folder.with_name("copy")
+    shutil.copytree(short.folder, copy)
+    assert {file.name for file in (short.folder / "checkpoints" / "residuals").iterdir()} >= {f"update-16-rank-{r}-of-2.pt" for r in (0, 1)}
+    assert "residual" not in short.checkpoint()["fusion"]["compression"]
+    resumed, _ = fit_on_two(short.folder, "--trainer.max_epochs=3", runs="resumed")
+    assert_same_end(resumed, whole)
+    alone = fit_here("--resume", copy, "--trainer.max_epochs=3", "--trainer.devices=1")
+    assert furthest(alone.column("train/loss_epoch"), whole.column("train/loss_epoch")) < 0.2
 
 
 @pytest.mark.slow
@@ -228,10 +269,9 @@ def assert_fewer_bytes(plain, small, compress, fewer):
     assert fall_small > 0.8 * fall_plain
 
 
-@pytest.mark.parametrize("compress", ["bf16", "powersgd"])
-def test_what_gloo_can_not_do_is_refused_with_the_reason_before_any_rank_is_started(tiny, tmp_path, fit_here, compress):
-    with pytest.raises(UserError, match=f"compress={compress} needs NCCL"):
-        fit_here("--recipe", tiny(), *TWO, f"--trainer.strategy.init_args.compress={compress}")
+def test_what_gloo_can_not_do_is_refused_with_the_reason_before_any_rank_is_started(tiny, tmp_path, fit_here):
+    with pytest.raises(UserError, match="compress=bf16 needs NCCL"):
+        fit_here("--recipe", tiny(), *TWO, "--trainer.strategy.init_args.compress=bf16")
     assert not list((tmp_path / "runs").glob("*/*"))
 
 

@@ -1,0 +1,67 @@
+"""What sign compression has left to say: a file for each rank beside the checkpoint, so that no rank ever holds another's.
+
+checkpoints/residuals/update-120-rank-3-of-64.pt. Written before the checkpoint that names them, removed once no checkpoint does.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion.data.checkpoint import find_damage
+from fusion.errors import UserError
+
+FOLDER = "residuals"
+NAME = re.compile(r"update-(\d+)-rank-\d+-of-(\d+)\.pt")
+
+
+def path_of(checkpoints: Path, updates: int, rank: int, world: int) -> Path:
+    return checkpoints / FOLDER / f"update-{updates}-rank-{rank}-of-{world}.pt"
+
+
+def write(path: Path, residual: dict[str, Tensor]) -> None:
+    """A rank's share, by parameter name: whole or not at all. Raises UserError where it can't be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_name(f".{path.name}-{os.getpid()}")
+        torch.save(residual, written)
+        os.replace(written, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"can't save {path}, a rank's share of the checkpoint ({error})") from error
+
+
+def read(checkpoints: Path, updates: int, world: int, rank: int, world_now: int) -> dict[str, Tensor]:
+    """A rank's own share; with another number of ranks, an equal share of what all had left. Raises UserError where a file is missing or
+    damaged."""
+    ranks = [rank] if world == world_now else range(world)
+    total: dict[str, Tensor] = {}
+    for share in whole_shares(checkpoints, updates, world, ranks):
+        for name, part in share.items():
+            total[name] = total[name] + part if name in total else part
+    return total if world == world_now else {name: part / world for name, part in total.items()}
+
+
+def whole_shares(checkpoints: Path, updates: int, world: int, ranks: Any) -> Iterator[dict[str, Tensor]]:
+    for rank in ranks:
+        path = path_of(checkpoints, updates, rank, world)
+        damage = find_damage(path) if path.is_file() else "it is missing"
+        if damage:
+            raise UserError(f"can't go on from {path.parent.parent}: {path}, what rank {rank} had left to say, is not whole ({damage})")
+        yield torch.load(path, map_location="cpu", weights_only=True)
+
+
+def clean(checkpoints: Path) -> None:
+    """Remove the shares that no checkpoint names."""
+    named = set()
+    for file in checkpoints.glob("*.ckpt"):
+        if find_damage(file) is None:
+            held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["fusion"]["compression"]
+            named.add((str(held.get("updates")), str(held.get("world"))))
+    for file in (checkpoints / FOLDER).glob("update-*.pt"):
+        found = NAME.fullmatch(file.name)
+        if found and found.groups() not in named:
+            file.unlink(missing_ok=True)
