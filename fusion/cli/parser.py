@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,6 +21,7 @@ from fusion.data.sampler import accumulation
 from fusion.errors import UserError, construction
 from fusion.training import Classification
 from fusion.training.checkpoints import AtomicCheckpointIO
+from fusion.training.ddp import DDP
 from fusion.training.progress import Bar
 from fusion.training.run_folder import RunFolder
 
@@ -136,7 +138,9 @@ class FusionCLI(LightningCLI):
         if self.config_init.trainer.enable_progress_bar is not False and not bars:
             self.trainer_defaults["callbacks"] = [Bar(), *self.trainer_defaults["callbacks"]]  # before the lines, which it lets through
         try:
-            return super().instantiate_trainer(plugins=plugins, logger=logger, **kwargs)
+            strategy = own_ddp(self.config_init.trainer)
+            more = kwargs if strategy is None else {**kwargs, "strategy": strategy}
+            return super().instantiate_trainer(plugins=plugins, logger=logger, **more)
         except (TypeError, MisconfigurationException) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -153,6 +157,16 @@ class FusionCLI(LightningCLI):
                 f"{cls[1] if cls else 'a class'} has an option whose value, {found[1]}, a recipe can't hold; "
                 "give that option as text or as a number"
             ) from error
+
+
+def own_ddp(asked: Any) -> DDP | None:
+    """Our strategy, where Lightning would take its own for several processes: by itself, or by one of its names."""
+    if asked.strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):
+        return None
+    options: dict[str, Any] = {name: asked[name] for name in ("accelerator", "devices", "num_nodes", "strategy")}
+    options |= dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    chosen = Trainer(**options).strategy
+    return DDP(find_unused_parameters=asked.strategy.endswith("true")) if type(chosen) is DDPStrategy else None
 
 
 def accumulate(config: Any, data: ImageTextData, devices: int) -> int:

@@ -10,11 +10,13 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    WeightAveraging,
 )
 
 from fusion.data.module import ImageTextData
 from fusion.errors import UserError, nearest
 from fusion.training.ddp import DDP
+from fusion.training.fsdp import FSDP
 from fusion.training.precision import scaler_of
 from fusion.training.task import Task
 
@@ -40,6 +42,11 @@ def check_before_training(trainer: Trainer, task: Task, data: ImageTextData) -> 
         if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/") and callback._check_on_train_epoch_end is None:
             # After each validation: an epoch that max_steps cuts short has none.
             callback._check_on_train_epoch_end = False
+        if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, FSDP):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} copies the whole model, of which FSDP leaves each device a share; average "
+                "under --recipe engine/ddp, or leave it out"
+            )
     check_limits(trainer, data)
     check_monitors(trainer, task, data.splits)
 

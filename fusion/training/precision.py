@@ -2,10 +2,14 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
 
 from fusion.errors import UserError
 from fusion.model import FusionModel, part_of, plain_name
@@ -23,11 +27,22 @@ class Fp16(MixedPrecision):
     def __init__(
         self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5, growth_interval: int = 2000
     ) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        scaler = torch.amp.GradScaler(
-            device, init_scale=init_scale, growth_factor=growth_factor, backoff_factor=backoff_factor, growth_interval=growth_interval
+        self.scaler_on = partial(
+            torch.amp.GradScaler,
+            init_scale=init_scale,
+            growth_factor=growth_factor,
+            backoff_factor=backoff_factor,
+            growth_interval=growth_interval,
         )
-        super().__init__("16-mixed", device, scaler)
+        super().__init__("16-mixed", "cpu", self.scaler_on("cpu"))  # until the model is on its device
+
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        device = next(model.parameters()).device.type  # not what the machine has: a run may be kept on the CPU of one with GPUs
+        if device != self.device:
+            self.device, self.scaler = device, self.scaler_on(device)
+        return super().connect(model, optimizers, lr_schedulers)
 
 
 class Bf16OnCpu(Precision):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
@@ -258,6 +257,8 @@ class Task(LightningModule):
         self.own_schedules: list[Schedule | None] = [group.pop("schedule", None) for group in groups]
         with construction():
             optimizer = self.make_optimizer(groups, **self.fused())
+        # Else a fused kernel unscales gradients by itself, after they are clipped, balanced and looked at.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         self.peak: float = optimizer.defaults["lr"]
         for group in optimizer.param_groups:
             group["lr"] *= group["rate"]
@@ -265,18 +266,11 @@ class Task(LightningModule):
 
     def fused(self) -> dict[str, bool]:
         """fused=True where the optimiser has it and the recipe doesn't say: one kernel for all parameters, several times faster for many
-        small ones. Not in mixed precision, where a fused optimiser unscales by itself, too late to clip; nor on shares of matrices (FSDP),
-        for which not all optimisers have such a kernel.
+        small ones. Not on shares of matrices (FSDP), for which not all optimisers have such a kernel.
         """
         cls, options = factory_parts(self.make_optimizer, Optimizer)
-        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
-        if mixed and options.get("fused") and self.trainer.gradient_clip_val:
-            raise UserError(
-                "a fused optimiser can't clip gradients in mixed precision: leave out --model.optimizer.init_args.fused, "
-                "or --trainer.gradient_clip_val=null"
-            )
-        able = not mixed and not isinstance(self.trainer.strategy, FSDP)
-        return {"fused": True} if "fused" in signature(cls).parameters and options.get("fused") is None and able else {}
+        takes = "fused" in signature(cls).parameters and options.get("fused") is None
+        return {"fused": True} if takes and not isinstance(self.trainer.strategy, FSDP) else {}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
         before = self.updates
@@ -301,10 +295,7 @@ class Task(LightningModule):
         return found | ({"train/sent_bytes": float(strategy.sent_bytes())} if isinstance(strategy, DDP) else {})
 
     def count_update(self, optimizer: Optimizer, *_: Any) -> None:
-        # A fused optimiser is called even then, and skips the update inside.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not bool(found_inf):
-            self.updates += 1
+        self.updates += 1
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if self.updates > self.scheduled:

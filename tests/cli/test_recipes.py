@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from small_runs import ROOT
 
 from fusion.cli.parser import FusionCLI, expand_recipes
 from fusion.cli.recipes import recipe_names, stack
 from fusion.cli.schedule import schedule
 from fusion.errors import UserError
+from fusion.training.ddp import DDP
 from fusion.training.groups import parameter_groups
 
 WHOLE = ["quickstart", "shapes", "easy_vqa", "vqa_rad", "own"]
@@ -34,6 +36,34 @@ def test_every_shipped_recipe_opens_with_what_it_is_and_its_command(name: str) -
     if name != "small":
         assert "--recipe" in text.split("\n\n")[0]
         assert "ne override: --" in text
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_recipe_says_nothing_of_the_hardware(name: str) -> None:
+    """So that it trains on GPUs where there are some, on the CPU elsewhere, through every example of README; engine/* say more."""
+    more = ["--data.manifest=m.csv"] if name == "own" else []
+    for fragments in ([], ["--recipe=engine/ddp"], ["--recipe=engine/amp"]):
+        trainer = FusionCLI([f"--recipe={name}", *fragments, *more]).config.trainer
+        assert trainer.accelerator == "auto"
+        assert trainer.num_nodes == 1
+        if not fragments:
+            assert (trainer.devices, trainer.strategy, trainer.precision, trainer.plugins) == ("auto", "auto", None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "unused"),
+    [
+        (["--trainer.devices=8"], DDP, False),
+        (["--trainer.devices=2", "--trainer.strategy=ddp"], DDP, False),
+        (["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"], DDP, True),
+        (["--trainer.devices=1"], SingleDeviceStrategy, None),
+    ],
+)
+def test_several_processes_are_ours_by_whichever_name_lightning_knows_them(words: list[str], kind: type, unused: bool | None) -> None:
+    trainer = FusionCLI(["--recipe=quickstart", "--trainer.accelerator=cpu", "--trainer.logger=false", *words]).make([])[2]
+    assert type(trainer.strategy) is kind
+    if unused is not None:
+        assert trainer.strategy._ddp_kwargs["find_unused_parameters"] is unused
 
 
 def test_later_recipes_win_and_then_the_command_line() -> None:

@@ -5,7 +5,6 @@ import torch
 from lightning.pytorch import Callback
 
 from fusion.cli.parser import FusionCLI
-from fusion.errors import UserError
 from fusion.training import Classification, Fp16
 
 FP16 = ["--trainer.plugins=fusion.training.Fp16", "--trainer.plugins.init_args.init_scale=1024"]
@@ -150,25 +149,46 @@ def test_the_recipe_as_shipped_has_torchs_own_defaults():
         assert getattr(ours, read)() == getattr(theirs, read)()
 
 
-@pytest.mark.parametrize(("options", "fused"), [([], True), (["--model.optimizer.init_args.fused=false"], False), (FP16, None)])
-def test_the_optimiser_is_fused_where_it_may_be(parts, options, fused):
-    """In full precision; not where the recipe says no, nor in mixed precision, where it could not clip."""
+@pytest.mark.parametrize(("options", "fused"), [([], True), (["--model.optimizer.init_args.fused=false"], False), (FP16, True)])
+def test_the_optimiser_is_fused_where_the_recipe_does_not_say_no(parts, options, fused):
     model, data, trainer = parts(*SEVEN, *options)
     trainer.fit(model, datamodule=data)
     assert trainer.optimizers[0].defaults["fused"] is fused
 
 
-def test_a_fused_optimiser_that_can_not_clip_is_refused_before_training(parts):
-    model, data, trainer = parts(*FP16, *SEVEN, "--model.optimizer.init_args.fused=true", "--trainer.gradient_clip_val=1")
-    with pytest.raises(UserError, match="gradient_clip_val=null"):
+class Gradients(Callback):
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.norm = float(torch.cat([p.grad.flatten() for p in module.parameters()]).norm())
+
+
+def test_what_looks_at_the_gradients_sees_them_unscaled_whatever_the_optimiser(parts):
+    """A fused kernel would unscale them itself, in its step: balance, clipping and guards came before."""
+    norms = []
+    for options in ([], FP16, [*FP16, "--model.optimizer.init_args.fused=false"]):
+        model, data, trainer = parts("--trainer.max_steps=1", *options, callbacks=[look := Gradients()])
         trainer.fit(model, datamodule=data)
+        norms.append(look.norm)
+    assert norms == pytest.approx([norms[0]] * 3, rel=0.01)
+
+
+def test_a_run_on_a_cpu_is_mixed_there_whatever_the_machine_has(parts, monkeypatch, overflow_at):
+    with monkeypatch.context() as on_a_gpu_machine:
+        on_a_gpu_machine.setattr(torch.cuda, "is_available", lambda: True)  # when the plugin is made
+        plugin = Fp16()
+    dtypes = overflow_at()
+    model, data, trainer = parts(*FP16, *SEVEN)
+    trainer.strategy.precision_plugin = plugin
+    trainer.fit(model, datamodule=data)
+    assert dtypes == [torch.float16] * 7
+    assert trainer.precision_plugin.device == "cpu"
+    assert trainer.precision_plugin.scaler._device == "cpu"
 
 
 @pytest.mark.parametrize(("how", "measure"), [("norm", lambda moved: moved.norm()), ("value", lambda moved: moved.abs().max())])
 def test_gradients_are_clipped_after_they_are_unscaled(parts, how, measure):
     clip = ["--trainer.gradient_clip_val=0.01", f"--trainer.gradient_clip_algorithm={how}"]
     plain = ["--model.optimizer.init_args.momentum=0", "--model.schedule=null", "--trainer.max_steps=1"]
-    for precision in ([], FP16):
+    for precision in ([], FP16, [*FP16, "--model.optimizer.init_args.fused=false"]):
         model, data, trainer = parts(*clip, *plain, *precision)
         model.build(data)
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
