@@ -139,7 +139,8 @@ class Predictor:
                     if unreadable is None:
                         raise
                     unreadable[i] = error
-            inputs["image"] = Images(pixels, torch.tensor([picture is not None for picture in columns["image"]], dtype=torch.bool))
+            there = [picture is not None for picture in columns["image"]]
+            inputs["image"] = Images(pixels, torch.tensor(there, dtype=torch.bool), anyone=any(there))
         if self.processor.tokenizer is not None:
             inputs["text"] = batch_texts(self.processor.tokenizer, columns["text"])
         return self.run(inputs)

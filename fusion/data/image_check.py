@@ -18,7 +18,7 @@ from PIL import features
 from torch import Tensor
 
 from fusion.console import SignOfLife, print_rank_zero
-from fusion.data.images import ImageError
+from fusion.data.images import ImageError, cores
 from fusion.data.processor import ImageSpec
 from fusion.data.samples import load_image
 from fusion.errors import UserError
@@ -124,7 +124,7 @@ def in_threads(function: Callable[[Any], Verdict], items: Sequence[Any]) -> list
     """`function` of each item, in order; Pillow decodes outside the interpreter's lock. Prints how far it is from time to time."""
     found: list[Verdict] = []
     sign = SignOfLife()
-    with ThreadPoolExecutor(max_workers=min(32, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(32, cores())) as pool:
         for result in pool.map(function, items, chunksize=16):
             found.append(result)
             if sign.due():

@@ -28,6 +28,11 @@ UPRIGHT = {
 EXPECTED_ARRAY = "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, or floats in 0..1"
 
 
+def cores() -> int:
+    """The cores that this process may use: a job's share of its machine, where the system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class ImageError(UserError):
     """Why an image can't be used, in a few words: "missing", "truncated", "not an image", "400.0 megapixels, limit 100"."""
 

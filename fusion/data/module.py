@@ -1,6 +1,5 @@
 """The data of one run: a manifest read, split, checked and tokenized; then loaders of batches."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fusion.data.cell_text import cell_text
 from fusion.data.curriculum import LOSS, TEXT_LENGTH, Admission, Curriculum, difficulty
 from fusion.data.format import Format
 from fusion.data.image_check import check_images
+from fusion.data.images import cores
 from fusion.data.ledger import Ledger
 from fusion.data.manifests import read_manifests
 from fusion.data.prepare import Preparer, default_cache, prepared
@@ -301,7 +301,7 @@ class ImageTextData(LightningDataModule):
         if self.resume_at is not None:
             batches.begin_at(*self.resume_at)
             self.resume_at = None
-        return make_loader(self.splits["train"].samples, batches, self.num_workers)
+        return make_loader(self.splits["train"].samples, batches, self.num_workers, pinned=self.on_cuda)
 
     def admit(self, batches: GlobalBatches) -> Admission | None:
         """Which samples are in when, by the curriculum."""
@@ -349,7 +349,11 @@ class ImageTextData(LightningDataModule):
         samples = self.splits[split].samples
         count = len(samples) if most is None else min(len(samples), most)
         batches = EvaluationBatches(count, max(1, self.eval_batch_size // world), rank=rank, world=world)
-        return make_loader(samples.as_they_are(), batches, self.num_workers)
+        return make_loader(samples.as_they_are(), batches, self.num_workers, pinned=self.on_cuda)
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     # Where in the epoch the run is, for the checkpoint.
 
@@ -401,8 +405,12 @@ def make_samples(
     return Samples(target=target, images=images, texts=texts, augment=nn.Sequential(*augment) if augment else None)
 
 
-def make_loader(samples: Samples, batches: Any, num_workers: int | None) -> DataLoader[Batch]:
-    """A loader of whole batches. Without a number of workers: none for images in memory, else one a core up to eight."""
+def make_loader(samples: Samples, batches: Any, num_workers: int | None, *, pinned: bool) -> DataLoader[Batch]:
+    """A loader of whole batches, in memory from which a GPU copies while it computes if `pinned`. Without a number of workers: none for
+    images in memory, else one for each core that the process may use, up to eight.
+    """
     in_memory = samples.images is None or samples.images[0].pixels is not None
-    workers = num_workers if num_workers is not None else 0 if in_memory and samples.augment is None else min(8, os.cpu_count() or 1)
-    return DataLoader(samples, batch_sampler=batches, collate_fn=as_is, num_workers=workers, persistent_workers=workers > 0)
+    workers = num_workers if num_workers is not None else 0 if in_memory and samples.augment is None else min(8, cores())
+    return DataLoader(
+        samples, batch_sampler=batches, collate_fn=as_is, num_workers=workers, persistent_workers=workers > 0, pin_memory=pinned
+    )

@@ -35,7 +35,7 @@ class TokenStore(NamedTuple):
         ids = np.full(mask.shape, pad_id, dtype=np.int64)
         source = starts[:, None] + np.arange(mask.shape[1])
         ids[mask] = self.ids[source[mask]]
-        return Texts(torch.from_numpy(ids), torch.from_numpy(mask))
+        return Texts(torch.from_numpy(ids), torch.from_numpy(mask), bool(mask.all()))
 
 
 class Tokenizer:

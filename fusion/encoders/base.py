@@ -17,18 +17,25 @@ class Images(NamedTuple):
 
     With `picture` (B,) int64, pixels (U, 3, H, W) holds the distinct pictures only, of which sample b shows the one at picture[b]: where
     several samples ask about one picture, it is encoded once.
+
+    anyone: whether any sample has an image, where that is known without asking the device; None: it is looked at, if it must be.
     """
 
     pixels: Tensor
     present: Tensor
     picture: Tensor | None = None
+    anyone: bool | None = None
 
 
 class Texts(NamedTuple):
-    """A batch of texts: ids (B, N) int64; mask (B, N) bool, True for real tokens, all False where a sample has no text."""
+    """A batch of texts: ids (B, N) int64; mask (B, N) bool, True for real tokens, all False where a sample has no text.
+
+    full: True where every token is known to be real, without asking the device: attention then needs no mask.
+    """
 
     ids: Tensor
     mask: Tensor
+    full: bool | None = None
 
 
 class Encoder(nn.Module, ABC):

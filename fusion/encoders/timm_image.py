@@ -167,17 +167,17 @@ class TimmImage(Encoder):
 
     def example(self) -> Images:
         device = self.mean.device
-        return Images(torch.zeros(1, 3, *self.image_size, device=device), torch.ones(1, dtype=torch.bool, device=device))
+        return Images(torch.zeros(1, 3, *self.image_size, device=device), torch.ones(1, dtype=torch.bool, device=device), anyone=True)
 
     def encode(self, x: Images | Tensor, run: Callable[[Tensor], list[Encoded]]) -> list[Features]:
         """What `run` makes of the normalised pixels, given to each sample, with its presence."""
-        images = x if isinstance(x, Images) else Images(x, torch.ones(x.shape[0], dtype=torch.bool, device=x.device))
+        images = x if isinstance(x, Images) else Images(x, torch.ones(x.shape[0], dtype=torch.bool, device=x.device), anyone=True)
         pixels = images.pixels if images.picture is not None else fill_absent(images.pixels, images.present)
         pixels = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
         if len(self.mean) == 1:
             pixels = grey(pixels)
         pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=self.memory_format)
-        with torch.no_grad() if self.frozen else nullcontext(), self.statistics_guard(images.present):
+        with torch.no_grad() if self.frozen else nullcontext(), self.statistics_guard(images):
             return [features_of(encoded, images) for encoded in run(pixels)]
 
     def tokens_of(self, y: Tensor) -> Encoded:
@@ -213,11 +213,12 @@ class TimmImage(Encoder):
                 return [name for name in names if hasattr(self.body, name)]
         return []
 
-    def statistics_guard(self, present: Tensor) -> Any:
+    def statistics_guard(self, images: Images) -> Any:
         """Holds batch normalisation's running statistics still for a training batch in which no sample has an image."""
-        if self.training and self.has_batch_statistics and not torch.compiler.is_compiling() and not bool(present.any()):
-            return statistics_held(self.body)
-        return nullcontext()
+        if not (self.training and self.has_batch_statistics) or torch.compiler.is_compiling():
+            return nullcontext()
+        anyone = bool(images.present.any()) if images.anyone is None else images.anyone
+        return nullcontext() if anyone else statistics_held(self.body)
 
     @torch.no_grad()
     def probe(self, run: Callable[[Images], Features | list[Features]]) -> list[Features]:

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -72,6 +73,7 @@ class TransformersText(Encoder):
         try:
             drop_unused(self, lambda: self(self.example()))
             with torch.no_grad():
+                self.broadcasts_mask  # noqa: B018 (tried now, and not in the middle of a compiled forward pass)
                 self.dim = self(self.example()).dim
                 self.embed_dim = self.embed(self.example()).dim
         except UserError:
@@ -86,7 +88,7 @@ class TransformersText(Encoder):
 
     def forward(self, x: Texts) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
-            return self.features(self.body(input_ids=x.ids, attention_mask=readable(x.mask)).last_hidden_state, x.mask)
+            return self.features(self.body(input_ids=x.ids, attention_mask=self.attention_mask(x)).last_hidden_state, x.mask)
 
     def embed(self, x: Texts) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
@@ -94,11 +96,40 @@ class TransformersText(Encoder):
 
     def levels(self, x: Texts, depths: Sequence[int]) -> list[Features]:
         with torch.no_grad() if self.frozen else nullcontext():
-            hidden = self.body(input_ids=x.ids, attention_mask=readable(x.mask), output_hidden_states=True).hidden_states[1:]
+            hidden = self.body(input_ids=x.ids, attention_mask=self.attention_mask(x), output_hidden_states=True).hidden_states[1:]
             for depth in depths:
                 if not -self.depth <= depth < self.depth:
                     raise UserError(f"the text encoder has {self.depth} levels; there is no depth {depth}")
             return [self.features(hidden[depth], x.mask) for depth in depths]
+
+    def attention_mask(self, x: Texts) -> Tensor | None:
+        """For the model: None where nothing is masked, which the fastest attention asks for; else (B, 1, 1, N) where the model takes it as
+        it is, else (B, N), of which transformers makes (B, 1, N, N) after asking the device whether it is needed.
+        """
+        if x.full:
+            return None
+        mask = readable(x.mask)
+        return mask[:, None, None, :] if self.broadcasts_mask else mask
+
+    @cached_property
+    def broadcasts_mask(self) -> bool:
+        """Whether a mask (B, 1, 1, N) of keys gives what (B, N) does: tried, since models differ; not where attention is local."""
+        config = self.body.config
+        local = any(getattr(config, name, None) for name in ("sliding_window", "local_attention", "attention_window", "layer_types"))
+        if local or getattr(config, "_attn_implementation", None) != "sdpa":
+            return False
+        training, device = self.training, self.embedding.weight.device
+        ids = torch.arange(12, device=device).view(2, 6) % self.vocab_size
+        mask = torch.arange(6, device=device)[None] < torch.tensor([[6], [3]], device=device)
+        self.eval()
+        try:
+            with torch.no_grad():
+                flat, wide = (self.body(input_ids=ids, attention_mask=m).last_hidden_state for m in (mask, mask[:, None, None, :]))
+            return torch.allclose(flat[mask], wide[mask], atol=1e-4)
+        except Exception:  # of any type, from within the model's own code
+            return False
+        finally:
+            self.train(training)
 
     @property
     def depth(self) -> int:

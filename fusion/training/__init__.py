@@ -1,6 +1,6 @@
 """Training: tasks, their schedules and their precision."""
 
-from fusion.training.averages import SWA
+from fusion.training.averages import EMA, SWA
 from fusion.training.balance import OGMGE, Balance, GradientBlending, MMPareto, UnimodalLosses
 from fusion.training.classification import Classification
 from fusion.training.ddp import DDP
@@ -24,6 +24,7 @@ from fusion.training.task import Task
 
 __all__ = [
     "DDP",
+    "EMA",
     "FSDP",
     "OGMGE",
     "SWA",

@@ -1,12 +1,44 @@
 """Averages of the weights over training, evaluated and saved in their place."""
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fusion.errors import UserError
 
 
-class SWA(WeightAveraging):
+class Average(WeightAveraging):
+    """Lightning's, on the device of the model (it is made before the model has moved there, and would average on the CPU); how many
+    updates were averaged is counted on the host, which waits for no device to know it.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(use_buffers=True, **options)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._average_model is not None
+        self._average_model.module.to(pl_module.device)
+
+
+class EMA(Average):
+    """Exponential moving average of the weights, over updates really made; it is what is validated, saved and tested.
+
+        a <- decay * a + (1 - decay) * w, from a = w after the first update
+
+    Buffers (statistics of batch normalisation) are averaged too.
+
+    decay: how much of the average an update leaves; it spans about 1 / (1 - decay) updates.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"EMA: decay is {decay}; expected a share, from 0 to below 1")
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+class SWA(Average):
     """Stochastic weight averaging: the mean of the weights at the ends of the last epochs.
 
     What is validated, saved and tested is the average; before it begins, the weights themselves. Buffers (statistics of batch

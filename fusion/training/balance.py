@@ -41,7 +41,7 @@ class Balance:
         n samples that have it (n,).
         """
 
-    def modulate(self, task: "Task") -> dict[str, float]:
+    def modulate(self, task: "Task") -> dict[str, Any]:
         """Change the gradients of an update; gives the coefficients, to be logged."""
         return {}
 
@@ -106,15 +106,16 @@ class OGMGE(Balance):
 
     def observe(self, task: "Task", alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
         for name, score in scores.items():
-            seen = torch.stack([score.detach().float().sum(), torch.tensor(float(len(score)), device=score.device)])
+            found = score.detach().float().sum()
+            seen = torch.stack([found, torch.full_like(found, len(score))])
             self.sums[name] = self.sums[name] + seen if name in self.sums else seen
 
-    def modulate(self, task: "Task") -> dict[str, float]:
+    def modulate(self, task: "Task") -> dict[str, Any]:
         sums = summed(task, torch.stack([self.sums[name] for name in task.modalities]))
         self.sums.clear()
         if self.until_update is not None and task.updates >= self.until_update:
             return {}
-        scores = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+        scores = sums[:, 0] / sums[:, 1].clamp(min=1)
         coefficients = dict(zip(task.modalities, ogm_coefficients(scores, self.alpha), strict=True))
         generator: torch.Generator | None = None
         for name, p in learning(task).items():
@@ -131,20 +132,20 @@ class OGMGE(Balance):
         return coefficients
 
 
-def ogm_coefficients(scores: list[float], alpha: float) -> list[float]:
-    """By modality, what its gradients are multiplied by.
+def ogm_coefficients(scores: Tensor, alpha: float) -> Tensor:
+    """By modality (M,), what its gradients are multiplied by. On the scores' device, which nothing waits for.
 
-    >>> [round(k, 3) for k in ogm_coefficients([0.8, 0.4], alpha=0.3)]
-    [0.463, 1.0]
-    >>> ogm_coefficients([0.4345911818720335] * 4, alpha=1.0)
-    [1.0, 1.0, 1.0, 1.0]
+    >>> ogm_coefficients(torch.tensor([0.8, 0.4]), alpha=0.3)
+    tensor([0.4630, 1.0000])
+    >>> ogm_coefficients(torch.full((4,), 0.4345911818720335), alpha=1.0)
+    tensor([1., 1., 1., 1.])
     """
-    ratios = []
-    for place, score in enumerate(scores):
-        others = [s for other, s in enumerate(scores) if other != place]
-        ratios.append(score / max(sum(others) / len(others), 1e-12))
+    exact = scores.double() if scores.device.type != "mps" else scores
+    others = (exact.sum() - exact) / (len(scores) - 1)
+    ratios = exact / others.clamp(min=1e-12)
     # Scores that are equal but for the rounding of their mean are not ahead of each other.
-    return [1 - math.tanh(alpha * ratio) if ratio > 1 + 1e-9 else 1.0 for ratio in ratios]
+    rounding = 1e-9 if exact.dtype == torch.float64 else 1e-6
+    return torch.where(ratios > 1 + rounding, 1 - torch.tanh(alpha * ratios), torch.ones_like(ratios)).to(scores.dtype)
 
 
 class MMPareto(Balance):
@@ -167,7 +168,8 @@ class MMPareto(Balance):
 
     def observe(self, task: "Task", alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
         scaler = scaler_of(task.trainer.precision_plugin)
-        scale = scaler.get_scale() if scaler is not None else 1.0  # so that small gradients don't vanish in fp16
+        # So that small gradients don't vanish in fp16; as a tensor, which the host needn't wait for.
+        scale = 1.0 if scaler is None else scaler.scale(next(iter(alone.values())).new_ones(()))
         for modality, loss in alone.items():
             inside = self.encoder(task, modality)
             if not inside:
@@ -178,8 +180,8 @@ class MMPareto(Balance):
             flat = torch.cat([gradient.flatten() for gradient in zeros]) / (scale * task.trainer.accumulate_grad_batches)
             self.own[modality] = self.own[modality] + flat if modality in self.own else flat
 
-    def modulate(self, task: "Task") -> dict[str, float]:
-        found = {}
+    def modulate(self, task: "Task") -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for modality in task.modalities:
             if modality not in self.own:
                 continue
@@ -199,21 +201,20 @@ class MMPareto(Balance):
         return [p for p in task.model.encoders[modality].parameters() if p.requires_grad]
 
 
-def pareto(fused: Tensor, own: Tensor, gamma: float) -> tuple[float, Tensor]:
-    """The share a of the fused gradient, and the joint gradient, of two flat gradients.
+def pareto(fused: Tensor, own: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """The share a of the fused gradient, and the joint gradient, of two flat gradients. On their device, which nothing waits for.
 
     >>> pareto(torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 1.0]), gamma=1.0)[0]
-    0.4
+    tensor(0.4000)
     """
-    product, a, b = (float(x) for x in (fused @ own, fused @ fused, own @ own))
-    share = 0.5
-    if product < 0:
-        # The shortest a g + (1 - a) u; at the ends it would be one of them alone.
-        share = min(1.0, max(0.0, (b - product) / (a + b - 2 * product)))
+    product, a, b = fused @ own, fused @ fused, own @ own
+    # The shortest a g + (1 - a) u where they conflict; at the ends it would be one of them alone.
+    shortest = ((b - product) / (a + b - 2 * product)).clamp(0, 1)
+    share = torch.where(product < 0, shortest, torch.full_like(product, 0.5))
     joined = 2 * share * fused + 2 * (1 - share) * own
-    length = float(joined.norm())
+    length = joined.norm()
     # Between two that point against each other nothing serves both: what rounding leaves of h must not be enlarged.
-    enlarged = max(1.0, float((fused + own).norm()) / length) if length > 1e-6 * (a + b) ** 0.5 else 1.0
+    enlarged = torch.where(length > 1e-6 * (a + b).sqrt(), ((fused + own).norm() / length).clamp(min=1), torch.ones_like(length))
     return share, gamma * enlarged * joined
 
 
@@ -247,7 +248,7 @@ class GradientBlending(Balance):
         losses = {self.FUSED: fused, **alone}
         return sum((self.weights.get(name, 1 / len(losses)) * loss for name, loss in losses.items()), start=torch.zeros_like(fused))
 
-    def modulate(self, task: "Task") -> dict[str, float]:
+    def modulate(self, task: "Task") -> dict[str, Any]:
         return dict(self.weights)
 
     def end_epoch(self, task: "Task") -> None:

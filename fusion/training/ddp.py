@@ -72,10 +72,11 @@ class DDP(DDPStrategy):
         self.sent = 0
         if self.compress != "sign":
             return super().optimizer_step(optimizer, closure, model, **kwargs)
-        scaler = scaler_of(self.precision_plugin)
-        self.sign.scale = scaler.get_scale() if scaler is not None else 1.0
+        scaler, task = scaler_of(self.precision_plugin), self.lightning_module
+        self.sign.scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.root_device))
+        before = task.updates  # type: ignore[union-attr]
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self.sign.settle(skipped=scaler is not None and scaler.get_scale() < self.sign.scale)
+        self.sign.settle(skipped=scaler is not None and task.updates == before)  # type: ignore[union-attr]
         return result
 
     def sent_bytes(self) -> int:

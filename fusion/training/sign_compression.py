@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 LONGEST = 1024  # a longer side keeps its own axes
 MEMORY = 0.9  # how much of an axis's past an update leaves
 TURN_EVERY = 2  # updates
-BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class SignCompression:
@@ -44,7 +43,7 @@ class SignCompression:
     """
 
     def __init__(self) -> None:
-        self.scale = 1.0
+        self.scale: float | Tensor = 1.0
         self.embeddings: set[Tensor] = set()
         self.residual: dict[Tensor, Tensor] = {}  # by parameter: DDP's buckets change after the first update
         self.axes: dict[Tensor, Sides] = {}
@@ -237,7 +236,7 @@ def code(p: Tensor) -> Said:
     if p.dim() < 3:
         top = sizes.amax(dim=1)
         below = (top[:, None] / sizes.clamp(min=tiny)).log2().round().clamp(0, 7).to(torch.uint8)
-        bits = torch.cat([p >= 0, *((below & bit).ne(0) for bit in BITS[:3])], dim=1)
+        bits = torch.cat([p >= 0, *((below & bit).ne(0) for bit in (1, 2, 4))], dim=1)
         return bits, torch.empty(len(p), 0, dtype=torch.float8_e4m3fn, device=p.device), top
     factors = torch.cat([most_is_one(sizes.mean(dim=2)), most_is_one(sizes.mean(dim=1))], dim=1).to(torch.float8_e4m3fn)
     products = outer(factors, p.shape[1])
@@ -272,10 +271,9 @@ def packed(bits: Tensor) -> Tensor:
     tensor([5, 1], dtype=torch.uint8)
     """
     filled = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
-    return (filled * torch.tensor(BITS, dtype=torch.uint8, device=bits.device)).sum(dim=1, dtype=torch.uint8)
+    return (filled << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(dim=1, dtype=torch.uint8)
 
 
 def unpacked(packed_bits: Tensor, count: int) -> Tensor:
     """The first `count` of the bits, (count,) bool."""
-    weights = torch.tensor(BITS, dtype=torch.uint8, device=packed_bits.device)
-    return (packed_bits[:, None] & weights).ne(0).flatten()[:count]
+    return (packed_bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed_bits.device) & 1).bool().flatten()[:count]

@@ -98,7 +98,7 @@ def test_a_sample_without_a_text_lets_the_model_read_its_first_token_since_softm
 def test_padding_neither_its_length_nor_its_words_changes_what_is_read(kind: str) -> None:
     encoder = make(kind).eval()
     short, longer = texts([7, 3, 5]), texts([7, 3, 5])
-    longer = Texts(*(torch.cat([x, torch.zeros(3, 4, dtype=x.dtype)], dim=1) for x in longer))
+    longer = Texts(*(torch.cat([x, torch.zeros(3, 4, dtype=x.dtype)], dim=1) for x in longer[:2]))
     noisy = Texts(torch.where(short.mask, short.ids, 9), short.mask)
     for read in (encoder.forward, encoder.embed, lambda x: encoder.levels(x, [0])[0]):
         expected = real(read(short))

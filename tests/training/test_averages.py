@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Callback
 from tiny_world import assert_same_end
 
-EMA = ["--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
+EMA = ["--trainer.callbacks+=fusion.training.EMA", "--trainer.callbacks.decay=0.9"]
 
 
 class Keep(Callback):

@@ -109,7 +109,7 @@ def test_a_sample_that_lacks_a_modality_has_no_part_in_its_own_loss(parts, write
 
 @given(st.lists(st.floats(0.01, 1), min_size=2, max_size=4), st.floats(0, 3))
 def test_ogm_coefficients_are_the_papers(scores, alpha):
-    found = ogm_coefficients(scores, alpha)
+    found = ogm_coefficients(torch.tensor(scores, dtype=torch.float64), alpha).tolist()
     for place, k in enumerate(found):
         others = np.delete(np.array(scores), place)
         ratio = scores[place] / others.mean()
@@ -164,7 +164,7 @@ def test_a_late_heads_decisions_are_what_ogm_weighs_and_its_loss_stays_its_own(p
     moved, model, _ = moves(parts, *late, *use("OGMGE", alpha=0.5, noise="false"))
     assert model.model.head.unimodal is None
     ahead = max(scores, key=scores.get)
-    k = dict(zip(scores, ogm_coefficients(list(scores.values()), 0.5), strict=True))
+    k = dict(zip(scores, ogm_coefficients(torch.tensor(list(scores.values())), 0.5).tolist(), strict=True))
     for name, gradient in moved.items():
         factor = k[name.split(".")[1]] if name.startswith("encoders") else 1.0
         assert torch.allclose(gradient, factor * separate["fused"][name], atol=1e-5), name

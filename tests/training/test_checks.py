@@ -113,7 +113,7 @@ def test_a_callback_of_ones_own_may_log_what_is_watched(tiny, fit_here, own, tmp
         (["--trainer.callbacks+=BatchSizeFinder"], "no BatchSizeFinder here: an update is one global batch of the plan"),
         (["--trainer.callbacks+=LearningRateFinder"], "no LearningRateFinder here"),
         (["--trainer.callbacks+=BackboneFinetuning"], "--model.freeze"),
-        (["--recipe", "engine/fsdp", "--trainer.accelerator=cpu", "--recipe", "engine/ema"], "EMAWeightAveraging copies the whole model"),
+        (["--recipe", "engine/fsdp", "--trainer.accelerator=cpu", "--recipe", "engine/ema"], "EMA copies the whole model"),
         (["--trainer.callbacks+=Timer"], "Timer has an option whose value, <Interval.step: 'step'>, a recipe can't hold"),
         (["--trainer.val_check_interval=9"], "trainer.val_check_interval is 9 batches, but an epoch has 8"),
         (["--trainer.limit_train_batches=0.01"], "trainer.limit_train_batches is 0.01 of 8 batches, less than one"),
