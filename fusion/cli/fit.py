@@ -50,6 +50,8 @@ def fit(arguments: Sequence[str]) -> int:
         raise UserError("trainer.enable_checkpointing is false: a run is scored, used and continued by its checkpoints; leave it out")
     seed_everything(cli.config.seed_everything, workers=True)
     torch.set_float32_matmul_precision(cli.config.float32_matmul_precision)
+    torch.backends.cudnn.allow_tf32 = cli.config.float32_matmul_precision != "highest"  # of convolutions, which torch leaves apart
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each (batch, length), and texts have many lengths
     checkpoint = BestAndLast(cli.config.checkpoint.every_updates, cli.config.checkpoint.every_minutes)
     folder = None
     if is_rank_zero():

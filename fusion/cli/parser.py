@@ -74,7 +74,7 @@ class FusionCLI(LightningCLI):
             "--float32_matmul_precision",
             type=Literal["highest", "high", "medium"],
             default="highest",
-            help="Of float32 products on GPUs, as torch.set_float32_matmul_precision: high is tf32, faster and of fewer digits.",
+            help="Of float32 products and convolutions on GPUs: high is tf32, faster and of fewer digits (10 bits instead of 23).",
         )
         parser.add_argument("--runs", type=str, default="runs", help="Folder under which run folders are made.")
         parser.link_arguments("seed_everything", "data.init_args.seed" if self.subclass_mode_data else "data.seed")

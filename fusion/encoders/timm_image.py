@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, layer_norm
+from torch.nn.functional import layer_norm
 
 from fusion.encoders.base import Encoder, Images, drop_unused, fill_absent
 from fusion.errors import UserError, nearest
@@ -31,6 +31,10 @@ class Encoded(NamedTuple):
 
     tokens: Tensor
     pooled: Tensor
+
+    def zeros(self, count: int) -> "Encoded":
+        """Of no picture, zeros for so many: joined to what gave them, whose backward pass must be made too."""
+        return Encoded(*(x.new_zeros(count, *x.shape[1:]) + x.sum() for x in self))
 
 
 class TimmImage(Encoder):
@@ -173,12 +177,15 @@ class TimmImage(Encoder):
         """What `run` makes of the normalised pixels, given to each sample, with its presence."""
         images = x if isinstance(x, Images) else Images(x, torch.ones(x.shape[0], dtype=torch.bool, device=x.device), anyone=True)
         pixels = images.pixels if images.picture is not None else fill_absent(images.pixels, images.present)
+        count = len(pixels)
+        if self.training and images.anyone is False and self.has_synced_statistics:
+            pixels = pixels[:0]  # other ranks wait for this one's share of the statistics, which is nothing
         pixels = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
         if len(self.mean) == 1:
             pixels = grey(pixels)
         pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=self.memory_format)
         with torch.no_grad() if self.frozen else nullcontext(), self.statistics_guard(images):
-            return [features_of(encoded, images) for encoded in run(pixels)]
+            return [features_of(encoded if len(pixels) else encoded.zeros(count), images) for encoded in run(pixels)]
 
     def tokens_of(self, y: Tensor) -> Encoded:
         """From the body's output: a map (U, D, H, W) or (U, H, W, D), or tokens (U, N, D)."""
@@ -205,7 +212,7 @@ class TimmImage(Encoder):
             if y.dim() == 3:
                 return [self.tokens_of(self.body.norm_pre(y) if hasattr(self.body, "norm_pre") else y)]
         y = as_map(y, pixels, self.channels_last)
-        return [cells(adaptive_avg_pool2d(y, (min(y.shape[2], LARGEST_GRID), min(y.shape[3], LARGEST_GRID))))]
+        return [cells(at_most(y, LARGEST_GRID))]
 
     def stem(self) -> list[str]:
         for names in STEMS:
@@ -218,7 +225,12 @@ class TimmImage(Encoder):
         if not (self.training and self.has_batch_statistics) or torch.compiler.is_compiling():
             return nullcontext()
         anyone = bool(images.present.any()) if images.anyone is None else images.anyone
-        return nullcontext() if anyone else statistics_held(self.body)
+        return nullcontext() if anyone or self.has_synced_statistics else statistics_held(self.body)
+
+    @property
+    def has_synced_statistics(self) -> bool:
+        """Whether trainer.sync_batchnorm has made its statistics those of all ranks."""
+        return self.has_batch_statistics and any(isinstance(m, nn.SyncBatchNorm) for m in self.body.modules())
 
     @torch.no_grad()
     def probe(self, run: Callable[[Images], Features | list[Features]]) -> list[Features]:
@@ -257,6 +269,27 @@ def cells(y: Tensor) -> Encoded:
     """A feature map (U, D, H, W) as H*W tokens, normalised and with their place added; pooled is the map's plain mean."""
     tokens = y.flatten(2).transpose(1, 2)
     return Encoded(layer_norm(tokens, tokens.shape[-1:]) + place_2d(y), tokens.mean(dim=1))
+
+
+def at_most(y: Tensor, side: int) -> Tensor:
+    """A map (U, D, H, W) of at most `side` cells a side: adaptive average pooling, as products of matrices, whose gradient CUDA adds up in
+    the same order every time."""
+    for axis in (2, 3):
+        if y.shape[axis] > side:
+            y = (averages(y.shape[axis], side, y.device).to(y.dtype) @ y.movedim(axis, -2)).movedim(-2, axis)
+    return y
+
+
+def averages(length: int, parts: int, device: torch.device) -> Tensor:
+    """(parts, length): the mean of each part; parts overlap by a cell where they can't be alike, as in torch's adaptive pooling.
+
+    >>> averages(3, 2, torch.device("cpu"))
+    tensor([[0.5000, 0.5000, 0.0000],
+            [0.0000, 0.5000, 0.5000]])
+    """
+    part, cell = torch.arange(parts, device=device)[:, None], torch.arange(length, device=device)
+    inside = (cell >= part * length // parts) & (cell < -(-(part + 1) * length // parts))
+    return inside / inside.sum(dim=1, keepdim=True)
 
 
 def first(y: Any) -> Any:

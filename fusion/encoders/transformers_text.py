@@ -149,6 +149,7 @@ class TransformersText(Encoder):
         return Features(tokens, mask, tokens.gather(1, last[:, None, None].expand(-1, 1, tokens.shape[-1]))[:, 0])
 
     def checkpoint_activations(self) -> None:
+        self.body.config.use_cache = False  # which decoders' code in some encoders asks for, and compiled graphs break at
         # The older name is what transformers before 5.2 has.
         enable = getattr(self.body, "activation_checkpointing_enable", None) or self.body.gradient_checkpointing_enable
         try:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fusion.errors import UserError
 from fusion.training import residuals
+from fusion.training.batch_statistics import SyncStatistics
 from fusion.training.precision import scaler_of
 from fusion.training.sign_compression import SignCompression
 
@@ -40,7 +42,9 @@ class DDP(DDPStrategy):
     ) -> None:
         if timeout_s <= 0:
             raise UserError(f"DDP: timeout_s is {timeout_s}; expected a number above 0")
-        super().__init__(timeout=timedelta(seconds=timeout_s), find_unused_parameters=find_unused_parameters)
+        timeout = timedelta(seconds=timeout_s)
+        # Gradients are views of what is exchanged: half the memory for them, and no copies.
+        super().__init__(timeout=timeout, find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True)
         self.compress = compress
         self.sign = SignCompression()
         self.resumed: dict[str, Any] = {}  # the state of a checkpoint, until the model is on its device
@@ -51,6 +55,13 @@ class DDP(DDPStrategy):
         if self.compress == "bf16" and self._get_process_group_backend() != "nccl":
             raise UserError("DDP: compress=bf16 needs NCCL, that is GPUs: gloo doesn't sum bf16. On a CPU take fp16 or sign")
         super()._configure_launcher()
+
+    def setup(self, trainer: Trainer) -> None:
+        if self._layer_sync:  # trainer.sync_batchnorm
+            if self.root_device.type == "cpu":
+                raise UserError("trainer.sync_batchnorm needs GPUs: torch has no synchronised batch normalisation on CPUs")
+            self._layer_sync = SyncStatistics()
+        super().setup(trainer)
 
     def _register_ddp_hooks(self) -> None:
         model = self.model

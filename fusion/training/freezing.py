@@ -80,6 +80,11 @@ class Freezing:
             module.eval()
         return before is not None and self.held is not None and bool(before - self.held)
 
+    def hold_again(self, model: FusionModel) -> None:
+        """After modules of the model were replaced by others with the same parameters."""
+        if self.held is not None:
+            self.hold(model, self.held, self.held)
+
     def hold(self, model: FusionModel, before: frozenset[str], now: frozenset[str]) -> None:
         for name, p in model.named_parameters():
             if name in before | now:

@@ -3,11 +3,12 @@
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fusion.encoders import Encoder
 from fusion.errors import UserError
@@ -37,15 +38,20 @@ class FSDP(ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
 
-def shard(model: FusionModel, mesh: DeviceMesh) -> None:
-    """Share out the blocks of the encoders, then the rest of the model. A frozen or trained model alike; done once."""
+def shard(model: FusionModel, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+    """Share out the blocks of the encoders, then the rest of the model. A frozen or trained model alike; done once.
+
+    dtype: in which weights are gathered (half the bytes under bf16 autocast, which would cast them anyway); gradients are summed in
+    float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for p in model.parameters():
         p.data = p.data.contiguous()  # FSDP takes no other (filters that lie channels last)
     for encoder in model.encoders.values():
         assert isinstance(encoder, Encoder)
         for block in blocks(encoder):
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def blocks(encoder: nn.Module) -> list[nn.Module]:

@@ -61,7 +61,7 @@ class SaveInTime(Checkpoint):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.checkpoint = next((c for c in trainer.callbacks if isinstance(c, BestAndLast)), None)  # type: ignore[attr-defined]
         if trainer.world_size > 1 and dist.get_backend() != "gloo":
-            self.group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
         # Lightning's own way, before every batch, waits for the device, hears of signals to the first rank alone, and hides a lost rank.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}

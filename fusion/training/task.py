@@ -152,7 +152,8 @@ class Task(LightningModule):
             assert self.model is not None
             if factory_parts(self.make_optimizer, Optimizer)[0] is Muon:
                 raise UserError("Muon needs whole matrices, of which FSDP leaves each device a share: --model.optimizer=torch.optim.AdamW")
-            shard(self.model, strategy.device_mesh["data_parallel"])
+            dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            shard(self.model, strategy.device_mesh["data_parallel"], dtype)
 
     @abstractmethod
     def outputs(self, data: ImageTextData) -> int:

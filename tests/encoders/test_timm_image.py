@@ -16,6 +16,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from fusion.encoders import Images, TimmImage
+from fusion.encoders.timm_image import at_most
 from fusion.errors import UserError
 from fusion.features import Features
 
@@ -460,3 +461,10 @@ def test_weights_that_cannot_be_had_are_refused_naming_them_and_the_two_ways_out
 def assert_names_ways_out(error: UserError, tried: str) -> None:
     for part in (tried, "--model.image.name=FOLDER", "model.safetensors", "--model.image.pretrained=false"):
         assert part in str(error)
+
+
+@pytest.mark.parametrize("shape", [(14, 14), (15, 28), (31, 14), (20, 9), (56, 56)])
+def test_a_large_grid_is_pooled_as_torch_pools_it(shape: tuple[int, int]) -> None:
+    y = torch.randn(2, 5, *shape, dtype=torch.float64)
+    sides = [min(side, 14) for side in shape]
+    torch.testing.assert_close(at_most(y, 14), torch.nn.functional.adaptive_avg_pool2d(y, sides))
