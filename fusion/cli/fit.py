@@ -35,7 +35,7 @@ from fusion.training.guards import Guard
 from fusion.training.plan import Plan
 from fusion.training.progress import EpochLines
 from fusion.training.run_folder import RunFolder, new_run_folder
-from fusion.training.steps import Interrupted, SaveInTime, SeedEachStep
+from fusion.training.steps import AgreeFirst, Interrupted, SaveInTime, SeedEachStep
 from fusion.training.weights import load_weights
 
 
@@ -131,7 +131,8 @@ def settled(arguments: Sequence[str]) -> tuple[FusionCLI, Path | None]:
 
 def standing_callbacks(run: RunFolder, seed: int) -> list[Callback]:
     """What every run has, whatever its recipe."""
-    return [run, EpochLines(), SeedEachStep(seed), Guard(run), SaveInTime()]
+    save = SaveInTime()
+    return [run, EpochLines(), SeedEachStep(seed), AgreeFirst(save), Guard(run), save]
 
 
 def lost_a_rank(error: RuntimeError) -> bool:

@@ -75,10 +75,13 @@ class BestAndLast(ModelCheckpoint):
         """Nothing will tell which is best: last.ckpt alone is kept."""
         self.monitor, self.save_top_k = None, 0
 
-    def due(self, updates: int) -> bool:
-        """Whether the schedule asks for a checkpoint after so many updates, by this process's clock."""
-        by_count = self.every_updates is not None and updates % self.every_updates == 0
-        return by_count or (self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes)
+    def due_by_count(self, updates: int) -> bool:
+        """Whether the schedule asks for a checkpoint after so many updates."""
+        return self.every_updates is not None and updates % self.every_updates == 0
+
+    def due_by_clock(self) -> bool:
+        """Whether it does now, by this process's clock."""
+        return self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
 
     def save_now(self, trainer: Trainer) -> None:
         """last.ckpt, in the middle of an epoch. All ranks call it."""

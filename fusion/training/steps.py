@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch.optim import Optimizer
 
 from fusion.data.sampler import draw_seed
 from fusion.errors import INTERRUPTED, REQUEUE
@@ -38,17 +39,18 @@ class Interrupted(Exception):
 class SaveInTime(Checkpoint):
     """Saves within epochs: when the checkpoint's schedule says so, and when a signal asks the run to end.
 
-    Ctrl-C (SIGINT), SIGTERM and SIGUSR1 (what SLURM sends before a job's time is up) end the run after the update or the batch of
-    validation at hand, with a checkpoint; a second Ctrl-C ends it at once. A validation that was cut short is made anew when the run goes
+    Ctrl-C (SIGINT), SIGTERM and SIGUSR1 (what SLURM sends before a job's time is up) end the run after the update at hand (the next, for
+    one of several ranks that had already agreed on it) or the batch of validation, with a checkpoint; a second Ctrl-C ends it at once. A validation that was cut short is made anew when the run goes
     on, one that follows an update at which a checkpoint is due comes after it.
 
-    All ranks agree after each of these, over a channel between CPUs that waits for no GPU: saving is a collective, and a signal may reach
-    one rank alone. (A Checkpoint, since Lightning calls those last: what it saves has what the other callbacks did after the update, such
-    as averages of the weights.)
+    All ranks agree on each of these, over a channel between CPUs: saving is a collective, and a signal may reach one rank alone. Of an
+    update they agree before it is made (AgreeFirst). (A Checkpoint, since Lightning calls those last: what it saves has what the other
+    callbacks did after the update, such as averages of the weights.)
     """
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.asked = 0  # of this rank
+        self.agreed = 0  # of any
         self.interrupted = False
         self.due = False
         self.cut_short = False
@@ -89,10 +91,12 @@ class SaveInTime(Checkpoint):
         assert isinstance(module, Task)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:  # a checkpoint holds no half-accumulated gradients
             return
-        self.agree(trainer, due=self.checkpoint is not None and self.checkpoint.due(module.updates))
+        if trainer.world_size == 1:
+            self.agreed = self.asked
+        self.due = self.due or (self.checkpoint is not None and self.checkpoint.due_by_count(module.updates))
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or validation_follows(trainer) or over(trainer):
             return  # Lightning would leave out a validation that follows a checkpoint made here
-        if self.due or self.asked:
+        if self.due or self.agreed:
             self.save(trainer)
         self.leave_if_asked()
 
@@ -104,7 +108,7 @@ class SaveInTime(Checkpoint):
         if not may_be_made_anew(trainer):
             return
         self.agree(trainer)
-        if self.asked and not trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch:
+        if self.agreed and not trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch:
             self.cut_short = True
             raise StopIteration  # which ends the loop, so that what is undone after validation is: averaged weights go back
 
@@ -122,12 +126,12 @@ class SaveInTime(Checkpoint):
             self.leave_if_asked()
 
     def agree(self, trainer: Trainer, *, due: bool = False) -> None:
-        """On the strongest wish of any rank."""
-        self.due = due
+        """On the strongest wish of any rank. Raises RuntimeError where one is lost."""
+        self.agreed, self.due = self.asked, due
         if trainer.world_size > 1:
             wishes = torch.tensor([self.asked, due])
             dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.group)
-            self.asked, self.due = int(wishes[0]), bool(wishes[1])
+            self.agreed, self.due = int(wishes[0]), bool(wishes[1])
 
     def save(self, trainer: Trainer, *, validation_to_come: bool = False) -> None:
         self.validation_to_come, self.due = validation_to_come, False
@@ -136,8 +140,8 @@ class SaveInTime(Checkpoint):
         self.validation_to_come = False
 
     def leave_if_asked(self) -> None:
-        if self.asked:
-            raise Interrupted(self.asked)
+        if self.agreed:
+            raise Interrupted(self.agreed)
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.validation_to_come:
@@ -145,6 +149,19 @@ class SaveInTime(Checkpoint):
             begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
             progress = {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
             checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = progress
+
+
+class AgreeFirst(Callback):
+    """Has the ranks agree on an update before anything waits for the device: a GPU that sums gradients with a rank that is gone would never
+    be done, and the host would hear of it by NCCL's watchdog alone, which ends the process without a word.
+    """
+
+    def __init__(self, save: SaveInTime) -> None:
+        self.save = save
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        checkpoint = self.save.checkpoint
+        self.save.agree(trainer, due=checkpoint is not None and checkpoint.due_by_clock())
 
 
 def over(trainer: Trainer) -> bool:

@@ -153,7 +153,7 @@ def test_checkpoints_are_written_after_so_many_minutes(monkeypatch):
     due = []
     for seconds in (10, 29, 31, 40):
         clock[0] = 100.0 + seconds
-        due.append(checkpoint.due(1))
+        due.append(checkpoint.due_by_clock())
     assert due == [False, False, True, True]
 
 

@@ -90,12 +90,12 @@ LATE = """
 import os, signal
 from fusion.cli.main import run
 from fusion.training.checkpoints import BestAndLast
-from fusion.training.steps import SaveInTime
+from fusion.training.steps import AgreeFirst
 
 where = os.environ["WHERE"]
 
-def first(self, trainer, module, *rest, then=SaveInTime.on_train_batch_end):
-    if module.updates == 10 and trainer.global_rank == 0:
+def first(self, trainer, module, *rest, then=AgreeFirst.on_before_optimizer_step):
+    if module.updates == 9 and trainer.global_rank == 0:
         signal.raise_signal(signal.SIGINT)
     then(self, trainer, module, *rest)
 
@@ -106,7 +106,7 @@ def late(then):
         return then(self, *args)
     return reached
 
-SaveInTime.on_train_batch_end = first
+AgreeFirst.on_before_optimizer_step = first
 if where == "saves":
     BestAndLast.save_now = late(BestAndLast.save_now)
 else:
