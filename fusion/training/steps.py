@@ -40,8 +40,9 @@ class SaveInTime(Checkpoint):
     """Saves within epochs: when the checkpoint's schedule says so, and when a signal asks the run to end.
 
     Ctrl-C (SIGINT), SIGTERM and SIGUSR1 (what SLURM sends before a job's time is up) end the run after the update at hand (the next, for
-    one of several ranks that had already agreed on it) or the batch of validation, with a checkpoint; a second Ctrl-C ends it at once. A validation that was cut short is made anew when the run goes
-    on, one that follows an update at which a checkpoint is due comes after it.
+    one of several ranks that had already agreed on it) or the batch of validation, with a checkpoint; a second Ctrl-C ends it at once.
+    A validation that was cut short is made anew when the run goes on, one that follows an update at which a checkpoint is due comes after
+    it.
 
     All ranks agree on each of these, over a channel between CPUs: saving is a collective, and a signal may reach one rank alone. Of an
     update they agree before it is made (AgreeFirst). (A Checkpoint, since Lightning calls those last: what it saves has what the other

@@ -9,7 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from fusion.encoders import Images, Texts, TimmImage, TransformersText
+from fusion.features import Features
+from fusion.heads.registry import HEADS
+from fusion.model import FusionModel
 from fusion.training import Muon
+from fusion.training.sign_compression import SignCompression
 
 
 @pytest.fixture
@@ -58,3 +63,79 @@ def test_muons_checkpoints_of_before_its_key_go_on_too(fake_cuda):
         del group["fused"]
     optimizer.load_state_dict(held)
     assert {value.device.type for state in optimizer.state.values() for value in state.values()} == {"cuda"}
+
+
+def test_what_was_left_to_be_said_goes_where_the_weights_are(fake_cuda):
+    layer = torch.nn.Linear(4, 6)
+    named = dict(layer.named_parameters())
+    compression = SignCompression()
+    compression.encode([layer.weight], torch.ones(1, 6, 4))
+    compression.encode([layer.bias], torch.ones(1, 6))
+    state, unsaid = on_cpu(compression.state(named)), compression.unsaid(named)
+    resumed = SignCompression()
+    there = torch.nn.Linear(4, 6, device="cuda")
+    resumed.load_state(state, unsaid, dict(there.named_parameters()))
+    sides = [axes for both in resumed.axes.values() for axes in both if axes is not None]
+    tensors = [*resumed.residual.values(), *(tensor for axes in sides for tensor in (axes.moment, axes.basis))]
+    assert len(tensors) == 6
+    assert {tensor.device.type for tensor in tensors} == {"cuda"}
+    resumed.encode([there.weight], torch.ones(1, 6, 4, device="cuda"))
+
+
+# A value that Python would have to read does not exist here, and asking for it raises: what runs waits for no device.
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_runs_on_the_device_and_asks_it_for_nothing(fake_cuda, name, precision):
+    with torch.device("cuda"):
+        head = HEADS[name]({"text": 32, "image": 48}, 5, dim=64)
+        lengths = torch.arange(1, 9)
+        mask, rows = torch.arange(7)[None] < lengths[:, None], torch.arange(8) % 3
+        text, image = torch.randn(8, 7, 32), torch.randn(3, 49, 48)
+        there = (torch.arange(8) % 4 > 0)[:, None].expand(-1, 49)
+        given = {"text": Features(text, mask, text.mean(1)), "image": Features(image, there, image.mean(1), rows)}
+    if name == "LevelWeighted":
+        given = {modality: [features] for modality, features in given.items()}
+    with torch.autocast("cuda", dtype=precision, enabled=precision != torch.float32):
+        output = head(given).output
+    assert output.device.type == "cuda"
+    assert output.shape == (8, 5)
+
+
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+def made(name, head):
+    """Built with values, on the CPU, as training does."""
+    encoders = {"image": TimmImage(name, pretrained=False, image_size=64), "text": TransformersText(config=BERT)}
+    return FusionModel.build(encoders, HEADS[head], 5)
+
+
+@pytest.mark.parametrize("head", ["CrossAttention", "JointTransformer", "LevelWeighted", "Gated", "LogitMean"])
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
+def test_a_whole_model_runs_on_the_device_and_asks_it_for_nothing(name, head, padded):
+    model = made(name, head).train()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in model.modules():
+            for of_kind in (module._parameters, module._buffers):
+                for key, tensor in of_kind.items():
+                    if tensor is not None:
+                        moved = mode.from_tensor(tensor.detach()).cuda()
+                        of_kind[key] = torch.nn.Parameter(moved, tensor.requires_grad) if of_kind is module._parameters else moved
+        with torch.device("cuda"):
+            pixels = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
+            images = Images(pixels, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.long), anyone=True)
+            texts = Texts(torch.ones(4, 6, dtype=torch.long), torch.ones(4, 6, dtype=torch.bool), full=not padded)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            output = model({"image": images, "text": texts}).output
+    assert output.device.type == "cuda"
+    assert output.shape == (4, 5)
