@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.nn.utils import clip_grad_norm_
 
+from fusion.cli.benchmark_gpu import benchmark_gpu
 from fusion.cli.benchmark_heads import benchmark_heads, curve
 from fusion.cli.benchmark_kills import benchmark_kills
 from fusion.cli.benchmark_memory import benchmark_memory
@@ -28,7 +29,7 @@ from fusion.heads import available
 from fusion.training import Classification
 from fusion.training.run_folder import RunFolder
 
-BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained")
+BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "gpu")
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -44,7 +45,8 @@ def benchmark(arguments: Sequence[str]) -> int:
             "                              --recipe NAME [any option of fit]\n"
             "       fusion benchmark memory [--rounds N] --recipe NAME [any option of fit]\n"
             "       fusion benchmark pretrained [--heads PATTERN] [--seeds N] [--shares 400 2000 all] [--csv FILE]\n"
-            "                                   --recipe NAME [any option of fit]\n\n"
+            "                                   --recipe NAME [any option of fit]\n"
+            "       fusion benchmark gpu [--scenes N]\n\n"
             "overhead: samples per second of the whole fit loop, of a bare PyTorch loop fed by the same loader, and of a bare loop\n"
             "over batches that already sit in memory; same model, same optimiser, taken in turns in one process.\n"
             "heads: parameters, time and peak memory of each head, beside the plainest PyTorch of its formula, taken in turns;\n"
@@ -54,13 +56,19 @@ def benchmark(arguments: Sequence[str]) -> int:
             "and scores beside each other; --csv: the loss of every update.\n"
             "memory: peak memory and time of a training batch, the activations of each part kept or computed again.\n"
             "pretrained: validation and test accuracy of every head on shares of the training samples, over the seeds;\n"
-            "--csv: a line a run, and the runs that it has already are not made again."
+            "--csv: a line a run, and the runs that it has already are not made again.\n"
+            "gpu: checks and figures of this machine's GPUs on a page, in under ten minutes; without one, the half that needs none."
         )
         return 0
     if words[0] not in BENCHMARKS:
         raise UserError(f"unknown benchmark '{words[0]}'. {nearest(words[0], BENCHMARKS)}")
     if words[0] == "heads":
         return heads(words[1:])
+    if words[0] == "gpu":
+        asked, unknown = own_options(words, scenes=600)
+        if unknown:
+            raise UserError(f"fusion benchmark gpu: unknown option {unknown[0]}. Known: --scenes.")
+        return benchmark_gpu(asked.scenes)
     if words[0] == "kills":
         asked, rest = own_options(words, kills=20, seed=0)
         return benchmark_kills(rest, asked.kills, asked.seed)

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from small_runs import TINY, Run
 
+from fusion.cli.benchmark_gpu import findings
+from fusion.cli.benchmark_gpu_runs import Bounds, Runs, judged
+from fusion.cli.findings import Finding
+
 
 def test_the_overhead_of_the_fit_loop_is_measured_against_two_bare_loops(here: Run) -> None:
     done = here("benchmark", "overhead", "--rounds=2", "--updates=3", *TINY)
@@ -54,3 +58,49 @@ def test_heads_are_compared_on_shares_of_the_data_and_finished_runs_are_kept(com
     assert int(rows[1]["updates"]) > 2
     again = command("benchmark", *asked, *TINY)
     assert again.stdout == "\n" + done.stdout.partition("\n\n")[2]
+
+
+@pytest.mark.slow
+def test_the_page_of_a_machine_without_gpus_says_so_and_judges_what_needs_none(command) -> None:
+    done = command("benchmark", "gpu", "--scenes", "80", timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert sum("no GPU here" in line for line in lines) == 1
+    assert not any(line.startswith("FAIL") for line in lines)
+    for what in ("loss of fp16", "overflow", "Muon killed and resumed", "23 heads in fp16", "loss of two ranks, compress=sign"):
+        assert any(line.startswith(f"pass   {what}: ") for line in lines), done.stdout
+    assert any(line.startswith("pass   a rank that lost another: status 69") for line in lines)
+    assert any("waits for a GPU" in line for line in lines)
+
+
+def test_a_run_that_failed_or_strays_from_the_reference_is_told_with_its_error(tmp_path) -> None:
+    runs = Runs(tmp_path, scenes=10, on_gpu=False)
+
+    def ended(name: str, losses: list[float], log: str = "fine\n") -> None:
+        folder = tmp_path / name / "quickstart" / "1"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text("step,train/loss_step\n" + "".join(f"{i},{loss}\n" for i, loss in enumerate(losses)))
+        runs.log(name).write_text(log)
+
+    ended("reference", [2.0] * 12)
+    ended("near", [2.001] * 12)
+    ended("far", [2.0] + [3.0] * 11)
+    ended("nan", [2.0] + [float("nan")] * 11)
+    ended("broken", [], "plan\nerror: no such card\nmore\n")
+    bounds = Bounds(first=0.01, last=0.1)
+    good = {name: judged(runs, name, 0, bounds, "reference").good for name in ("near", "far", "nan")}
+    assert good == {"near": True, "far": False, "nan": False}
+    told = judged(runs, "broken", 2, bounds, "reference")
+    assert told.good is False
+    assert "status 2: error: no such card" in told.told
+
+
+def test_a_check_that_breaks_is_a_failure_and_loses_no_other(capsys) -> None:
+    def broken():
+        yield Finding(True, "before", "it broke")
+        raise RuntimeError("CUDA error: out of memory\nand more")
+
+    found = list(findings(broken))
+    assert [finding.good for finding in found] == [True, False]
+    assert "RuntimeError: CUDA error: out of memory" in str(found[1])
+    assert "Traceback" in capsys.readouterr().err

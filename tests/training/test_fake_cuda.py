@@ -85,9 +85,8 @@ def test_what_was_left_to_be_said_goes_where_the_weights_are(fake_cuda):
 # A value that Python would have to read does not exist here, and asking for it raises: what runs waits for no device.
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_runs_on_the_device_and_asks_it_for_nothing(fake_cuda, name, precision):
+def test_a_head_runs_on_the_device_and_asks_it_for_nothing(fake_cuda, name):
     with torch.device("cuda"):
         head = HEADS[name]({"text": 32, "image": 48}, 5, dim=64)
         lengths = torch.arange(1, 9)
@@ -97,8 +96,7 @@ def test_a_head_runs_on_the_device_and_asks_it_for_nothing(fake_cuda, name, prec
         given = {"text": Features(text, mask, text.mean(1)), "image": Features(image, there, image.mean(1), rows)}
     if name == "LevelWeighted":
         given = {modality: [features] for modality, features in given.items()}
-    with torch.autocast("cuda", dtype=precision, enabled=precision != torch.float32):
-        output = head(given).output
+    output = head(given).output
     assert output.device.type == "cuda"
     assert output.shape == (8, 5)
 
@@ -135,7 +133,6 @@ def test_a_whole_model_runs_on_the_device_and_asks_it_for_nothing(name, head, pa
             pixels = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
             images = Images(pixels, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.long), anyone=True)
             texts = Texts(torch.ones(4, 6, dtype=torch.long), torch.ones(4, 6, dtype=torch.bool), full=not padded)
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            output = model({"image": images, "text": texts}).output
+        output = model({"image": images, "text": texts}).output
     assert output.device.type == "cuda"
     assert output.shape == (4, 5)

@@ -1,0 +1,68 @@
+"""fusion benchmark gpu: a page of checks and figures by which one knows that a machine with GPUs trains rightly, and how fast.
+
+Runs of the command are in benchmark_gpu_runs, models in this process in benchmark_gpu_models. Without a GPU all of it is run on the CPU, as
+small as it can be: the half of the checks that needs no device is judged, and of the rest it is seen that it runs.
+"""
+
+import platform
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from fusion.cli.benchmark_gpu_models import fit_loop, heads, long_texts, overlap, whole_model
+from fusion.cli.benchmark_gpu_runs import Runs, compressed, killed, lost_rank, precisions
+from fusion.cli.findings import Finding
+from fusion.cli.fit import quiet
+
+Check = Callable[[], Iterator[Finding]]
+
+
+def benchmark_gpu(scenes: int) -> int:
+    """Print the page; 0 where nothing failed. scenes: of the embedded shapes that the runs train on (8 questions each)."""
+    quiet()
+    gpus = torch.cuda.device_count()
+    print(machine(), flush=True)
+    if not gpus:
+        print("no GPU here: what needs none is judged, the rest is run as small as it can be on the CPU\n", flush=True)
+    began, failed = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(Path(folder), scenes if gpus else min(scenes, 150), on_gpu=gpus > 0)
+        checks: list[Check] = [
+            lambda: precisions(runs),
+            lambda: killed(runs),
+            lambda: heads(gpus > 0),
+            lambda: whole_model(gpus > 0),
+            lambda: long_texts(gpus > 0),
+            lambda: fit_loop(runs),
+        ]
+        if gpus != 1:
+            checks += [lambda: compressed(runs), lambda: lost_rank(runs), lambda: overlap(gpus)]
+        for check in checks:
+            for finding in findings(check):
+                print(finding, flush=True)
+                failed += finding.good is False
+    print(f"\n{time.monotonic() - began:,.0f} s; {'nothing failed' if not failed else f'{failed} checks FAILED'}")
+    return 1 if failed else 0
+
+
+def findings(check: Check) -> Iterator[Finding]:
+    """What a check finds; one that breaks loses no other, and its traceback is printed."""
+    try:
+        yield from check()
+    except Exception as error:
+        traceback.print_exc()
+        yield Finding(False, "the check itself", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}")
+
+
+def machine() -> str:
+    """What it runs on, in a line."""
+    told = [f"torch {torch.__version__}", f"Python {platform.python_version()}"]
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+        told += [f"{torch.cuda.device_count()} x {', '.join(sorted(names))}", f"CUDA {torch.version.cuda}"]
+        told += [f"cuDNN {torch.backends.cudnn.version()}", f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"]
+    return ", ".join(told)
