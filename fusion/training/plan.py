@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
@@ -14,6 +15,7 @@ from fusion.training.task import Task
 
 MOST_CLASSES = 8
 NOTABLE = 0.001  # share of unknown tokens
+FEW_PICTURES = 8  # of which batch statistics are taken
 
 
 class Plan(Callback):
@@ -96,11 +98,32 @@ def training_lines(trainer: Trainer, module: Task) -> list[str]:
     return [
         "training",
         f"  global batch {shares(batches)}{asked}",
+        *statistics_lines(module, data, batches),
         f"  {module.horizon:,} updates, {batches.updates:,} an epoch{begun}; schedule {schedule}, {warmup:,} of warm-up",
         *schedule_lines(module),
         *curriculum_lines(data, module.horizon),
         f"  precision {trainer.precision}; {trainer.world_size} x {device.type}; strategy {type(trainer.strategy).__name__}",
         "",
+    ]
+
+
+def statistics_lines(module: Task, data: ImageTextData, batches: GlobalBatches) -> list[str]:
+    """That batch normalisation has few pictures to take its statistics of, where it has."""
+    assert module.model is not None
+    encoder: Any = module.model.encoders["image"] if "image" in module.modalities else None
+    images = data.splits["train"].samples.images
+    if images is None or not getattr(encoder, "has_batch_statistics", False) or encoder.frozen or encoder.has_synced_statistics:
+        return []
+    shown = images[1][images[1] >= 0]
+    samples = batches.batch_size / (batches.world * batches.accumulate) * len(shown) / len(images[1])
+    # Samples that share a picture stand next to each other, or anywhere.
+    pictures = samples * len(np.unique(shown)) / len(shown) if data.shuffle == "images" and len(shown) else samples
+    if pictures >= FEW_PICTURES:
+        return []
+    synced = ", or --trainer.sync_batchnorm=true on GPUs" if batches.world > 1 else ""
+    return [
+        f"  note: batch normalisation sees about {max(1, round(pictures))} pictures a device at a time; statistics of so few are noise: "
+        f"fewer devices, a larger data.batch_size{synced}"
     ]
 
 

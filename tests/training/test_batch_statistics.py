@@ -84,3 +84,12 @@ def test_a_rank_without_pictures_takes_part_with_none_of_them(monkeypatch):
 def test_it_is_refused_on_a_cpu_before_training(tiny, fit_here):
     with pytest.raises(UserError, match=r"trainer\.sync_batchnorm needs GPUs"):
         fit_here("--recipe", tiny(), "--trainer.sync_batchnorm=true", "--trainer.strategy.class_path=fusion.training.DDP")
+
+
+@pytest.mark.parametrize(("batch", "told"), [(8, "about 2 pictures"), (64, None)])
+def test_the_plan_says_when_statistics_are_of_few_pictures(tiny, fit_here, capsys, batch, told):
+    image = ["--model.image.init_args.name=resnet10t", "--model.image.init_args.options={}"]
+    fit_here("--recipe", tiny(), *image, f"--data.batch_size={batch}", "--data.shuffle=images", "--trainer.max_steps=1")
+    line = [line for line in capsys.readouterr().out.splitlines() if "batch normalisation sees" in line]
+    assert bool(line) == bool(told)
+    assert told is None or told in line[0]

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from tiny_world import BERT
 
+from fusion.encoders import Texts, TransformersText
 from fusion.errors import UserError
 from fusion.predictor import Predictor
 
@@ -60,3 +62,11 @@ def test_a_compiled_model_trains_what_an_eager_one_trains_and_its_checkpoint_loa
     assert list(a) == list(b)
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-4
     Predictor.load(compiled.folder)
+
+
+def test_a_text_model_whose_activations_are_computed_again_is_compiled_as_one_graph():
+    encoder = TransformersText(config=BERT).train()
+    encoder.checkpoint_activations()
+    ids, mask = torch.ones(4, 6, dtype=torch.long), torch.arange(6)[None] < torch.tensor([6, 4, 3, 6])[:, None]
+    found = torch._dynamo.explain(lambda texts: encoder(texts).pooled)(Texts(ids, mask))
+    assert found.graph_break_count == 0, [str(one.reason) for one in found.break_reasons]
