@@ -19,12 +19,21 @@ class Features(NamedTuple):
 
     Where several samples share an input (questions about one picture), it may stand here once: with `rows` (B,) int64, tokens (U, N, D)
     and pooled (U, D) hold the U distinct inputs, and sample b has number rows[b]. Samples that share one have the same mask, or lack it.
+
+    full: True where every token of every sample is known to be real, without asking the device; attention then needs no mask, which its
+    fastest kernels ask for.
     """
 
     tokens: Tensor
     mask: Tensor
     pooled: Tensor
     rows: Tensor | None = None
+    full: bool | None = None
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """(B, N) for attention to these tokens, None where it needs none."""
+        return None if self.full else self.mask
 
     @property
     def present(self) -> Tensor:
@@ -48,7 +57,7 @@ class Features(NamedTuple):
         """The same with each sample's own tokens (B, N, D) and pooled (B, D)."""
         if self.rows is None:
             return self
-        return Features(self.tokens.index_select(0, self.rows), self.mask, self.pooled.index_select(0, self.rows))
+        return Features(self.tokens.index_select(0, self.rows), self.mask, self.pooled.index_select(0, self.rows), full=self.full)
 
 
 def promote(x: Features | Tensor) -> Features:
@@ -62,14 +71,16 @@ def promote(x: Features | Tensor) -> Features:
     if isinstance(x, Features):
         return x
     if x.dim() == 2:
-        return Features(x[:, None], torch.ones(x.shape[0], 1, dtype=torch.bool, device=x.device), x)
+        return Features(x[:, None], torch.ones(x.shape[0], 1, dtype=torch.bool, device=x.device), x, full=True)
     if x.dim() == 3:
-        return Features(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), x.mean(dim=1))
+        return Features(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), x.mean(dim=1), full=True)
     raise ValueError(f"expected tokens (B, N, D) or pooled (B, D), got a tensor of shape {tuple(x.shape)}")
 
 
 def zero_masked(features: Features) -> Features:
     """The same features with exact zeros under every False mask, so that noise, inf or NaN there reach no output and no gradient."""
+    if features.full:
+        return features
     real = features.distinct_mask
     return features._replace(tokens=keep(features.tokens, real), pooled=keep(features.pooled, real.any(dim=1)))
 
@@ -77,6 +88,11 @@ def zero_masked(features: Features) -> Features:
 def presence(features: Mapping[str, Features]) -> Tensor:
     """(B, M) bool: which of the M modalities each sample has."""
     return torch.stack([f.present for f in features.values()], dim=1)
+
+
+def joint_mask(features: Mapping[str, Features]) -> Tensor | None:
+    """(B, K) of the tokens of all modalities one after another; None where attention needs none."""
+    return None if all(f.full for f in features.values()) else torch.cat([f.mask for f in features.values()], dim=1)
 
 
 def as_one_token(features: Features) -> Features:

@@ -94,7 +94,7 @@ def check_part(option: str, part: str, modalities: Sequence[str], more: str = ""
 
 def hidden(features: Features, kept: Tensor) -> Features:
     """The features, all masked in the rows that are not kept."""
-    return features._replace(mask=features.mask & kept[:, None])
+    return features._replace(mask=features.mask & kept[:, None], full=None)
 
 
 def widths(encoder: Encoder, stage: Stage) -> int | list[int]:

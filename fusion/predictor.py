@@ -139,7 +139,7 @@ class Predictor:
                         raise found
                     unreadable[i] = found
             there = [picture is not None for picture in columns["image"]]
-            inputs["image"] = Images(pixels, torch.tensor(there, dtype=torch.bool), anyone=any(there))
+            inputs["image"] = Images(pixels, torch.tensor(there, dtype=torch.bool), anyone=any(there), everyone=all(there))
         if self.processor.tokenizer is not None:
             inputs["text"] = batch_texts(self.processor.tokenizer, columns["text"])
         return self.run(inputs)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,7 +42,7 @@ def heads(gpu: bool) -> Iterator[Finding]:
         on_cpu = given(name)
         expected = head(on_cpu).output.detach()
         head.to(device)
-        features = {modality: moved(f, device) for modality, f in on_cpu.items()}
+        features = move_data_to_device(on_cpu, torch.device(device))
         target = torch.arange(8, device=device) % 5
         try:
             with no_waits(gpu):
@@ -68,12 +68,6 @@ def given(name: str) -> dict[str, Any]:
     mask, there = torch.arange(7)[None] < torch.arange(1, 9)[:, None], (torch.arange(8) % 4 > 0)[:, None].expand(-1, 49)
     features = {"text": Features(text, mask, text.mean(1)), "image": Features(image, there, image.mean(1), torch.arange(8) % 3)}
     return {modality: [f] for modality, f in features.items()} if name == "LevelWeighted" else features
-
-
-def moved(features: Any, device: str) -> Any:
-    if isinstance(features, list):
-        return [moved(f, device) for f in features]
-    return Features(*(x.to(device) if isinstance(x, Tensor) else x for x in features))
 
 
 @contextmanager

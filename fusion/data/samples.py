@@ -57,7 +57,7 @@ class ImageStore:
             pixels = torch.from_numpy(np.stack([self.load(self.paths[row]) for row in distinct.tolist()]))
         if augment is not None:
             pixels = torch.stack([augment(one) for one in pixels])
-        return Images(pixels, torch.from_numpy(rows >= 0), torch.from_numpy(shown), len(distinct) > 0)
+        return Images(pixels, torch.from_numpy(rows >= 0), torch.from_numpy(shown), len(distinct) > 0, bool((rows >= 0).all()))
 
     def load(self, path: str) -> np.ndarray:
         """Raises UserError for a file that has become unreadable since all were checked."""

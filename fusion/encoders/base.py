@@ -18,13 +18,14 @@ class Images(NamedTuple):
     With `picture` (B,) int64, pixels (U, 3, H, W) holds the distinct pictures only, of which sample b shows the one at picture[b]: where
     several samples ask about one picture, it is encoded once.
 
-    anyone: whether any sample has an image, where that is known without asking the device; None: it is looked at, if it must be.
+    anyone, everyone: whether any sample has an image, and whether all have one, where that is known without asking the device.
     """
 
     pixels: Tensor
     present: Tensor
     picture: Tensor | None = None
     anyone: bool | None = None
+    everyone: bool | None = None
 
 
 class Texts(NamedTuple):

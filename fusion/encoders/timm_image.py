@@ -170,22 +170,25 @@ class TimmImage(Encoder):
         }
 
     def example(self) -> Images:
-        device = self.mean.device
-        return Images(torch.zeros(1, 3, *self.image_size, device=device), torch.ones(1, dtype=torch.bool, device=device), anyone=True)
+        there = torch.ones(1, dtype=torch.bool, device=self.mean.device)
+        return Images(torch.zeros(1, 3, *self.image_size, device=there.device), there, anyone=True, everyone=True)
 
     def encode(self, x: Images | Tensor, run: Callable[[Tensor], list[Encoded]]) -> list[Features]:
         """What `run` makes of the normalised pixels, given to each sample, with its presence."""
-        images = x if isinstance(x, Images) else Images(x, torch.ones(x.shape[0], dtype=torch.bool, device=x.device), anyone=True)
+        images = x
+        if not isinstance(images, Images):
+            images = Images(images, torch.ones(images.shape[0], dtype=torch.bool, device=images.device), anyone=True, everyone=True)
         pixels = images.pixels if images.picture is not None else fill_absent(images.pixels, images.present)
-        count = len(pixels)
-        if self.training and images.anyone is False and self.has_synced_statistics:
+        nothing = self.training and images.anyone is False and self.has_synced_statistics
+        count = pixels.shape[0]
+        if nothing:
             pixels = pixels[:0]  # other ranks wait for this one's share of the statistics, which is nothing
         pixels = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
         if len(self.mean) == 1:
             pixels = grey(pixels)
         pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=self.memory_format)
         with torch.no_grad() if self.frozen else nullcontext(), self.statistics_guard(images):
-            return [features_of(encoded if len(pixels) else encoded.zeros(count), images) for encoded in run(pixels)]
+            return [features_of(encoded.zeros(count) if nothing else encoded, images) for encoded in run(pixels)]
 
     def tokens_of(self, y: Tensor) -> Encoded:
         """From the body's output: a map (U, D, H, W) or (U, H, W, D), or tokens (U, N, D)."""
@@ -344,7 +347,7 @@ def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
 def features_of(encoded: Encoded, images: Images) -> Features:
     """With the samples' presence; pictures that several samples show stay shared."""
     mask = images.present[:, None].expand(-1, encoded.tokens.shape[1])
-    return Features(encoded.tokens, mask, encoded.pooled, images.picture)
+    return Features(encoded.tokens, mask, encoded.pooled, images.picture, images.everyone)
 
 
 def place_2d(y: Tensor) -> Tensor:

@@ -88,11 +88,11 @@ class TransformersText(Encoder):
 
     def forward(self, x: Texts) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
-            return self.features(self.body(input_ids=x.ids, attention_mask=self.attention_mask(x)).last_hidden_state, x.mask)
+            return self.features(self.body(input_ids=x.ids, attention_mask=self.attention_mask(x)).last_hidden_state, x)
 
     def embed(self, x: Texts) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
-            return self.features(self.body.embeddings(input_ids=x.ids), x.mask)
+            return self.features(self.body.embeddings(input_ids=x.ids), x)
 
     def levels(self, x: Texts, depths: Sequence[int]) -> list[Features]:
         with torch.no_grad() if self.frozen else nullcontext():
@@ -100,7 +100,7 @@ class TransformersText(Encoder):
             for depth in depths:
                 if not -self.depth <= depth < self.depth:
                     raise UserError(f"the text encoder has {self.depth} levels; there is no depth {depth}")
-            return [self.features(hidden[depth], x.mask) for depth in depths]
+            return [self.features(hidden[depth], x) for depth in depths]
 
     def attention_mask(self, x: Texts) -> Tensor | None:
         """For the model: None where nothing is masked, which the fastest attention asks for; else (B, 1, 1, N) where the model takes it as
@@ -138,15 +138,17 @@ class TransformersText(Encoder):
     def level_dims(self, depths: Sequence[int]) -> list[int]:
         return [self.dim for _ in depths]
 
-    def features(self, tokens: Tensor, mask: Tensor) -> Features:
+    def features(self, tokens: Tensor, x: Texts) -> Features:
+        mask, full = x.mask, x.full
         if self.dtype != torch.float32:
             tokens = tokens.to(torch.get_default_dtype())
         if self.pooling == "mean":
-            return Features(tokens, mask, masked_mean(tokens, mask))
+            return Features(tokens, mask, masked_mean(tokens, mask), full=full)
         if self.pooling == "first":
-            return Features(tokens, mask, tokens[:, 0])
+            return Features(tokens, mask, tokens[:, 0], full=full)
         last = (mask.sum(dim=1) - 1).clamp(min=0)
-        return Features(tokens, mask, tokens.gather(1, last[:, None, None].expand(-1, 1, tokens.shape[-1]))[:, 0])
+        pooled = tokens.gather(1, last[:, None, None].expand(-1, 1, tokens.shape[-1]))[:, 0]
+        return Features(tokens, mask, pooled, full=full)
 
     def checkpoint_activations(self) -> None:
         self.body.config.use_cache = False  # which decoders' code in some encoders asks for, and compiled graphs break at

@@ -20,7 +20,8 @@ GAIN = 3**0.5
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al., 2017) of tokens x (B, N, D) over a context (B, K, D) with its mask (B, K).
 
-    A sample whose context has no real token gets zeros (softmax over nothing would be NaN). Gives (B, N, D).
+    Without a mask all of the context is real. A sample whose context has no real token gets zeros (softmax over nothing would be NaN).
+    Gives (B, N, D).
     With `rows` (B,) the context (U, K, D) is shared: sample b reads number rows[b]; keys and values are made once each.
     Dropout is of what was read, not of the weights: those are never made, so that memory is linear in N and K on every device.
     """
@@ -43,27 +44,25 @@ class Attention(nn.Module):
             nn.init.xavier_uniform_(linear.weight, gain=GAIN)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
-        present = mask.any(dim=1)
-        # Rows with nothing to read attend everywhere, over zeros, and are zeroed below.
-        allowed = mask | ~present[:, None]
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
         key, value = self.key(context), self.value(context)
         if rows is not None:
             key, value = key.index_select(0, rows), value.index_select(0, rows)
-        y = scaled_dot_product_attention(
-            self.split(self.query(x)),
-            self.split(key),
-            self.split(value),
-            attn_mask=allowed[:, None, None, :],
-        )
+        allowed = present = None
+        if mask is not None:
+            present = mask.any(dim=1)
+            # Rows with nothing to read attend everywhere, over zeros, and are zeroed below.
+            allowed = (mask | ~present[:, None])[:, None, None, :]
+        y = scaled_dot_product_attention(self.split(self.query(x)), self.split(key), self.split(value), attn_mask=allowed)
         y = self.dropout(self.out(y.transpose(1, 2).flatten(2)))
-        return torch.where(present[:, None, None], y, 0.0)
+        return y if present is None else torch.where(present[:, None, None], y, 0.0)
 
-    def attention_weights(self, x: Tensor, context: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
+    def attention_weights(self, x: Tensor, context: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """(B, H, N, K) how much each token reads of each real token of the context; rows sum to 1, or to 0 where there is none."""
         key = self.key(context) if rows is None else self.key(context).index_select(0, rows)
         query, key = self.split(self.query(x)), self.split(key)
-        return masked_softmax(query @ key.mT / query.shape[-1] ** 0.5, mask[:, None, None, :], dim=-1)
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        return scores.softmax(dim=-1) if mask is None else masked_softmax(scores, mask[:, None, None, :], dim=-1)
 
     def split(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, H, N, D/H)
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -118,7 +117,7 @@ class SelfAttentionLayer(nn.Module):
         self.norm_feed_forward = nn.LayerNorm(dim)
         self.feed_forward = FeedForward(dim, mlp_ratio=mlp_ratio, dropout=dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, N, D), (B, N) -> (B, N, D)
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, N, D), (B, N) -> (B, N, D)
         normed = self.norm_attention(x)
         x = x + self.attention(normed, normed, mask)
         return x + self.feed_forward(self.norm_feed_forward(x))
@@ -152,7 +151,7 @@ class CrossAttentionLayer(nn.Module):
         self.gate_attention = nn.Parameter(torch.zeros(())) if tanh_gate else None
         self.gate_feed_forward = nn.Parameter(torch.zeros(())) if tanh_gate else None
 
-    def forward(self, x: Tensor, mask: Tensor, context: Tensor, context_mask: Tensor, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor, context_mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """x (B, N, D) with mask (B, N) reads context (B, K, D), or (U, K, D) by `rows`, with context_mask (B, K); gives (B, N, D)."""
         if self.self_attention is not None and self.norm_self is not None:
             normed = self.norm_self(x)

@@ -65,13 +65,17 @@ class Bottleneck(FusionHead):
         self.norm = nn.ModuleDict({name: nn.LayerNorm(dim) for name in dims})
 
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
-        x, mask, wide = {}, {}, {}
+        x: dict[str, Tensor] = {}
+        mask: dict[str, Tensor | None] = {}
+        wide: dict[str, Tensor | None] = {}
         for name, f in features.items():
             size = f.tokens.shape[0]
             x[name] = torch.cat([self.class_tokens[name].expand(size, 1, -1), self.project[name](f.tokens)], dim=1)
             # The tokens of an absent modality, its class token too, may compute what they will: nobody reads them.
-            mask[name] = torch.cat([torch.ones_like(f.mask[:, :1]), f.mask], dim=1)
-            wide[name] = torch.cat([mask[name], torch.ones_like(f.mask[:, :1]).expand(-1, len(self.bottlenecks))], dim=1)
+            first = torch.ones_like(f.mask[:, :1])
+            own = torch.cat([first, f.mask], dim=1)
+            mask[name] = None if f.full else own
+            wide[name] = None if f.full else torch.cat([own, first.expand(-1, len(self.bottlenecks))], dim=1)
         present = presence(features)
         shared = self.bottlenecks.expand(present.shape[0], -1, -1)
         for depth, layer in enumerate(self.layers):

@@ -64,7 +64,7 @@ class CoAttention(FusionHead):
 
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
         a, b = features
-        mask = {name: f.mask for name, f in features.items()}
+        mask = {name: f.attention_mask for name, f in features.items()}
         x = {name: self.project[name](f.tokens) for name, f in features.items()}
         for cross, own in zip(self.cross_layers, self.self_layers, strict=True):
             x = {one: cross.get_submodule(one)(x[one], mask[one], x[other], mask[other]) for one, other in ((a, b), (b, a))}

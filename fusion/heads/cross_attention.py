@@ -74,8 +74,9 @@ class CrossAttention(FusionHead):
         for layer in self.layers:
             context = {name: joined([x[other] for other in others]) for name, others in self.reads.items()}
             x = x | {
-                name: x[name]._replace(tokens=layer.get_submodule(name)(x[name].tokens, x[name].mask, c.tokens, c.mask, c.rows))
+                name: own._replace(tokens=layer.get_submodule(name)(own.tokens, own.attention_mask, c.tokens, c.attention_mask, c.rows))
                 for name, c in context.items()
+                for own in [x[name]]
             }
         return self.mix(torch.cat([mean(f) for f in x.values()], dim=-1))
 
@@ -85,7 +86,8 @@ def joined(features: list[Features]) -> Features:
     if len(features) == 1:
         return features[0]
     own = [f.unshared() for f in features]
-    return own[0]._replace(tokens=torch.cat([f.tokens for f in own], dim=1), mask=torch.cat([f.mask for f in own], dim=1))
+    tokens, mask = torch.cat([f.tokens for f in own], dim=1), torch.cat([f.mask for f in own], dim=1)
+    return own[0]._replace(tokens=tokens, mask=mask, full=all(f.full for f in own))
 
 
 def mean(features: Features) -> Tensor:

@@ -65,8 +65,8 @@ class GatedCrossAttention(FusionHead):
         stream, condition = features[self.stream].unshared(), features[self.condition]
         x = self.project[self.stream](stream.tokens)
         x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        mask = torch.cat([torch.ones_like(stream.mask[:, :1]), stream.mask], dim=1)
+        mask = None if stream.full else torch.cat([torch.ones_like(stream.mask[:, :1]), stream.mask], dim=1)
         context = self.project[self.condition](condition.tokens)
         for cross, own in zip(self.cross_layers, self.self_layers, strict=True):
-            x = own(cross(x, mask, context, condition.mask, condition.rows), mask)
+            x = own(cross(x, mask, context, condition.attention_mask, condition.rows), mask)
         return self.norm(x[:, 0])

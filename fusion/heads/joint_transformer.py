@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fusion.features import Features
+from fusion.features import Features, joint_mask
 from fusion.heads.attention import Projection, SelfAttentionLayer
 from fusion.heads.base import FusionHead, check_options
 
@@ -57,12 +57,12 @@ class JointTransformer(FusionHead):
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
         first = next(iter(features.values()))
         tokens = [self.class_token.expand(first.tokens.shape[0], 1, -1)]
-        masks = [torch.ones_like(first.mask[:, :1])]
+        whole = joint_mask(features)
+        mask = None if whole is None else torch.cat([torch.ones_like(first.mask[:, :1]), whole], dim=1)
         for name, f in features.items():
             t = self.project[name](f.tokens) + self.modality[name]
             tokens.append(t + positions(t, f.mask) if self.positions else t)
-            masks.append(f.mask)
-        x, mask = torch.cat(tokens, dim=1), torch.cat(masks, dim=1)
+        x = torch.cat(tokens, dim=1)
         for layer in self.layers:
             x = layer(x, mask)
         return self.norm(x[:, 0])

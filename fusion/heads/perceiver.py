@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusion.features import Features
+from fusion.features import Features, joint_mask
 from fusion.heads.attention import CrossAttentionLayer, Projection, SelfAttentionLayer
 from fusion.heads.base import FusionHead, check_options
 
@@ -59,9 +59,8 @@ class Perceiver(FusionHead):
 
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
         tokens = torch.cat([self.project[name](f.tokens) + self.modality[name] for name, f in features.items()], dim=1)
-        mask = torch.cat([f.mask for f in features.values()], dim=1)
+        mask = joint_mask(features)
         z = self.latents.expand(tokens.shape[0], -1, -1)
-        everyone = torch.ones_like(mask[:, :1]).expand(-1, z.shape[1])
         for read, think in zip(self.read_layers, self.think_layers, strict=True):
-            z = think(read(z, everyone, tokens, mask), everyone)
+            z = think(read(z, None, tokens, mask), None)
         return self.norm(z).mean(dim=1)
