@@ -28,13 +28,16 @@ def evaluate(arguments: Sequence[str]) -> int:
     """Run the command; gives the exit status."""
     options = Options("fusion evaluate", f"Score a run on one of its splits, or on another manifest. {HELP}")
     options.add_argument("--run", required=True, help="run folder that fit printed")
-    options.add_argument("--split", default="test", help="train, val or test, of the run's own data")
+    options.add_argument("--split", help="train, val or test, of the run's own data; test if neither is given")
     options.add_argument("--manifest", help="another manifest with labels, instead of a split")
     options.add_argument("--by", help="column of the manifest to score by")
     options.add_argument("--checkpoint", default="best", help="best or last")
     options.add_argument("--batch_size", type=above_zero, default=256)
     own, reading = reading_options(arguments)
     asked = options.parse_args(own)
+    if asked.manifest and asked.split:
+        raise UserError("give --split, of the run's own data, or --manifest, of which every row is scored; not both")
+    asked.split = asked.split or "test"
     run = Path(asked.run).expanduser()
     data = data_of(run)
     data.ledger = ledger = Ledger("drop")  # told at the end; the run's on_bad_sample was for training, and is no option here
@@ -79,9 +82,10 @@ def split_of(run: Path, data: ImageTextData, modalities: tuple[str, ...], split:
         table = data.table(modalities)
         now = Record.of(table, {})
         found = record.match(now)
-        new = [path for path, here in zip(table.images, found, strict=True) if path and here is None]
-        if new and len(set(found) - {None}) < len(record):  # images may have been moved or renamed
-            now = Record.of(table, digests_of(new))
+        paths, paths_now = record.columns["image"], now.columns["image"]
+        unlike = [path for i, path in enumerate(table.images) if path and (found[i] is None or paths[found[i]] != paths_now[i])]  # type: ignore[index]
+        if unlike and set(paths) - set(paths_now):  # images may have been moved or renamed
+            now = Record.of(table, digests_of(unlike))
             found = record.match(now)
         changes = record.difference(now, found, images=False).sentences  # files are compared of those samples alone that are scored
         if changes:

@@ -1,11 +1,13 @@
 """The Lightning command line over our task and data, with recipes, and with errors that name the nearest thing that exists."""
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -82,7 +84,7 @@ class FusionCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         expanded, recipes = expand_recipes(args)
         try:
-            self.config = parser.parse_args(expanded)
+            self.config = parser.parse_args([as_written(word) for word in expanded])
         except (ArgumentError, OmegaConfBaseException) as error:
             raise UserError(told_plainly(str(error), parser, recipes)) from error
         for key in PATH_KEYS:  # so that the saved recipe means the same from anywhere
@@ -197,6 +199,22 @@ def expand_recipes(arguments: Sequence[str]) -> tuple[list[str], list[Recipe]]:
             recipes.append(recipe)
             expanded += ["--config", recipe.to_yaml()]
     return expanded, recipes
+
+
+def as_written(word: str) -> str:
+    """--data.where=... with its cells as texts: YAML would take 010 for 8, 12:30:00 for a number of seconds and yes for a boolean.
+
+    >>> as_written("--data.where={code: 010, label: [yes, no]}")
+    '--data.where={"code": "010", "label": ["yes", "no"]}'
+    """
+    option, equals, value = word.partition("=")
+    if option != "--data.where" or not equals:
+        return word
+    try:
+        asked = yaml.load(value, yaml.BaseLoader)
+    except yaml.YAMLError:
+        return word  # told as any other mistake
+    return f"{option}={json.dumps(asked)}" if isinstance(asked, dict) else word
 
 
 def words(arguments: Sequence[str], option: str) -> Iterator[tuple[bool, str]]:

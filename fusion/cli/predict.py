@@ -59,10 +59,14 @@ def refuse_to_overwrite(out: Path, issues: Path, run: Path, manifest: str) -> No
     for path in (out, issues):
         listing = "" if path == out else f" (its list of samples that are left out: {path})"
         for what, other in kept.items():
-            if other and path.resolve() == Path(other).expanduser().resolve():
+            if other and is_same(path, Path(other).expanduser()):
                 raise UserError(f"--out {out} would overwrite {what}{listing}; give another name")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(f"--out {out} can't be written: no permission for {path if path.exists() else path.parent}")
+
+
+def is_same(path: Path, other: Path) -> bool:
+    return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
 
 
 def write(out: Path, table: Table, predictions: Predictions) -> None:

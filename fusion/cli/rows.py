@@ -58,5 +58,7 @@ def print_issues(ledger: Ledger, path: Path) -> None:
     if ledger.issues:
         ledger.write(path)
         print(f"warning: {ledger.summary().replace('data_issues.csv', str(path))}")
+    else:
+        path.unlink(missing_ok=True)  # of the last time
     for note in ledger.notes:
         print(f"note: {note}")

@@ -14,7 +14,7 @@ VALUES = (*PYTHON_VALUES, np.bool_, np.integer, np.floating, np.datetime64, np.t
 MAY_BE_NAN = (float, np.floating, np.datetime64, np.timedelta64, Decimal)
 WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 DURATION = re.compile(r"(-?[0-9]+ days) ([+]?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?")
-TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2} )?([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?([+-][0-9]{2}:[0-9]{2})?")
+TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}[ T])?([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?([+-][0-9]{2}:[0-9]{2}|Z)?")
 FIRST = frozenset("-0123456789")  # what a number or a time begins with
 
 
@@ -22,9 +22,9 @@ def cell_text(cell: Any) -> str | None:
     """The text of a value, None for a null.
 
     Booleans are True and False. A whole number has no .0; other floats have the fewest digits that tell them apart at their own width.
-    A time is written as pandas writes it to CSV, without zeros at the end of its fraction; midnight is the date alone, and a duration of
-    whole days the days alone. Text that is
-    such a number or time as a whole is written alike, because a CSV file holds nothing but text; any other text stays as it is.
+    A time is written as pandas writes it to CSV (with a blank where ISO 8601 has a T, and +00:00 for its Z), without zeros at the end of
+    its fraction; midnight is the date alone, and a duration of whole days the days alone. Text that is such a number or time as a whole is
+    written alike, because a CSV file holds nothing but text; any other text stays as it is.
 
     >>> [cell_text(cell) for cell in ("3", 3, 3.0, "3.0", "v3.0", 0.5, np.float32(0.1), True, "true", None, float("nan"), "nan")]
     ['3', '3', '3', '3', 'v3.0', '0.5', '0.1', 'True', 'true', None, None, 'nan']
@@ -74,6 +74,7 @@ def canonical(text: str) -> str:
         return found[1] if clock in ("00:00:00", "+00:00:00") else f"{found[1]} {clock}"
     if ":" in text and (found := TIME.fullmatch(text)):
         day, clock, fraction, zone = (part or "" for part in found.groups())
+        day, zone = day.replace("T", " "), zone.replace("Z", "+00:00")
         fraction = fraction.rstrip("0").rstrip(".")
         return day.rstrip() if day and not zone and clock + fraction == "00:00:00" else day + clock + fraction + zone
     return text

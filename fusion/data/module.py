@@ -91,7 +91,7 @@ class ImageTextData(LightningDataModule):
         test: float = 0.1,
         split_seed: int = 0,
         train_samples: int | None = None,
-        where: dict[str, str | bool | float | list[str | bool | float]] | None = None,
+        where: dict[str, str | bool | int | float | list[str | bool | int | float]] | None = None,
         batch_size: int = 64,
         device_batch_size: int | None = None,
         eval_batch_size: int = 256,
@@ -178,6 +178,7 @@ class ImageTextData(LightningDataModule):
     def split_table(self, modalities: tuple[str, ...]) -> Table:
         """All readable rows, each with its split: given, or carved out; None for training samples beyond `train_samples`."""
         table = self.table(modalities)
+        self.refuse_shared_groups(table)  # of given splits, before others are carved out beside them
         splits = assign_splits(table.labels, table.groups, table.splits, val=self.val, test=self.test, seed=self.split_seed)
         table.splits = list[str | None](splits)
         if self.train_samples is not None:
@@ -250,7 +251,8 @@ class ImageTextData(LightningDataModule):
             )
         return classes
 
-    def refuse_leaks(self, table: Table) -> None:
+    def refuse_shared_groups(self, table: Table) -> dict[str, set[str]]:
+        """The groups in more than one split, and in which. Raises UserError where train shares one, unless that is only to be reported."""
         shared = groups_across_splits(table.splits, table.groups)
         leaks = {group: splits for group, splits in shared.items() if "train" in splits}
         if leaks and self.on_shared_group == "error":
@@ -261,7 +263,10 @@ class ImageTextData(LightningDataModule):
                 f"what train has seen can't test it. Mend {where}, or accept it: --data.on_shared_group=report; "
                 f"or, if column '{self.columns.group}' is not meant as groups: --data.columns.group=null"
             )
-        self.shared_groups = len(shared)
+        return shared
+
+    def refuse_leaks(self, table: Table) -> None:
+        self.shared_groups = len(self.refuse_shared_groups(table))
         pairs: dict[str, list[tuple[str | None, str | None]]] = {name: [] for name in SPLITS}
         for image, text, split in zip(table.images, table.texts, table.splits, strict=True):
             pairs[str(split)].append((image, text))

@@ -67,6 +67,8 @@ def column(values: Iterable[Any], name: str, single_ndim: int = 0) -> list[Any]:
     if isinstance(values, Mapping | Set) or not isinstance(values, Iterable):
         raise UserError(f"{name} is a {type(values).__name__}; expected a list, an array or a column of a data frame")
     if isinstance(values, pa.Array | pa.ChunkedArray):
+        if getattr(values.type, "extension_name", "").startswith("pandas."):  # periods, which are whole numbers there
+            raise UserError(f"{name} is an Arrow column of {values.type.extension_name}; expected texts, numbers or times")
         return column_values(name, values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values]), {})
     if hasattr(values, "to_numpy"):  # a data frame's column, which is indexed by its labels and turns narrow floats into Python's
         values = values.to_numpy()

@@ -15,7 +15,7 @@ from fusion.data.cell_text import duration_text
 from fusion.data.cells import Cells
 from fusion.data.format import Format
 from fusion.data.separated import read_separated
-from fusion.data.text_file import BYTE_ORDER_MARK, open_text, undecodable
+from fusion.data.text_file import BYTE_ORDER_MARK, may_be_utf8, open_text, undecodable
 from fusion.errors import UserError, nearest
 
 
@@ -37,6 +37,8 @@ def read_cells(path: str, format: Format) -> Cells:
         raise UserError(f"the manifest {path} is compressed twice, for Parquet compresses its columns itself: unpack it by gunzip")
     try:
         cells = READERS[suffix](path, format)
+        if suffix != ".parquet" and not format.is_utf8 and may_be_utf8(path):
+            cells.notes.append(f"{path} is read as {format.encoding}, but is valid UTF-8; if it is that: --data.format.encoding=utf-8")
     except UnicodeError as error:
         raise UserError(f"the manifest {path} is not {format.encoding}: {error}. Another encoding: --data.format.encoding=NAME") from error
     except (EOFError, zlib.error) as error:

@@ -50,6 +50,20 @@ def refuse_other_content(path: str, start: bytes, format: Format) -> None:
         )
 
 
+def may_be_utf8(path: str) -> bool:
+    """Whether a file holds more than ASCII, and all of it is UTF-8: which text of another encoding hardly ever is."""
+    decoder, ascii_only = codecs.getincrementaldecoder("utf-8")(), True
+    with open_bytes(path) as file:
+        try:
+            while block := file.read(BLOCK):
+                decoder.decode(block)
+                ascii_only = ascii_only and block.isascii()
+            decoder.decode(b"", final=True)
+        except UnicodeError:
+            return False
+    return not ascii_only
+
+
 def scan(path: str, format: Format) -> tuple[bool, bool]:
     """Whether the whole file can be decoded, and whether it may hold a double quote: otherwise no cell need be looked at for either."""
     decoder = codecs.getincrementaldecoder(format.encoding)()

@@ -71,6 +71,16 @@ class BestAndLast(ModelCheckpoint):
         self.every_updates, self.every_minutes = every_updates, every_minutes
         self.saved_at = time.monotonic()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Wherever the run's folder is now, and by whichever path it is named: Lightning forgets the best score where the path differs."""
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        moved = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | moved | {"best_k_models": kept, "dirpath": self.dirpath})
+
     def without_validation(self) -> None:
         """Nothing will tell which is best: last.ckpt alone is kept."""
         self.monitor, self.save_top_k = None, 0

@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
+    SpikeDetection,
     WeightAveraging,
 )
 
@@ -25,6 +27,8 @@ REJECTED = {
     BatchSizeFinder: "an update is one global batch of the plan: data.batch_size; what a device holds at once is data.device_batch_size",
     LearningRateFinder: "it would change the recipe's rate in silence; try rates by --model.optimizer.lr",
     BackboneFinetuning: "use --model.freeze, as {image: {until_update: 500}}",
+    SpikeDetection: "an update whose gradients aren't finite stops the run, with the ids of its samples",
+    ModelPruning: "it can't read weights that lie channels last; prune a trained model",
 }
 
 
@@ -47,6 +51,10 @@ def check_before_training(trainer: Trainer, task: Task, data: ImageTextData) -> 
                 f"trainer.callbacks: {type(callback).__name__} copies the whole model, of which FSDP leaves each device a share; average "
                 "under --recipe engine/ddp, or leave it out"
             )
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise UserError(
+            "trainer.overfit_batches would draw other samples in every epoch; to see a model learn a few by heart: --data.train_samples=N"
+        )
     check_limits(trainer, data)
     check_monitors(trainer, task, data.splits)
 

@@ -94,12 +94,13 @@ def training_lines(trainer: Trainer, module: Task) -> list[str]:
     asked = "" if batches.batch_size == data.batch_size else f" (asked {data.batch_size}; train has no more)"
     warmup, schedule = module.schedule.warmup_updates(module.horizon), type(module.schedule).__name__.lower()
     device = trainer.strategy.root_device
+    an_epoch = -(-int(trainer.num_training_batches) // batches.accumulate)  # fewer than the data gives, by trainer.limit_train_batches
     begun = f", {module.updates:,} of them done" if module.updates else ""
     return [
         "training",
         f"  global batch {shares(batches)}{asked}",
         *statistics_lines(module, data, batches),
-        f"  {module.horizon:,} updates, {batches.updates:,} an epoch{begun}; schedule {schedule}, {warmup:,} of warm-up",
+        f"  {module.horizon:,} updates, {an_epoch:,} an epoch{begun}; schedule {schedule}, {warmup:,} of warm-up",
         *schedule_lines(module),
         *curriculum_lines(data, module.horizon),
         f"  precision {trainer.precision}; {trainer.world_size} x {device.type}; strategy {type(trainer.strategy).__name__}",

@@ -65,7 +65,8 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, Task)
         scores: dict[str, Any] = {f"train/{name}": mean for name, mean in module.epoch_means().items()}  # on every rank, over which it sums
-        scores |= trainer.callback_metrics
+        # Of an earlier epoch, where this one wasn't validated.
+        scores |= {name: score for name, score in trainer.callback_metrics.items() if self.training_s or not name.startswith("val/")}
         if not trainer.is_global_zero:
             return
         parts = [f"{key} {float(scores[name]):.4f}" for key, name in SHOWN.items() if name in scores]

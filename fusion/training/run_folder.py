@@ -41,6 +41,9 @@ class RunFolder(Callback):
         self.folder = Path(trainer.strategy.broadcast(str(self.folder) if self.folder else None))  # type: ignore[arg-type]
         if self.checkpoint is not None:
             self.checkpoint.dirpath = str(self.folder / "checkpoints")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback is not self.checkpoint and callback.dirpath is None:
+                callback.dirpath = str(self.folder / "more_checkpoints")  # where they overwrite none of ours
         if self.log:
             self.earlier: list[dict[str, str]] | None = earlier_metrics(self.folder, trainer.is_global_zero)
             self.csv = CountingCSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=50)

@@ -302,6 +302,12 @@ def test_evaluate_reads_the_runs_own_table_by_options_too(trained: Path, in_proc
     assert "has no column 'answer' for the labels" in error
 
 
+def test_evaluate_takes_a_split_of_the_run_or_a_manifest(trained: Path, in_process: InProcess) -> None:
+    status, error = in_process("evaluate", [f"--run={trained}", "--manifest=m.csv", "--split=test"])
+    assert status == 2
+    assert "not both" in error
+
+
 def test_evaluate_groups_by_any_column_of_the_manifest_by_its_own_name(trained: Path, here: Run, world: Path) -> None:
     rows = "".join(f",is there a red circle?,{'yes' if i % 2 else 'no'},{i % 3}\n" for i in range(6))
     (world / "named.csv").write_text(f"image,question,answer,a/b: c\n{rows}")
@@ -338,6 +344,12 @@ def test_what_predict_writes_overwrites_nothing_of_the_run_and_not_the_manifest(
         status, error = in_process("predict", [f"--run={run}", "--manifest=some-bad.csv", f"--out={run / name}"])
         assert status == 2
         assert f"would overwrite the run's own {name}" in error
+    (world / "good.csv").write_text("id,image,text\nb,,red?\n")
+    here("predict", f"--run={run}", "--manifest=good.csv", f"--out={run / 'new.csv'}")
+    assert not (run / "new-data_issues.csv").exists()  # of the last time
+    (world / "linked.csv").hardlink_to(world / "some-bad.csv")
+    status, error = in_process("predict", [f"--run={run}", "--manifest=some-bad.csv", "--out=linked.csv"])
+    assert status == 2
     status, error = in_process("predict", [f"--run={run}", "--manifest=some-bad.csv", "--out=./some-bad.csv"])
     assert status == 2
     assert "--out some-bad.csv would overwrite the manifest itself" in error

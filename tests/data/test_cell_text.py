@@ -88,7 +88,23 @@ def test_periods_of_parquet_are_rejected_not_read_as_their_numbers(tmp_path, pan
 
 
 def test_text_that_is_no_number_or_time_as_a_whole_stays_as_it_is():
-    for text in ("true", "false", "nan", "v1.0", "1.0.0", "1.0 m", " 1.0", "1.50", "007", "1e5", "+1.0", "2024-01-31T00:00:00", "٣.0", ""):
+    for text in (
+        "true",
+        "false",
+        "nan",
+        "v1.0",
+        "1.0.0",
+        "1.0 m",
+        " 1.0",
+        "1.50",
+        "007",
+        "1e5",
+        "+1.0",
+        "2024-01-31T",
+        "T10:00:00",
+        "٣.0",
+        "",
+    ):
         assert cell_text(text) == text
 
 
@@ -99,6 +115,8 @@ def test_text_that_is_no_number_or_time_as_a_whole_stays_as_it_is():
         (np.bool_(True), "True"), (np.int64(3), "3"), (np.str_("nan"), "nan"), (Decimal("3.00"), "3"), (float("inf"), "inf"),
         (pd.Timestamp("2024-01-31"), "2024-01-31"), (datetime.datetime(2024, 1, 31, 10, 0, 0, 500_000), "2024-01-31 10:00:00.5"),
         (pd.Timedelta("1 days 00:00:00.5"), "1 days 00:00:00.5"), (datetime.timedelta(hours=1), "0 days 01:00:00"),
+        ("2024-01-31T00:00:00.000", "2024-01-31"), ("2024-01-31T10:00:00.500", "2024-01-31 10:00:00.5"),
+        ("2024-01-31T10:00:00Z", "2024-01-31 10:00:00+00:00"),
         (np.timedelta64(90, "s"), "0 days 00:01:30"), (np.timedelta64("NaT"), None),
         (datetime.date(2024, 1, 31), "2024-01-31"), (np.datetime64("2024-01-31T10:00:00.000000000"), "2024-01-31 10:00:00"),
     ],

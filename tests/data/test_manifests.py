@@ -108,6 +108,24 @@ def test_a_training_row_whose_group_is_held_out_in_another_file_is_a_leak_not_mo
         data.refuse_leaks(data.split_table(("text",)))
 
 
+def test_a_leak_between_given_splits_is_told_before_others_are_carved(file, tmp_path):
+    rows = "".join(f"t{i},{'xy'[i % 2]},{'train' if i < 10 else 'test'},g{i % 10}\n" for i in range(20))
+    (tmp_path / "m.csv").write_text(f"text,label,split,group\n{rows}")
+    with pytest.raises(UserError, match="10 groups are in train and in another split"):
+        ImageTextData(manifest=str(tmp_path / "m.csv")).split_table(("text",))
+
+
+def test_a_file_read_in_another_encoding_that_would_be_utf8_is_noted(tmp_path):
+    notes = {}
+    for name, encoding in ("one", "cp1252"), ("other", "utf-8"):
+        (tmp_path / f"{name}.csv").write_text("text,label\ngr\u00f6\u00dfe,x\nb,y\n", encoding=encoding)
+        data = ImageTextData(manifest=str(tmp_path / f"{name}.csv"), format=Format(encoding="cp1252"))
+        data.table(("text",))
+        notes[name] = data.ledger.notes
+    assert not notes["one"]
+    assert "other.csv is read as cp1252, but is valid UTF-8" in notes["other"][0]
+
+
 def test_a_given_split_that_a_filter_empties_is_not_carved_anew(file):
     main = file("m.csv", ["train", "train", "test"] * 10)
     with pytest.raises(UserError, match=r"data.where leaves no row of the split test .*--data.test=0"):

@@ -121,10 +121,18 @@ def test_rows_are_chosen_by_the_manifests_own_names_and_by_inputs_that_the_model
             assert len(data.table(modalities)) == count
 
 
-def test_values_of_the_command_line_arrive_as_cells_and_booleans_are_rejected():
-    words = ["--recipe=quickstart", "--data.where={a: CLOSED, b: [3, 0.5], c: 'yes', d: [\"no\"], e: yes, f: [no, x]}"]
+def test_values_of_the_command_line_arrive_as_they_are_written():
+    words = ["--recipe=quickstart", "--data.where={a: CLOSED, b: [3, 0.5], c: 'yes', d: [no, x], e: 010, f: 12:30:00, g: 9007199254740993}"]
     where = FusionCLI(words).config.data.where
-    assert [wanted_cells(name, where[name]) for name in "abcd"] == [["CLOSED"], ["3", "0.5"], ["yes"], ["no"]]
-    for name in "ef":
-        with pytest.raises(UserError, match=rf"data\.where\.{name}: yes, no, true and false are booleans in YAML"):
-            wanted_cells(name, where[name])
+    expected = [["CLOSED"], ["3", "0.5"], ["yes"], ["no", "x"], ["010"], ["12:30:00"], ["9007199254740993"]]
+    assert [wanted_cells(name, where[name]) for name in "abcdefg"] == expected
+
+
+def test_whole_numbers_of_a_recipe_stay_whole_and_booleans_are_rejected(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("extends: quickstart\ndata:\n  where: {big: 9007199254740993, many: [2019, 0.5], label: yes}\n")
+    where = FusionCLI([f"--recipe={recipe}"]).config.data.where
+    assert wanted_cells("big", where["big"]) == ["9007199254740993"]
+    assert wanted_cells("many", where["many"]) == ["2019", "0.5"]
+    with pytest.raises(UserError, match=r"data\.where\.label: yes, no, true and false are booleans in YAML"):
+        wanted_cells("label", where["label"])

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 
 from fusion.data.checkpoint import read_checkpoint
 from fusion.errors import UserError
@@ -190,3 +191,43 @@ def test_a_run_whose_disk_is_full_ends_with_one_line_and_status_2(tiny, tmp_path
     told = capsys.readouterr().err
     assert "error: can't save the checkpoint" in told
     assert "Traceback" not in told
+
+
+# The best score, and others' checkpoints.
+
+
+def best_of(folder):
+    held = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    return next(float(state["best_model_score"]) for name, state in held.items() if "BestAndLast" in name)
+
+
+@pytest.mark.parametrize("where", ["relative", "moved"])
+def test_a_run_that_goes_on_by_another_path_keeps_its_best(tiny, fit_here, tmp_path, monkeypatch, where):
+    scores = iter([0.9, 0.1, 0.2, 0.3])
+    usual = LightningModule.log_dict
+
+    def log_dict(self, values, **options):
+        fixed = {"val/accuracy": next(scores)} if "val/accuracy" in values else {}
+        return usual(self, {**values, **fixed}, **options)
+
+    monkeypatch.setattr(LightningModule, "log_dict", log_dict)
+    folder = fit_here("--recipe", tiny(), "--trainer.max_epochs=2").folder
+    best = (folder / "checkpoints" / "best.ckpt").read_bytes()
+    assert best_of(folder) == pytest.approx(0.9)
+    if where == "moved":
+        moved = folder.rename(tmp_path / "elsewhere")
+    else:
+        monkeypatch.chdir(tmp_path)
+        moved = folder.relative_to(tmp_path)
+    fit_here("--resume", moved, "--trainer.max_epochs=4")
+    assert best_of(moved) == pytest.approx(0.9)
+    assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
+
+
+def test_checkpoints_of_another_callback_overwrite_none_of_ours(tiny, fit_here):
+    own = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=best", "--trainer.callbacks.monitor=val/loss"]
+    folder = fit_here("--recipe", tiny(), *own, "--trainer.callbacks.mode=max", "--trainer.callbacks.save_last=true").folder
+    assert {file.name for file in (folder / "checkpoints").glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    assert {"best.ckpt", "last.ckpt"} <= {file.name for file in (folder / "more_checkpoints").glob("*.ckpt")}
+    updates = [torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["fusion"]["updates"] for name in ("previous", "last")]
+    assert updates == [8, 16]

@@ -175,6 +175,7 @@ def test_renamed_images_are_known_by_their_content(own_images, tiny, table, fit_
     rows = len(table.rows())
     assert f"the table has changed since the run was trained: {rows:,} rows are of the same image under another path (manifest.csv" in told
     assert json.loads((run / "evaluation-test.json").read_text()) == before
+    assert "of another image" not in told
     table.change(changed, label="unheard of")
     evaluate(["--run", str(run)])
     assert f"1 row is of another label (manifest.csv, row {changed + 2})" in capsys.readouterr().out
