@@ -54,12 +54,12 @@ class DDP(DDPStrategy):
         """Refuse, before any other process is started, what their backend can't do."""
         if self.compress == "bf16" and self._get_process_group_backend() != "nccl":
             raise UserError("DDP: compress=bf16 needs NCCL, that is GPUs: gloo doesn't sum bf16. On a CPU take fp16 or sign")
+        if self._layer_sync and self.root_device.type == "cpu":
+            raise UserError("trainer.sync_batchnorm needs GPUs: torch has no synchronised batch normalisation on CPUs")
         super()._configure_launcher()
 
     def setup(self, trainer: Trainer) -> None:
         if self._layer_sync:  # trainer.sync_batchnorm
-            if self.root_device.type == "cpu":
-                raise UserError("trainer.sync_batchnorm needs GPUs: torch has no synchronised batch normalisation on CPUs")
             self._layer_sync = SyncStatistics()
         super().setup(trainer)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from timm.layers import SyncBatchNormAct
 from torch import nn
 
@@ -84,6 +85,7 @@ def test_a_rank_without_pictures_takes_part_with_none_of_them(monkeypatch):
 def test_it_is_refused_on_a_cpu_before_training(tiny, fit_here):
     with pytest.raises(UserError, match=r"trainer\.sync_batchnorm needs GPUs"):
         fit_here("--recipe", tiny(), "--trainer.sync_batchnorm=true", "--trainer.strategy.class_path=fusion.training.DDP")
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize(("batch", "told"), [(8, "about 2 pictures"), (64, None)])
