@@ -29,7 +29,16 @@ from fusion.heads.registry import HEADS
 from fusion.model import FusionModel
 
 # Products of bf16 matrices without sparsity, in FLOP/s, from the makers' data sheets; of other cards it is measured.
-PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
 NEEDS_GPU = "waits for a GPU"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion.data.checkpoint import find_damage
+from fusion.data.checkpoint import DAMAGE, find_damage
 from fusion.errors import UserError
 
 FOLDER = "residuals"
@@ -55,12 +55,14 @@ def whole_shares(checkpoints: Path, updates: int, world: int, ranks: Any) -> Ite
 
 
 def clean(checkpoints: Path) -> None:
-    """Remove the shares that no checkpoint names."""
+    """Remove the shares that no checkpoint names; none where one can't be read, whose shares are not known."""
     named = set()
     for file in checkpoints.glob("*.ckpt"):
-        if find_damage(file) is None:
-            held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["fusion"]["compression"]
-            named.add((str(held.get("updates")), str(held.get("world"))))
+        try:
+            held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["fusion"]["compression"]  # not its tensors
+        except DAMAGE:
+            return
+        named.add((str(held.get("updates")), str(held.get("world"))))
     for file in (checkpoints / FOLDER).glob("update-*.pt"):
         found = NAME.fullmatch(file.name)
         if found and found.groups() not in named:

@@ -226,7 +226,11 @@ def test_shares_that_no_checkpoint_names_are_removed(tmp_path):
         torch.save({"fusion": {"compression": {"updates": updates, "world": 1}}}, tmp_path / f"{name}.ckpt")
     torch.save({"fusion": {"compression": {}}}, tmp_path / "best.ckpt")
     residuals.clean(tmp_path)
-    assert sorted(file.name for file in (tmp_path / "residuals").iterdir()) == ["update-5-rank-0-of-1.pt", "update-8-rank-0-of-1.pt"]
+    kept = ["update-5-rank-0-of-1.pt", "update-8-rank-0-of-1.pt"]
+    assert sorted(file.name for file in (tmp_path / "residuals").iterdir()) == kept
+    (tmp_path / "previous.ckpt").write_bytes(b"torn")
+    residuals.clean(tmp_path)
+    assert sorted(file.name for file in (tmp_path / "residuals").iterdir()) == kept
 
 
 # Two ranks.
