@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -66,6 +67,9 @@ def stack(name: str, near: Path | None = None, inside: tuple[Path, ...] = ()) ->
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(f"recipe {path} holds no settings; expected keys such as data, model and trainer")
     settings = {str(key): value for key, value in loaded.items()}
+    written = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader).get("data")
+    if isinstance(written, dict) and isinstance(written.get("where"), dict):
+        settings["data"]["where"] = written["where"]  # cells as they are written: YAML takes 010 for 8, and yes for a boolean
     above = settings.pop("extends", [])
     for extended in [above] if isinstance(above, str) else above:
         yield from stack(extended, path.parent, (*inside, path))
