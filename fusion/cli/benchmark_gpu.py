@@ -16,7 +16,7 @@ import torch
 from fusion.cli.benchmark_gpu_models import fit_loop, heads, long_texts, overlap, whole_model
 from fusion.cli.benchmark_gpu_runs import Runs, compressed, killed, lost_rank, precisions
 from fusion.cli.findings import Finding
-from fusion.cli.fit import quiet
+from fusion.cli.fit import choose_kernels, quiet
 
 Check = Callable[[], Iterator[Finding]]
 
@@ -24,6 +24,7 @@ Check = Callable[[], Iterator[Finding]]
 def benchmark_gpu(scenes: int) -> int:
     """Print the page; 0 where nothing failed. scenes: of the embedded shapes that the runs train on (8 questions each)."""
     quiet()
+    choose_kernels("highest")
     gpus = torch.cuda.device_count()
     print(machine(), flush=True)
     if not gpus:

@@ -32,6 +32,7 @@ from fusion.training import Classification
 from fusion.training.checkpoints import BestAndLast
 from fusion.training.checks import check_before_training, validates
 from fusion.training.guards import Guard
+from fusion.training.lost_ranks import lost_a_rank
 from fusion.training.plan import Plan
 from fusion.training.progress import EpochLines
 from fusion.training.run_folder import RunFolder, new_run_folder
@@ -49,9 +50,7 @@ def fit(arguments: Sequence[str]) -> int:
     if cli.config.trainer.enable_checkpointing is False:
         raise UserError("trainer.enable_checkpointing is false: a run is scored, used and continued by its checkpoints; leave it out")
     seed_everything(cli.config.seed_everything, workers=True)
-    torch.set_float32_matmul_precision(cli.config.float32_matmul_precision)
-    torch.backends.cudnn.allow_tf32 = cli.config.float32_matmul_precision != "highest"  # of convolutions, which torch leaves apart
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each (batch, length), and texts have many lengths
+    choose_kernels(cli.config.float32_matmul_precision)
     checkpoint = BestAndLast(cli.config.checkpoint.every_updates, cli.config.checkpoint.every_minutes)
     folder = None
     if is_rank_zero():
@@ -135,12 +134,11 @@ def standing_callbacks(run: RunFolder, seed: int) -> list[Callback]:
     return [run, EpochLines(), SeedEachStep(seed), AgreeFirst(save), Guard(run), save]
 
 
-def lost_a_rank(error: RuntimeError) -> bool:
-    """Whether it is what gloo or NCCL say when a peer is gone or silent."""
-    if not dist.is_available():
-        return False
-    words = ("gloo", "caused pair closure", "NCCL")  # the second is gloo's too, of what waited behind that which timed out
-    return isinstance(error, dist.DistError) or (dist.is_initialized() and any(word in str(error) for word in words))
+def choose_kernels(float32_matmul_precision: str) -> None:
+    """Of CUDA, for the process."""
+    torch.set_float32_matmul_precision(float32_matmul_precision)
+    torch.backends.cudnn.allow_tf32 = float32_matmul_precision != "highest"  # of convolutions, which torch leaves apart
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each (batch, length), and texts have many lengths
 
 
 def print_data_notes(data: ImageTextData) -> None:

@@ -187,7 +187,9 @@ class TimmImage(Encoder):
         if len(self.mean) == 1:
             pixels = grey(pixels)
         pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=self.memory_format)
-        with torch.no_grad() if self.frozen else nullcontext(), self.statistics_guard(images):
+        # In float32 as the others' statistics are; torch would send those of nothing in the autocast's own type.
+        full_precision = torch.autocast(pixels.device.type, enabled=False) if nothing else nullcontext()
+        with torch.no_grad() if self.frozen else nullcontext(), self.statistics_guard(images), full_precision:
             return [features_of(encoded.zeros(count) if nothing else encoded, images) for encoded in run(pixels)]
 
     def tokens_of(self, y: Tensor) -> Encoded:

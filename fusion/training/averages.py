@@ -1,25 +1,57 @@
 """Averages of the weights over training, evaluated and saved in their place."""
 
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from fusion.errors import UserError
 
 
 class Average(WeightAveraging):
-    """Lightning's, on the device of the model (it is made before the model has moved there, and would average on the CPU); how many
-    updates were averaged is counted on the host, which waits for no device to know it.
+    """Lightning's, on the device of the model, whenever that has moved there; how many updates were averaged is counted on the host, which
+    torch's own way asks the device for.
+
+    combine: averages, weights of now and how many were averaged before -> the averages, in place.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(use_buffers=True, **options)
+    def __init__(self, combine: Callable[[Any, Any, Any], None]) -> None:
+        super().__init__(use_buffers=True)
+        self.combine = combine
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
         self._average_model.module.to(pl_module.device)
+        self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step > self._latest_update_step and self.should_update(step_idx=trainer.global_step - 1):
+            self.average(pl_module)
+            self._latest_update_step = trainer.global_step
+
+    @torch.no_grad()
+    def average(self, module: LightningModule) -> None:
+        """Take in the weights and buffers of now; of whole numbers (counts of batches) the last."""
+        averaged = self._average_model
+        assert averaged is not None
+        count = int(averaged.n_averaged)
+        before, after = (chain(m.parameters(), m.buffers()) for m in (averaged.module, module))
+        alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for average, now in zip(before, after, strict=True):
+            if count and average.is_floating_point():
+                alike[average.dtype][0].append(average.detach())
+                alike[average.dtype][1].append(now.detach())
+            else:
+                average.detach().copy_(now.detach())
+        for averages, weights in alike.values():
+            self.combine(averages, weights, count)
+        averaged.n_averaged += 1
 
 
 class EMA(Average):
@@ -35,7 +67,7 @@ class EMA(Average):
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise UserError(f"EMA: decay is {decay}; expected a share, from 0 to below 1")
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__(get_ema_multi_avg_fn(decay))
 
 
 class SWA(Average):
@@ -53,7 +85,7 @@ class SWA(Average):
     def __init__(self, start: float = 0.75) -> None:
         if not 0 <= start < 1:
             raise UserError(f"SWA: start is {start}; expected a share of the epochs, from 0 to below 1")
-        super().__init__()
+        super().__init__(get_swa_multi_avg_fn())
         self.start = start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -23,26 +23,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written = path.with_name(f".{path.name}-{os.getpid()}")
-            try:
-                with open(written, "wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if path.name == "last.ckpt" and path.exists():
-                    os.replace(path, path.with_name("previous.ckpt"))
-                os.replace(written, path)
-                flush_folder(path.parent)
-            except BaseException:
-                written.unlink(missing_ok=True)
-                raise
+            save_whole(checkpoint, path, previous=path.with_name("previous.ckpt") if path.name == "last.ckpt" else None)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             survives = f"the previous one is still there: {path}" if path.exists() else "there is no earlier one"
             raise UserError(f"can't save the checkpoint {path} ({error}); {survives}") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         return read_checkpoint(path)
+
+
+def save_whole(held: Any, path: Path, previous: Path | None = None) -> None:
+    """By torch.save: whole and on the disk, or not at all. previous: where what was there before is kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with open(written, "wb") as file:
+            torch.save(held, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(written, path)
+        flush_folder(path.parent)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
 
 
 def flush_folder(folder: Path) -> None:

@@ -51,6 +51,8 @@ def check_before_training(trainer: Trainer, task: Task, data: ImageTextData) -> 
                 f"trainer.callbacks: {type(callback).__name__} copies the whole model, of which FSDP leaves each device a share; average "
                 "under --recipe engine/ddp, or leave it out"
             )
+    if isinstance(trainer.strategy, FSDP) and trainer.strategy._layer_sync:
+        raise UserError("trainer.sync_batchnorm does nothing under FSDP; leave it out, or train by --recipe engine/ddp")
     if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise UserError(
             "trainer.overfit_batches would draw other samples in every epoch; to see a model learn a few by heart: --data.train_samples=N"

@@ -16,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from fusion.errors import UserError
 from fusion.training import residuals
 from fusion.training.batch_statistics import SyncStatistics
+from fusion.training.lost_ranks import LeavesLostRanks
 from fusion.training.precision import scaler_of
 from fusion.training.sign_compression import SignCompression
 
 Compression = Literal["none", "fp16", "bf16", "sign"]
 
 
-class DDP(DDPStrategy):
+class DDP(LeavesLostRanks, DDPStrategy):
     """Lightning's DDP (NCCL between GPUs, gloo between processes on CPUs) with the gradients' form on the wire chosen in the recipe.
 
     (Lightning registers DDP's communication hooks on GPUs alone, in silence; here they work on both.)

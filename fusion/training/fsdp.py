@@ -13,9 +13,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from fusion.encoders import Encoder
 from fusion.errors import UserError
 from fusion.model import FusionModel
+from fusion.training.lost_ranks import LeavesLostRanks
 
 
-class FSDP(ModelParallelStrategy):
+class FSDP(LeavesLostRanks, ModelParallelStrategy):
     """Lightning's FSDP2 over all processes: each keeps a share of every weight, gradient and optimiser state, and gathers the weights of a
     block only while it computes it. Checkpoints are whole, as those of any other run.
 
@@ -42,8 +43,10 @@ def shard(model: FusionModel, mesh: DeviceMesh, dtype: torch.dtype | None = None
     """Share out the blocks of the encoders, then the rest of the model. A frozen or trained model alike; done once.
 
     dtype: in which weights are gathered (half the bytes under bf16 autocast, which would cast them anyway); gradients are summed in
-    float32.
+    float32. Not where the model has batch normalisation, whose weights must be of its statistics' float32.
     """
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        dtype = None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for p in model.parameters():
         p.data = p.data.contiguous()  # FSDP takes no other (filters that lie channels last)

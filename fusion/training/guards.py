@@ -76,7 +76,8 @@ class Guard(Callback):
         assert task.model is not None
         bad = [name for name, p in task.model.named_parameters() if p.grad is not None and not finite([p.grad])]
         loss = float(task.update_means()["loss"])
-        origin = next(filter(None, (first_not_finite(task, batch) for batch in self.batches)), "")
+        origins = [first_not_finite(task, batch) for batch in self.batches]  # all, on every rank: a forward pass may hold collectives
+        origin = next(filter(None, origins), "")
         ids = self.ids(trainer)
         found = {
             "update": task.updates + 1,

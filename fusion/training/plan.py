@@ -11,6 +11,7 @@ from torch import nn
 from fusion.data.curriculum import LOSS
 from fusion.data.module import SPLITS, ImageTextData
 from fusion.data.sampler import GlobalBatches
+from fusion.training.ddp import DDP
 from fusion.training.task import Task
 
 MOST_CLASSES = 8
@@ -121,7 +122,7 @@ def statistics_lines(module: Task, data: ImageTextData, batches: GlobalBatches) 
     pictures = samples * len(np.unique(shown)) / len(shown) if data.shuffle == "images" and len(shown) else samples
     if pictures >= FEW_PICTURES:
         return []
-    synced = ", or --trainer.sync_batchnorm=true on GPUs" if batches.world > 1 else ""
+    synced = ", or --trainer.sync_batchnorm=true on GPUs" if isinstance(module.trainer.strategy, DDP) else ""
     return [
         f"  note: batch normalisation sees about {max(1, round(pictures))} pictures a device at a time; statistics of so few are noise: "
         f"fewer devices, a larger data.batch_size{synced}"

@@ -3,7 +3,6 @@
 checkpoints/residuals/update-120-rank-3-of-64.pt. Written before the checkpoint that names them, removed once no checkpoint does.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fusion.data.checkpoint import DAMAGE, find_damage
 from fusion.errors import UserError
+from fusion.training.checkpoints import save_whole
 
 FOLDER = "residuals"
 NAME = re.compile(r"update-(\d+)-rank-\d+-of-(\d+)\.pt")
@@ -26,10 +26,7 @@ def path_of(checkpoints: Path, updates: int, rank: int, world: int) -> Path:
 def write(path: Path, residual: dict[str, Tensor]) -> None:
     """A rank's share, by parameter name: whole or not at all. Raises UserError where it can't be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.with_name(f".{path.name}-{os.getpid()}")
-        torch.save(residual, written)
-        os.replace(written, path)
+        save_whole(residual, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"can't save {path}, a rank's share of the checkpoint ({error})") from error
 
@@ -67,3 +64,5 @@ def clean(checkpoints: Path) -> None:
         found = NAME.fullmatch(file.name)
         if found and found.groups() not in named:
             file.unlink(missing_ok=True)
+    for torn in (checkpoints / FOLDER).glob(".update-*"):  # of a rank that was killed while it wrote; none writes now
+        torn.unlink(missing_ok=True)

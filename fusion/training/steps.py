@@ -154,7 +154,8 @@ class SaveInTime(Checkpoint):
 
 class AgreeFirst(Callback):
     """Has the ranks agree on an update before anything waits for the device: a GPU that sums gradients with a rank that is gone would never
-    be done, and the host would hear of it by NCCL's watchdog alone, which ends the process without a word.
+    be done, and the host would hear of it by NCCL's watchdog alone, which ends the process without a word. (Two waits come earlier and end
+    that way all the same: of a rank that dies after it agreed, and of synchronised batch normalisation, in the forward pass.)
     """
 
     def __init__(self, save: SaveInTime) -> None:

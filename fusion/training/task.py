@@ -139,6 +139,8 @@ class Task(LightningModule):
             self.freezing.apply(self.model, 0)
             reject_trained_float16(self.model, self.freezing.later(self.model))
             if self.compiled:
+                # A graph for each of: training or not, padded or not, with all pictures or some, and lengths.
+                torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
                 self.model.compile()
             self.prepare(data)
         return self.model

@@ -1,6 +1,7 @@
 """A world small enough to train in a second: 45 scenes, a tiny vision transformer, a one-layer BERT, a Concat head."""
 
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from tiny_world import BERT, FORKED, REPOSITORY, TWO, Run, newest, one_of_two
 
@@ -120,6 +122,18 @@ def fit_command(tmp_path):
         return Run(done.returncode, newest(tmp_path / runs)), done.stdout
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def no_group_of_processes_is_left():
+    """By a test of several ranks, or of one, in this process: the commands that others start would take its port, and `leave` end it."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("MASTER_")}
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in [name for name in os.environ if name.startswith("MASTER_")]:
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture

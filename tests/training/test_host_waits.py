@@ -6,7 +6,6 @@ step depends: the guard asks, or in mixed precision the scaler.
 
 import pytest
 import torch
-import torch.distributed as dist
 from host_waits import CountReads
 from lightning.pytorch import LightningModule
 from torch.optim.swa_utils import AveragedModel
@@ -16,7 +15,7 @@ from fusion.training import EMA
 
 FP16 = ["--trainer.plugins=fusion.training.Fp16", "--trainer.plugins.init_args.init_scale=1024"]
 ASKS = {"guards.py:is_finite", "amp.py:optimizer_step"}
-ON_THE_HOST = "weight_averaging.py:on_train_batch_end"  # how many updates were averaged, which is counted there
+ON_THE_HOST = "averages.py:average"  # how many updates were averaged, which is counted there
 COMBINATIONS = {
     "plain": [],
     "clipped": ["--trainer.gradient_clip_val=1"],
@@ -50,9 +49,7 @@ def test_an_update_waits_for_the_device_once(tiny, fit_here, monkeypatch, name):
 
 @pytest.fixture
 def one_process_group():
-    yield ["--trainer.strategy=fusion.training.DDP", "--trainer.devices=1"]
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    return ["--trainer.strategy.class_path=fusion.training.DDP", "--trainer.devices=1"]
 
 
 @pytest.mark.parametrize("compress", ["none", "fp16", "sign"])

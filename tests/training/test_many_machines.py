@@ -88,6 +88,18 @@ def test_sharded_ranks_train_what_ddp_trains_and_leave_a_whole_checkpoint(tiny, 
     Predictor.load(fsdp.folder)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("image", ["test_vit", "resnet10t"])
+def test_shares_are_gathered_in_half_precision_where_they_may_be(tiny, fit_on_two, image):
+    options = [f"--model.image.init_args.name={image}", "--model.image.init_args.options={}", "--trainer.max_steps=4"]
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        run, _ = fit_on_two(tiny(), *options, f"--trainer.precision={precision}", engine=FSDP, runs=f"{image}-{precision}")
+        losses.append(run.column("train/loss_step"))
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
 def test_a_sharded_run_that_died_goes_on_to_the_bit(tiny, tmp_path, fit_on_two):
     options = [str(tiny(dropout=0.4)), "--checkpoint.every_updates=5"]
     whole, _ = fit_on_two(*options, engine=FSDP, runs="whole")

@@ -10,10 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 from tiny_world import REPOSITORY, TWO, Run, newest
 
 from fusion.cli.fit import lost_a_rank
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE
+from fusion.training import DDP
 
 
 def begun(recipe, tmp_path, *options):
@@ -131,6 +133,21 @@ def test_ctrl_c_that_reaches_a_rank_while_it_saves_or_leaves_as_another_asked_en
     assert "Traceback" not in err
     assert "interrupted\n" not in err  # as at a second Ctrl-C
     assert re.search("Interrupted after 10 updates and saved", out), out + err
+
+
+def test_a_strategy_that_lost_a_rank_moves_nothing_when_it_ends(monkeypatch):
+    """On a GPU the copies would wait for the sum of gradients that is never done."""
+    moved = []
+    monkeypatch.setattr(DDPStrategy, "teardown", lambda self: moved.append(self))
+    monkeypatch.setattr(DDPStrategy, "on_exception", lambda self, exception: None)
+    for error, ends in (RuntimeError("[gloo] Connection closed by peer"), 0), (RuntimeError("mat1 and mat2"), 1), (KeyboardInterrupt(), 1):
+        moved.clear()
+        strategy = DDP()
+        with monkeypatch.context() as among_ranks:
+            among_ranks.setattr("torch.distributed.is_initialized", lambda: True)
+            strategy.on_exception(error)
+        strategy.teardown()
+        assert len(moved) == ends
 
 
 ALONE = """
