@@ -126,14 +126,17 @@ def fit_command(tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_group_of_processes_is_left():
-    """By a test of several ranks, or of one, in this process: the commands that others start would take its port, and `leave` end it."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("MASTER_")}
+    """By a test of several ranks, or of one, in this process: the commands that others start would take its port or themselves for a rank
+    of it, and `leave` would end this process."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ.get(name) for name in names}
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
-    for name in [name for name in os.environ if name.startswith("MASTER_")]:
-        del os.environ[name]
-    os.environ.update(before)
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture
