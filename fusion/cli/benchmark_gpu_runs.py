@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.cli.findings import Finding
@@ -29,7 +29,10 @@ class Runs:
     folder: Path
     scenes: int
     on_gpu: bool
-    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"FUSION_CACHE": str(self.folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
 
     @property
     def short(self) -> list[str]:
@@ -44,7 +47,7 @@ class Runs:
     def begin(self, name: str, options: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         words = [sys.executable, "-m", "fusion", "fit", *self.short, *options, f"--runs={self.folder / name}"]
         log = open(self.log(name), "w")  # noqa: SIM115 (the process's, which ends with it)
-        environment = os.environ | {"FUSION_CACHE": str(self.folder / "cache"), "TOKENIZERS_PARALLELISM": "false"} | dict(more or {})
+        environment = self.environment | dict(more or {})
         return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
 
     def log(self, name: str) -> Path:
@@ -134,8 +137,7 @@ def killed(runs: Runs) -> Iterator[Finding]:
         kills = 2 if runs.on_gpu else 1
         options = [*runs.short, *runs.one_device, *optimizer, "--trainer.max_epochs=4", "--trainer.deterministic=true"]
         words = [sys.executable, "-m", "fusion", "benchmark", "kills", "--kills", str(kills), *options, "--checkpoint.every_updates=10"]
-        environment = os.environ | {"FUSION_CACHE": str(runs.folder / "cache")}
-        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, env=runs.environment, timeout=TIMEOUT_S, check=False)
         last = (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["nothing was printed"])[-1]
         yield Finding(done.returncode == 0, f"{name} killed and resumed", last[:140])
 

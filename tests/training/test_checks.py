@@ -6,14 +6,10 @@ from types import ModuleType
 
 import pytest
 from lightning.pytorch import Callback
+from tiny_world import EARLY, NO_VALIDATION, SELDOM, SHORT
 
 from fusion.cli.fit import fit
 from fusion.errors import UserError
-
-SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
-EARLY = "--trainer.callbacks+=EarlyStopping"
-SELDOM = "--trainer.check_val_every_n_epoch=5"
-NO_VALIDATION = ["--trainer.limit_val_batches=0"]
 
 # Metrics that are watched.
 

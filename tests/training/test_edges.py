@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from tiny_world import BERT
+from tiny_world import BERT, EARLY, NO_VALIDATION, SELDOM, SHORT
 from transformers import AutoConfig, AutoModel, BertTokenizerFast
 
 import fusion
@@ -17,12 +17,6 @@ from fusion.cli.predict import predict
 from fusion.data.module import ImageTextData
 from fusion.errors import UserError
 from fusion.training.progress import Bar, EpochLines
-
-SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
-EARLY = "--trainer.callbacks+=EarlyStopping"
-SELDOM = "--trainer.check_val_every_n_epoch=5"
-NO_VALIDATION = ["--trainer.limit_val_batches=0"]
-
 
 # Progress.
 

@@ -212,19 +212,11 @@ def test_a_change_in_another_column_is_reported_and_harmless(run, table, evaluat
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_goes_bad_during_training_ends_it_in_one_line_with_its_path(tiny, table, tmp_path, monkeypatch, capsys, workers):
+def test_an_image_that_goes_bad_during_training_ends_it_in_one_line_with_its_path(tiny, table, own_images, monkeypatch, capsys, workers):
     """Even from a worker process, whose errors torch wraps in its traceback."""
-    copies = tmp_path / "copies"
-    copies.mkdir()
-    rows = table.rows()
-    for row in rows:
-        copy = copies / Path(row["image"]).name
-        copy.write_bytes(Path(row["image"]).read_bytes())
-        row["image"] = str(copy)
-    table.write(rows)
 
     def then_gone(data):
-        for path in copies.iterdir():
+        for path in own_images.iterdir():
             path.write_bytes(b"")
 
     monkeypatch.setattr(fit_module, "print_data_notes", then_gone)
@@ -233,7 +225,7 @@ def test_an_image_that_goes_bad_during_training_ends_it_in_one_line_with_its_pat
         run_command("fit", options)
     told = capsys.readouterr().err
     assert ended.value.code == 2
-    assert re.fullmatch(rf"error: {copies}/\S+: empty file; it could be read when the images were checked\..*\n", told)
+    assert re.fullmatch(rf"error: {own_images}/\S+: empty file; it could be read when the images were checked\..*\n", told)
 
 
 def test_a_run_gives_its_best_weights_to_another(run, tiny, table, fit_here, capsys):

@@ -16,6 +16,12 @@ from fusion.cli.main import run as run_command
 
 REPOSITORY = Path(__file__).parents[2]
 ROUNDING = 2e-5  # float32, summed in another order, over two epochs
+# Options of short runs, and of runs that are validated seldom or never.
+SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+EARLY = "--trainer.callbacks+=EarlyStopping"
+SELDOM = "--trainer.check_val_every_n_epoch=5"
+NO_VALIDATION = ["--trainer.limit_val_batches=0"]
+
 TWO = ["--recipe", "engine/ddp", "--trainer.accelerator=cpu", "--trainer.devices=2"]
 
 BERT = {
