@@ -39,6 +39,9 @@ class TransformersText(Encoder):
         dtype: of the weights, whatever they are stored in; features of half-precision weights come out in torch's default dtype.
         resize_embeddings: enlarge the word embeddings for a tokenizer that has more tokens, which is rejected otherwise; the new ones start
             near the mean of the others.
+        attention: how training and inference on GPUs attend: "sdpa" pads every text to the longest of its batch; "flash_attention_2" (needs
+            the package flash-attn and half precision) leaves padding out, "flex_attention" leaves out blocks of 128 padded tokens. A run's
+            checkpoint doesn't say it: the weights are the same, and predictions are made by "sdpa".
 
     Raises UserError for decoders, unknown model types, configs that can't be built, and weights that are not available or do not fit.
     """
@@ -53,6 +56,7 @@ class TransformersText(Encoder):
         frozen: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         resize_embeddings: bool = False,
+        attention: Literal["sdpa", "flash_attention_2", "flex_attention"] = "sdpa",
     ) -> None:
         super().__init__()
         if (name_or_path is None) == (config is None):
@@ -83,8 +87,27 @@ class TransformersText(Encoder):
                 f"text encoder: '{self.body.config.model_type}' doesn't read token ids and a mask alone, as a BERT-like model does "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
+        if attention != "sdpa":
+            self.attend_by(attention)
         if frozen:
             self.freeze()
+
+    def attend_by(self, attention: str) -> None:
+        """Raises UserError where the model, its dropout or this machine doesn't allow it."""
+        config = self.body.config
+        dropout = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
+        if attention == "flex_attention" and dropout:
+            raise UserError(
+                f"text encoder: flex_attention has no dropout of attention weights, this {config.model_type} {dropout:g}; "
+                "set it to 0 in its config, or take attention 'sdpa'"
+            )
+        try:
+            self.body.set_attn_implementation(attention)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"text encoder: a {config.model_type} can't attend by {attention} here ({first_line(error)})") from error
+        if config._attn_implementation != attention:  # transformers only warns
+            raise UserError(f"text encoder: a {config.model_type} can't attend by {attention}; take attention 'sdpa'")
+        del self.broadcasts_mask  # which was tried for another one
 
     def forward(self, x: Texts) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():

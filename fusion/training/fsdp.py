@@ -20,7 +20,8 @@ class FSDP(LeavesLostRanks, ModelParallelStrategy):
     """Lightning's FSDP2 over all processes: each keeps a share of every weight, gradient and optimiser state, and gathers the weights of a
     block only while it computes it. Checkpoints are whole, as those of any other run.
 
-    Precision: 32-true or bf16-mixed (fp16 with a gradient scaler is DDP's).
+    Precision: 32-true or bf16-mixed (fp16 with a gradient scaler is DDP's). With `model.compile` graphs end where shares are gathered: each
+    block is compiled on its own, and the losses are those of the whole model compiled.
 
     timeout_s: how long a rank waits for another before the run ends.
     """

@@ -445,3 +445,36 @@ def test_a_model_that_reads_no_plain_texts_is_refused_in_one_line(kind: str) -> 
     with pytest.raises(UserError, match=f"'{kind}' doesn't read token ids and a mask alone") as caught:
         TransformersText(config={"model_type": kind, **small})
     assert "\n" not in str(caught.value)
+
+
+# Attention without padding.
+
+
+@pytest.mark.slow
+def test_attention_over_blocks_gives_what_padded_attention_gives():
+    config = {"model_type": "bert", "attention_probs_dropout_prob": 0.0} | CONFIGS["bert"] | {"hidden_size": 32}
+    padded, blocks = (make_as(config, attention) for attention in ("sdpa", "flex_attention"))
+    assert blocks.body.config._attn_implementation == "flex_attention"
+    x = texts([7, 3, 0])
+    with torch.no_grad():
+        assert torch.allclose(padded(x).tokens[x.mask], blocks(x).tokens[x.mask], atol=1e-5)
+    again = TransformersText(**blocks.spec())  # a checkpoint is used on any machine
+    assert again.body.config._attn_implementation == "sdpa"
+
+
+def make_as(config: dict[str, Any], attention: Any) -> TransformersText:
+    torch.manual_seed(0)
+    return TransformersText(config=config, attention=attention).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "message"),
+    [
+        ("bert", "flex_attention", "has no dropout of attention weights, this bert 0.1"),
+        ("deberta-v2", "flash_attention_2", "deberta-v2 can't attend by flash_attention_2; take"),
+        ("bert", "flash_attention_2", "bert can't attend by flash_attention_2 here"),
+    ],
+)
+def test_attention_that_the_model_lacks_is_refused(kind, attention, message):
+    with pytest.raises(UserError, match=message):
+        make(kind, attention=attention)

@@ -100,6 +100,16 @@ def test_shares_are_gathered_in_half_precision_where_they_may_be(tiny, fit_on_tw
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+@pytest.mark.slow
+def test_compiled_shares_train_what_the_others_do(tiny, fit_on_two):
+    recipe = tiny()
+    losses = []
+    for compiled in ("false", "true"):
+        run, _ = fit_on_two(recipe, "--trainer.max_steps=4", f"--model.compile={compiled}", engine=FSDP, runs=compiled)
+        losses.append(run.column("train/loss_step"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_sharded_run_that_died_goes_on_to_the_bit(tiny, tmp_path, fit_on_two):
     options = [str(tiny(dropout=0.4)), "--checkpoint.every_updates=5"]
     whole, _ = fit_on_two(*options, engine=FSDP, runs="whole")
