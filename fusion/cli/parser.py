@@ -104,6 +104,7 @@ class FusionCLI(LightningCLI):
             super().instantiate_classes()
         # First, since it brings the loggers that others look for.
         self.trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunFolder))  # type: ignore[attr-defined]
+        self.datamodule.processes_per_node = self.trainer.num_devices
         if self.datamodule.device_batch_size is not None:
             devices = self.trainer.num_devices * self.trainer.num_nodes
             self.trainer.accumulate_grad_batches = accumulate(self.config, self.datamodule, devices)

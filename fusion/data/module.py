@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from fusion.data.cell_text import cell_text
 from fusion.data.curriculum import LOSS, TEXT_LENGTH, Admission, Curriculum, difficulty
 from fusion.data.format import Format
-from fusion.data.image_check import check_images
+from fusion.data.image_check import check_images, shared_file
 from fusion.data.images import cores
 from fusion.data.ledger import Ledger
 from fusion.data.manifests import read_manifests
@@ -67,7 +67,7 @@ class ImageTextData(LightningDataModule):
         resize: "squash" images to the encoder's size, "crop" their middle, or "pad" them.
         augment: transforms of training images, uint8 (3, H, W), such as torchvision.transforms.v2's.
         max_megapixels: larger images are refused unopened.
-        memory_gib: decoded images are kept up to this much, in each process.
+        memory_gib: decoded images are kept up to this much, once for all processes of a machine.
         num_workers: processes that decode; by default none for images in memory, else one a core up to eight.
         cache: where prepared data is kept; by default $FUSION_CACHE or ~/.cache/fusion.
         curriculum: lets training samples in by their difficulty, the easy ones first; without it all are in from the start.
@@ -141,6 +141,8 @@ class ImageTextData(LightningDataModule):
         self.splits: dict[str, Split] = {}
         self.processor: Processor
         self.record: Record
+        self.processes_per_node = 1  # as the trainer is to start them
+        self.shared_file: Path | None = None  # of decoded images
         self.shared_groups = 0
         self.unseen_labels = 0  # how many labels train never shows
         self.resume_at: tuple[int, int] | None = None
@@ -226,7 +228,9 @@ class ImageTextData(LightningDataModule):
         interpolation = getattr(encoder, "data_config", {}).get("interpolation", "bicubic")
         spec = ImageSpec(size, self.resize, interpolation, self.max_megapixels)
         paths = sorted({path for path in table.images if path})
-        pixels, bad, digests = check_images(paths, spec, memory_gib=self.memory_gib, cache=self.cache)
+        shared = self.processes_per_node > 1
+        pixels, bad, digests = check_images(paths, spec, memory_gib=self.memory_gib, cache=self.cache, shared=shared)
+        self.shared_file = shared_file(paths, spec, self.cache) if shared else None
         if bad:
             for i, path in enumerate(table.images):
                 if path in bad:
@@ -359,6 +363,10 @@ class ImageTextData(LightningDataModule):
     @property
     def on_cuda(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def teardown(self, stage: str) -> None:
+        if self.shared_file is not None:
+            self.shared_file.unlink(missing_ok=True)  # who has mapped it keeps it
 
     # Where in the epoch the run is, for the checkpoint.
 

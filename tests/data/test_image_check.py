@@ -1,14 +1,16 @@
 """What was found of images is remembered only as long as nothing that decides it has changed."""
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import PIL
 import pytest
+import torch
 from PIL import Image
 
-from fusion.data.image_check import check_images
+from fusion.data.image_check import check_images, shared_file
 from fusion.data.processor import ImageSpec
 from fusion.data.samples import ImageStore
 from fusion.errors import UserError
@@ -63,6 +65,36 @@ def test_digests_follow_the_bytes_not_the_time(pictures, memory_gib):
     assert [after.digests[path] == before.digests[path] for path in pictures] == [True, True, False]
     assert len(set(before.digests.values())) == 3
     assert (before.pixels is not None) == bool(memory_gib)
+
+
+def test_processes_of_a_machine_share_one_copy_of_the_pixels(pictures, tmp_path, monkeypatch):
+    Path(pictures[1]).write_bytes(b"no picture")
+    spec, cache = ImageSpec((16, 16)), tmp_path / "cache"
+    alone = check(pictures, 1.0)
+    first = check_images(pictures, spec, memory_gib=1.0, cache=cache, shared=True)
+    monkeypatch.setattr("fusion.data.image_check.load_image", None)  # the second decodes nothing
+    second = check_images(pictures, spec, memory_gib=1.0, cache=cache, shared=True)
+    for found in (first, second):
+        assert torch.equal(found.pixels, alone.pixels)
+        assert (found.bad, found.digests) == (alone.bad, alone.digests)
+    file = shared_file(pictures, spec, cache)
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+    assert len(mapped) == 2
+    first.pixels[0, 0, 0, 0] += 1  # what one writes is its own
+    assert torch.equal(second.pixels, alone.pixels)
+    file.unlink()
+    assert torch.equal(second.pixels, alone.pixels)
+
+
+def test_shared_pixels_of_killed_runs_are_removed_after_a_day(pictures, tmp_path):
+    spec, hour = ImageSpec((16, 16)), 3600
+    for i, age in enumerate((2 * hour, 30 * hour)):
+        file = shared_file(pictures[:i], spec, tmp_path)
+        file.write_bytes(b"")
+        os.utime(file, (time.time() - age,) * 2)
+    check_images(pictures, spec, memory_gib=1.0, cache=tmp_path, shared=True)
+    kept = {shared_file(pictures[:0], spec, tmp_path), shared_file(pictures, spec, tmp_path)}
+    assert set(tmp_path.glob("pixels-*")) == kept
 
 
 def test_an_image_that_went_bad_after_its_check_is_named(pictures):

@@ -128,3 +128,9 @@ def test_accumulation_follows_from_what_a_device_takes_at_a_time(parts):
     assert trainer.accumulate_grad_batches == 4
     assert sizes == [4] * 32
     assert model.updates == 8
+
+
+def test_processes_of_a_machine_decode_images_once_and_leave_no_pixels_behind(tiny, tmp_path, fit_on_two):
+    fit_on_two(tiny(), "--trainer.max_steps=2")
+    assert list((tmp_path / "cache").glob("checked-*.parquet"))  # as written with shared pixels
+    assert not list((tmp_path / "cache").glob("pixels-*"))
