@@ -1,8 +1,8 @@
-"""Console output: printed once however many ranks there are, and a sign of life from what takes long."""
+"""Console output: printed once however many ranks there are, a sign of life from what takes long, and small tables."""
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -67,3 +67,21 @@ class SignOfLife:
             return False
         self.last = now
         return True
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned columns, the first to the left, the others to the right.
+
+    >>> print(aligned([["head", "accuracy"], ["Gated", "0.98"]]))
+    head   accuracy
+    Gated      0.98
+    """
+    columns = max(len(row) for row in rows)
+    filled = [[*row, *[""] * (columns - len(row))] for row in rows]
+    widths = [max(len(row[i]) for row in filled) for i in range(columns)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in filled
+    )

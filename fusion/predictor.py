@@ -15,7 +15,6 @@ from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from torch import Tensor
 
-from fusion.data.checkpoint import read_checkpoint
 from fusion.data.images import ImageError, cores
 from fusion.data.processor import ImageSpec, Processor
 from fusion.data.raw_columns import image_column, text_column
@@ -26,6 +25,7 @@ from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError
 from fusion.heads import FusionHead
 from fusion.model import FusionModel
+from fusion.runs.checkpoint_files import read_checkpoint
 
 FORMATS = (2, 3, 4, 5)
 

@@ -1,4 +1,4 @@
-"""fusion fit, from a checkout: see fusion/cli/fit.py."""
+"""fusion fit, from a checkout: see fusion/session.py."""
 
 from fusion.cli.main import run
 

@@ -45,7 +45,7 @@ def test_the_wheel_trains_quickstart_in_an_empty_folder(wheel: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert "this model" in done.stdout
     assert (empty / "runs" / "quickstart").is_dir()
-    assert "easy_vqa" in python("from fusion.cli.recipes import recipe_names; print(recipe_names())").stdout
+    assert "easy_vqa" in python("from fusion.settings.recipes import recipe_names; print(recipe_names())").stdout
 
 
 def needed(name: str, found: dict[str, Distribution] | None = None) -> dict[str, Distribution]:

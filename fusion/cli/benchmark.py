@@ -13,21 +13,21 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.nn.utils import clip_grad_norm_
 
-from fusion.cli.benchmark_gpu import benchmark_gpu
-from fusion.cli.benchmark_heads import benchmark_heads, curve
-from fusion.cli.benchmark_kills import benchmark_kills
-from fusion.cli.benchmark_memory import benchmark_memory
-from fusion.cli.benchmark_pretrained import benchmark_pretrained
-from fusion.cli.benchmark_ranks import benchmark_ranks
-from fusion.cli.fit import quiet, standing_callbacks
+from fusion.benchmarks.gpu import benchmark_gpu
+from fusion.benchmarks.heads import benchmark_heads, curve
+from fusion.benchmarks.kills import benchmark_kills
+from fusion.benchmarks.memory import benchmark_memory
+from fusion.benchmarks.pretrained import benchmark_pretrained
+from fusion.benchmarks.ranks import benchmark_ranks
 from fusion.cli.options import Options
-from fusion.cli.parser import FusionCLI
-from fusion.cli.tables import aligned
+from fusion.console import aligned
 from fusion.data import Batch, ImageTextData
 from fusion.errors import UserError, nearest
 from fusion.heads import available
+from fusion.session import quiet, standing_callbacks
+from fusion.settings.parser import FusionCLI
 from fusion.training import Classification
-from fusion.training.run_folder import RunFolder
+from fusion.training.callbacks.run_folder import RunFolder
 
 BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "gpu")
 

@@ -11,7 +11,7 @@ from typing import Any
 from fusion.cli.options import Options, above_zero
 from fusion.cli.reading import HELP, data_of, reading_of, reading_options
 from fusion.cli.rows import load_for, predict_rows, print_issues, rows_of
-from fusion.cli.tables import aligned
+from fusion.console import aligned
 from fusion.data import ImageTextData
 from fusion.data.image_check import digest_of
 from fusion.data.images import ImageError

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fusion.cli.fit import FIT_COMMAND, command, quiet, settled
 from fusion.cli.options import Options
-from fusion.cli.parser import words
 from fusion.cli.ray_worker import Job, Line, last_run, work
 from fusion.errors import UserError, nearest
-from fusion.training.steps import SIGNALS
+from fusion.session import FIT_COMMAND, command, quiet, settled
+from fusion.settings.parser import words
+from fusion.training.callbacks.signals import SIGNALS
 
 ENGINES = ("ray",)
 

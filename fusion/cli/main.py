@@ -1,13 +1,13 @@
 """The fusion command: finds the sub-command, and tells a user's mistake in one line."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from fusion.errors import INTERRUPTED, REQUEUE, UNHEARD, USER_MISTAKE, UserError, message_of, nearest
+from fusion.errors import INTERRUPTED, UNHEARD, USER_MISTAKE, UserError, message_of, nearest
+from fusion.exit import leave
 
 COMMANDS = {
     "fit": "train a model by recipe, or continue a run",
@@ -64,22 +64,3 @@ def heard() -> bool:
     except BrokenPipeError:
         return False
     return True
-
-
-def leave(status: int, *, together: bool) -> None:
-    """End the process; one that was in a gloo group without its destructors, which abort every third time.
-
-    together: all ranks have agreed on this end, so that each waits for the others; one that ends alone would wait for ever.
-    """
-    if "torch" in sys.modules:
-        distributed = sys.modules["torch"].distributed
-        if distributed.is_available() and distributed.is_initialized():
-            if together and status in (0, INTERRUPTED, REQUEUE):
-                for number in import_module("fusion.training.steps").SIGNALS:  # one that reaches this rank later than the others
-                    signal.signal(number, signal.SIG_IGN)
-                distributed.barrier()
-                distributed.destroy_process_group()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    raise SystemExit(status)

@@ -15,7 +15,7 @@ from fusion.data.ledger import Ledger
 from fusion.data.table import Table
 from fusion.errors import UserError
 from fusion.predictor import Predictions
-from fusion.training.run_folder import OWN_FILES
+from fusion.training.callbacks.run_folder import OWN_FILES
 
 
 def predict(arguments: Sequence[str]) -> int:

@@ -9,11 +9,11 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from omegaconf import OmegaConf
 
-from fusion.cli.mistakes import told_plainly
 from fusion.data import ImageTextData
 from fusion.data.format import Format
 from fusion.data.table import Columns
 from fusion.errors import UserError
+from fusion.settings.mistakes import told_plainly
 
 PREFIXES = ("--data.columns.", "--data.format.")
 HELP = "--data.columns.NAME and --data.format.NAME, as in fit, say how the manifest is written where that differs from the run's own."

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from fusion.cli.fit import print_data_notes, quiet
 from fusion.cli.options import Options
-from fusion.cli.parser import FusionCLI, accumulate
 from fusion.data.sampler import GlobalBatches, planned_updates
 from fusion.model import factory_parts
+from fusion.session import print_data_notes, quiet
+from fusion.settings.parser import FusionCLI, accumulate
 from fusion.training import Rate, Task
-from fusion.training.plan import shares
+from fusion.training.callbacks.plan import shares
 
 WIDTH, HEIGHT = 72, 10
 LEVELS = " ▁▂▃▄▅▆▇█"

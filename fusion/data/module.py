@@ -29,6 +29,7 @@ from fusion.data.table import Columns, Table
 from fusion.data.tokenizer import Tokenizer
 from fusion.encoders import Encoder, TransformersText
 from fusion.errors import UserError, nearest
+from fusion.lightning_private import training_batches
 
 SPLITS = ("train", "val", "test")
 
@@ -382,11 +383,11 @@ class ImageTextData(LightningDataModule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         trainer = self.trainer
         place = (state["epoch"], state["update"] * (trainer.accumulate_grad_batches if trainer else 1))
-        loader = trainer.fit_loop._combined_loader if trainer else None
-        if loader is None:
+        batches = training_batches(trainer) if trainer else None
+        if batches is None:
             self.resume_at = place
         else:  # a strategy that restores after its setup (FSDP), for which the loader is there already
-            loader.flattened[0].batch_sampler.begin_at(*place)
+            batches.begin_at(*place)
         if state["losses"] is not None:
             self.set_losses(state["losses"].numpy())
 

@@ -1,17 +1,21 @@
 """Which samples make up each batch: pure functions of seed, epoch, rank and position, so that a run can be continued exactly."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from fusion.errors import UserError
 
-if TYPE_CHECKING:
-    from fusion.data.curriculum import Admission
-
 PLACEHOLDER = -1
+
+
+class Admission(Protocol):
+    """Which samples may be drawn at an update: those of a curriculum."""
+
+    def samples(self, epoch: int, update: int) -> np.ndarray | None:
+        """Their numbers, None for all."""
 
 
 class Draw(NamedTuple):
@@ -47,7 +51,7 @@ class GlobalBatches(Sampler[Draw]):
         world: int = 1,
         accumulate: int = 1,
         together: np.ndarray | None = None,
-        admission: "Admission | None" = None,
+        admission: Admission | None = None,
     ) -> None:
         shares = world * accumulate
         if batch_size % shares:

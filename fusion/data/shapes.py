@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fusion.data.ceilings import ceilings
 from fusion.data.prepare import Preparer
 from fusion.data.scenes import COLOURS, SHAPES, SIDE, SIZES, Scenes, area, draw_scenes, render
 from fusion.errors import UserError, nearest
+from fusion.evaluation.bounds import ceilings
 
 KINDS = ("existence", "colour", "counting", "position", "comparison")
 SPLITS = ("train", "val", "test")

@@ -16,9 +16,10 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from fusion.encoders.base import Encoder, Images, drop_unused, fill_absent
+from fusion.encoders.base import Encoder, drop_unused, fill_absent
 from fusion.errors import UserError, nearest
 from fusion.features import Features
+from fusion.inputs import Images
 
 # What comes before the first block, by the names that timm's families give it; the first row whose first member the model has is run.
 STEMS = (("patch_embed",), ("stem",), ("conv_stem", "bn1", "act1"), ("conv1", "bn1", "act1", "maxpool"))

@@ -16,10 +16,11 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from fusion.encoders.base import Encoder, Texts, drop_unused
+from fusion.encoders.base import Encoder, drop_unused
 from fusion.encoders.timm_image import first_line
 from fusion.errors import UserError, nearest
 from fusion.features import Features, masked_mean
+from fusion.inputs import Texts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

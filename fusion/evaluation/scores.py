@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fusion.training.metrics import classification_metrics
+from fusion.evaluation.metrics import classification_metrics
 
 
 @dataclass(frozen=True)

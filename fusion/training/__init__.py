@@ -1,15 +1,15 @@
 """Training: tasks, their schedules and their precision."""
 
-from fusion.training.averages import EMA, SWA
 from fusion.training.balance import OGMGE, Balance, GradientBlending, MMPareto, UnimodalLosses
 from fusion.training.classification import Classification
-from fusion.training.ddp import DDP
-from fusion.training.freezing import Freeze
-from fusion.training.fsdp import FSDP
-from fusion.training.groups import Rate
-from fusion.training.muon import Muon
-from fusion.training.precision import Bf16OnCpu, Fp16
-from fusion.training.schedules import (
+from fusion.training.distributed.ddp import DDP
+from fusion.training.distributed.fsdp import FSDP
+from fusion.training.optim.averages import EMA, SWA
+from fusion.training.optim.freezing import Freeze
+from fusion.training.optim.groups import Rate
+from fusion.training.optim.muon import Muon
+from fusion.training.optim.precision import Bf16OnCpu, Fp16
+from fusion.training.optim.schedules import (
     Constant,
     Cosine,
     CosineRestarts,

@@ -6,7 +6,7 @@ when they are unscaled, summed over accumulated batches and averaged over ranks,
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,22 @@ from torch import Tensor
 
 from fusion.data.sampler import draw_seed
 from fusion.errors import UserError
-from fusion.model import part_of
-from fusion.training.precision import scaler_of
+from fusion.model import FusionModel, part_of
+from fusion.training.optim.precision import scaler_of
 
-if TYPE_CHECKING:
-    from fusion.training.task import Task
+
+class Training(Protocol):
+    """What a balance needs to know of the training that it changes: the engine.
+
+    modalities: in the head's order. updates: made so far. sample_losses: by "fused" and modality, (n,) the loss of each sample of a split.
+    """
+
+    trainer: Any
+    modalities: list[str]
+    updates: int
+    model: FusionModel | None
+
+    def sample_losses(self, split: str, most: int | None = None) -> dict[str, Tensor]: ...
 
 
 class Balance:
@@ -29,23 +40,23 @@ class Balance:
 
     detached = False
 
-    def begin(self, task: "Task") -> None:
+    def begin(self, task: Training) -> None:
         """Called once before training."""
 
     def total(self, fused: Tensor, alone: Mapping[str, Tensor]) -> Tensor:
         """The loss to be minimised, from the fused one and each modality's own, all scalars."""
         return fused + sum(alone.values())
 
-    def observe(self, task: "Task", alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
+    def observe(self, task: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
         """See a batch before its backward pass: by modality its own loss, and the probability that it gave to the true class of each of the
         n samples that have it (n,).
         """
 
-    def modulate(self, task: "Task") -> dict[str, Any]:
+    def modulate(self, task: Training) -> dict[str, Any]:
         """Change the gradients of an update; gives the coefficients, to be logged."""
         return {}
 
-    def end_epoch(self, task: "Task") -> None:
+    def end_epoch(self, task: Training) -> None:
         """Called by all ranks after every epoch and its validation."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,7 +77,7 @@ class UnimodalLosses(Balance):
         if any(not 0 <= w < math.inf for w in (weight.values() if isinstance(weight, dict) else [weight])):
             raise UserError(f"model.balance: weight is {weight}; expected numbers from 0")
 
-    def begin(self, task: "Task") -> None:
+    def begin(self, task: Training) -> None:
         if isinstance(self.weight, dict) and self.weight.keys() != set(task.modalities):
             raise UserError(f"model.balance: weight is for {', '.join(self.weight)}; the modalities are {', '.join(task.modalities)}")
 
@@ -97,20 +108,20 @@ class OGMGE(Balance):
         self.sums: dict[str, Tensor] = {}
         self.probes = True
 
-    def begin(self, task: "Task") -> None:
+    def begin(self, task: Training) -> None:
         assert task.model is not None
         self.probes = task.model.head.unimodal is not None
 
     def total(self, fused: Tensor, alone: Mapping[str, Tensor]) -> Tensor:
         return super().total(fused, alone) if self.probes else fused
 
-    def observe(self, task: "Task", alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
+    def observe(self, task: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
         for name, score in scores.items():
             found = score.detach().float().sum()
             seen = torch.stack([found, torch.full_like(found, len(score))])
             self.sums[name] = self.sums[name] + seen if name in self.sums else seen
 
-    def modulate(self, task: "Task") -> dict[str, Any]:
+    def modulate(self, task: Training) -> dict[str, Any]:
         sums = summed(task, torch.stack([self.sums[name] for name in task.modalities]))
         self.sums.clear()
         if self.until_update is not None and task.updates >= self.until_update:
@@ -127,7 +138,7 @@ class OGMGE(Balance):
             p.grad.mul_(coefficients[part])
             if spread is not None:
                 if generator is None:  # of the update alone: the same on every rank, and after a resume
-                    generator = torch.Generator(p.device).manual_seed(draw_seed(task.trainer.datamodule.seed, task.updates))  # type: ignore[attr-defined]
+                    generator = torch.Generator(p.device).manual_seed(draw_seed(task.trainer.datamodule.seed, task.updates))
                 p.grad.add_(torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) * spread)
         return coefficients
 
@@ -166,7 +177,7 @@ class MMPareto(Balance):
         self.gamma = gamma
         self.own: dict[str, Tensor] = {}
 
-    def observe(self, task: "Task", alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
+    def observe(self, task: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
         scaler = scaler_of(task.trainer.precision_plugin)
         # So that small gradients don't vanish in fp16; as a tensor, which the host needn't wait for.
         scale = 1.0 if scaler is None else scaler.scale(next(iter(alone.values())).new_ones(()))
@@ -180,7 +191,7 @@ class MMPareto(Balance):
             flat = torch.cat([gradient.flatten() for gradient in zeros]) / (scale * task.trainer.accumulate_grad_batches)
             self.own[modality] = self.own[modality] + flat if modality in self.own else flat
 
-    def modulate(self, task: "Task") -> dict[str, Any]:
+    def modulate(self, task: Training) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for modality in task.modalities:
             if modality not in self.own:
@@ -196,7 +207,7 @@ class MMPareto(Balance):
         self.own.clear()
         return found
 
-    def encoder(self, task: "Task", modality: str) -> list[Tensor]:
+    def encoder(self, task: Training, modality: str) -> list[Tensor]:
         assert task.model is not None
         return [p for p in task.model.encoders[modality].parameters() if p.requires_grad]
 
@@ -240,21 +251,21 @@ class GradientBlending(Balance):
         self.weights: dict[str, float] = {}
         self.before: dict[str, list[float]] = {}
 
-    def begin(self, task: "Task") -> None:
-        if "val" not in task.trainer.datamodule.splits:  # type: ignore[attr-defined]
+    def begin(self, task: Training) -> None:
+        if "val" not in task.trainer.datamodule.splits:
             raise UserError("model.balance: gradient blending weighs losses by their fall on a val split; there is none")
 
     def total(self, fused: Tensor, alone: Mapping[str, Tensor]) -> Tensor:
         losses = {self.FUSED: fused, **alone}
         return sum((self.weights.get(name, 1 / len(losses)) * loss for name, loss in losses.items()), start=torch.zeros_like(fused))
 
-    def modulate(self, task: "Task") -> dict[str, Any]:
+    def modulate(self, task: Training) -> dict[str, Any]:
         return dict(self.weights)
 
-    def end_epoch(self, task: "Task") -> None:
+    def end_epoch(self, task: Training) -> None:
         if (task.trainer.current_epoch + 1) % self.every:
             return
-        most = len(task.trainer.datamodule.splits["val"].samples)  # type: ignore[attr-defined]
+        most = len(task.trainer.datamodule.splits["val"].samples)
         losses = [task.sample_losses(split, most) for split in ("train", "val")]
         now = {name: [float(of_split[name].nanmean()) for of_split in losses] for name in losses[0]}
         if self.before:
@@ -284,7 +295,7 @@ def blending_weights(before: Mapping[str, list[float]], now: Mapping[str, list[f
     return {name: value / total if total else 1 / len(ratio) for name, value in ratio.items()}
 
 
-def summed(task: "Task", x: Tensor) -> Tensor:
+def summed(task: Training, x: Tensor) -> Tensor:
     """The sum over all ranks: one collective, where Lightning's way waits at a barrier first."""
     if task.trainer.world_size > 1:
         x = x.clone()
@@ -292,7 +303,7 @@ def summed(task: "Task", x: Tensor) -> Tensor:
     return x
 
 
-def learning(task: "Task") -> dict[str, Tensor]:
+def learning(task: Training) -> dict[str, Tensor]:
     """The model's parameters that have a gradient, by name."""
     assert task.model is not None
     return {name: p for name, p in task.model.named_parameters() if p.grad is not None}

@@ -17,9 +17,10 @@ from lightning.pytorch.callbacks import (
 
 from fusion.data.module import ImageTextData
 from fusion.errors import UserError, nearest
-from fusion.training.ddp import DDP
-from fusion.training.fsdp import FSDP
-from fusion.training.precision import scaler_of
+from fusion.lightning_private import look_after_validation, looks_at_epoch_end, syncs_batchnorm
+from fusion.training.distributed.ddp import DDP
+from fusion.training.distributed.fsdp import FSDP
+from fusion.training.optim.precision import scaler_of
 from fusion.training.task import Task
 
 REJECTED = {
@@ -43,15 +44,15 @@ def check_before_training(trainer: Trainer, task: Task, data: ImageTextData) -> 
         for kind, instead in REJECTED.items():
             if isinstance(callback, kind):
                 raise UserError(f"trainer.callbacks: no {kind.__name__} here: {instead}")
-        if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/") and callback._check_on_train_epoch_end is None:
+        if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/") and looks_at_epoch_end(callback) is None:
             # After each validation: an epoch that max_steps cuts short has none.
-            callback._check_on_train_epoch_end = False
+            look_after_validation(callback)
         if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, FSDP):
             raise UserError(
                 f"trainer.callbacks: {type(callback).__name__} copies the whole model, of which FSDP leaves each device a share; average "
                 "under --recipe engine/ddp, or leave it out"
             )
-    if isinstance(trainer.strategy, FSDP) and trainer.strategy._layer_sync:
+    if isinstance(trainer.strategy, FSDP) and syncs_batchnorm(trainer.strategy):
         raise UserError("trainer.sync_batchnorm does nothing under FSDP; leave it out, or train by --recipe engine/ddp")
     if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise UserError(
@@ -101,7 +102,7 @@ def check_monitors(trainer: Trainer, task: Task, splits: dict[str, Any]) -> None
         if monitor is None or not getattr(callback, "strict", True) or (task.balance is not None and monitor.startswith("balance/")):
             continue
         if monitor in known:
-            at_each_end = getattr(callback, "_check_on_train_epoch_end", False)  # EarlyStopping's; None: it decides by itself
+            at_each_end = looks_at_epoch_end(callback)  # EarlyStopping's; None: it decides by itself
             if monitor.startswith("val/") and at_each_end and trainer.check_val_every_n_epoch != 1:
                 raise UserError(
                     f"trainer.callbacks: {type(callback).__name__} looks for '{monitor}' after epochs without validation "

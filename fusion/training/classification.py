@@ -9,8 +9,8 @@ from torchmetrics import MeanMetric
 
 from fusion.data.module import ImageTextData
 from fusion.data.samples import Batch
+from fusion.evaluation.metrics import classification_metrics, per_split
 from fusion.training.balance import summed
-from fusion.training.metrics import classification_metrics, per_split
 from fusion.training.modality_dropout import presence
 from fusion.training.task import Task
 

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion.encoders import Images
-
 
 def drop_modalities(inputs: Mapping[str, Any], probability: float) -> dict[str, Tensor]:
     """By modality (B,) bool, which samples keep it: each loses each of its modalities with this probability.
@@ -23,7 +21,7 @@ def drop_modalities(inputs: Mapping[str, Any], probability: float) -> dict[str, 
 
 def presence(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """By modality (B,) bool, which samples have it."""
-    return {name: x.present if isinstance(x, Images) else x.mask.any(dim=1) for name, x in inputs.items()}
+    return {name: x.present for name, x in inputs.items()}
 
 
 def kept_modalities(present: Tensor, draw: Tensor, probability: float) -> Tensor:

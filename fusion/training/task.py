@@ -20,16 +20,17 @@ from fusion.encoders import Encoder
 from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError, construction, nearest
 from fusion.heads import CrossAttention, FusionHead, FusionOutput, Unimodal
+from fusion.lightning_private import batches_that_stepped, logs_now
 from fusion.model import FusionModel, check_part, factory_parts, head_class, head_spec
 from fusion.training.balance import Balance, summed
-from fusion.training.ddp import DDP
-from fusion.training.freezing import Freeze, Freezing, wrap_again
-from fusion.training.fsdp import FSDP, shard
-from fusion.training.groups import Rate, check_rates, parameter_groups
+from fusion.training.distributed.ddp import DDP
+from fusion.training.distributed.fsdp import FSDP, shard
 from fusion.training.modality_dropout import drop_modalities
-from fusion.training.muon import Muon
-from fusion.training.precision import reject_trained_float16, scaler_of
-from fusion.training.schedules import Constant, Schedule
+from fusion.training.optim.freezing import Freeze, Freezing, wrap_again
+from fusion.training.optim.groups import Rate, check_rates, parameter_groups
+from fusion.training.optim.muon import Muon
+from fusion.training.optim.precision import reject_trained_float16, scaler_of
+from fusion.training.optim.schedules import Constant, Schedule
 
 FORMAT = 5
 ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
@@ -218,7 +219,7 @@ class Task(LightningModule):
         self.log_dict(means, logger=False)
         # At once, since Lightning would do it after the epoch's checkpoint is made, which knows what was logged before.
         for logger in self.loggers:
-            logger.log_metrics(means | {"epoch": self.current_epoch}, step=self.trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+            logger.log_metrics(means | {"epoch": self.current_epoch}, step=batches_that_stepped(self.trainer) - 1)
         self.sums = {"samples": 0}
         if self.balance is not None:
             self.balance.end_epoch(self)
@@ -287,7 +288,7 @@ class Task(LightningModule):
             for progress in (steps.total, steps.current):
                 progress.ready -= 1
                 progress.completed -= 1
-        if self.trainer._logger_connector.should_update_logs:  # a call of log costs a millisecond, reading a scale waits for the device
+        if logs_now(self.trainer):  # a call of log costs a millisecond, reading a scale waits for the device
             means = {f"train/{name}_step": mean for name, mean in self.update_means().items()}
             self.log_dict({"train/lr": rate, **self.figures(), **means})
 

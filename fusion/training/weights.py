@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusion.data.checkpoint import find_damage
 from fusion.data.processor import Processor
 from fusion.data.table import listed
 from fusion.encoders import TransformersText
 from fusion.errors import UserError
 from fusion.model import FusionModel, make_head
+from fusion.runs.checkpoint_files import find_damage
 
 MOST_NAMES = 5
 

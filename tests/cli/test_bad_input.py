@@ -9,8 +9,8 @@ from PIL import Image
 from small_runs import InProcess, Run
 
 from fusion.cli.evaluate import data_of
-from fusion.cli.parser import FusionCLI
 from fusion.data import Columns, Format
+from fusion.settings.parser import FusionCLI
 
 OWN = [
     "--recipe=own",

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from small_runs import TINY, Run
 
-from fusion.cli.benchmark_gpu import findings
-from fusion.cli.benchmark_gpu_runs import Bounds, Runs, judged
-from fusion.cli.findings import Finding
+from fusion.benchmarks.findings import Finding
+from fusion.benchmarks.gpu import findings
+from fusion.benchmarks.gpu_runs import Bounds, Runs, judged
 
 
 def test_the_overhead_of_the_fit_loop_is_measured_against_two_bare_loops(here: Run) -> None:

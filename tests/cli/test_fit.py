@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_runs import TINY, InProcess, Run
 
-from fusion.cli.fit import fit
 from fusion.heads import available
+from fusion.session import fit
 
 
 def test_a_run_prints_its_plan_and_its_result(command: Run) -> None:

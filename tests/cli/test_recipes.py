@@ -10,12 +10,12 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from small_runs import ROOT
 
-from fusion.cli.parser import FusionCLI, expand_recipes
-from fusion.cli.recipes import recipe_names, stack
 from fusion.cli.schedule import schedule
 from fusion.errors import UserError
-from fusion.training.ddp import DDP
-from fusion.training.groups import parameter_groups
+from fusion.settings.parser import FusionCLI, expand_recipes
+from fusion.settings.recipes import recipe_names, stack
+from fusion.training.distributed.ddp import DDP
+from fusion.training.optim.groups import parameter_groups
 
 WHOLE = ["quickstart", "shapes", "easy_vqa", "vqa_rad", "own"]
 README = (ROOT / "README.md").read_text()

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion.cli.parser import FusionCLI
 from fusion.data import Columns, ImageTextData
 from fusion.data.module import wanted_cells
 from fusion.data.splits import draw_alike
 from fusion.encoders import TransformersText
 from fusion.errors import UserError
+from fusion.settings.parser import FusionCLI
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 from fusion.evaluation import scores_by_group
+from fusion.evaluation.metrics import classification_metrics
 from fusion.evaluation.scores import score
-from fusion.training.metrics import classification_metrics
 
 CLASSES = ["a", "b", "c", "d"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_heads import COUNTS, DIMS, FUSING, OUT, batch_of, fusing, make, whole
 
-from fusion.cli.benchmark_heads import peak_bytes
+from fusion.benchmarks.heads import peak_bytes
 from fusion.features import Features, masked_mean
 from fusion.heads.registry import HEADS
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from small_heads import DIMS, batch_of, smudged
 
+from fusion.benchmarks.heads import peak_bytes, taking_turns
+from fusion.benchmarks.plain_heads import plain_output
 from fusion.cli.benchmark import benchmark
-from fusion.cli.benchmark_heads import peak_bytes, taking_turns
-from fusion.cli.plain_heads import plain_output
 from fusion.errors import UserError
 from fusion.features import Features
 from fusion.heads.registry import HEADS

@@ -13,14 +13,14 @@ import torch.distributed as dist
 import yaml
 from tiny_world import BERT, FORKED, REPOSITORY, TWO, Run, newest, one_of_two
 
-import fusion.cli.fit as command
-from fusion.cli.fit import fit, quiet
-from fusion.cli.parser import FusionCLI
+import fusion.session as command
 from fusion.cli.ray_worker import free_port
 from fusion.data import Shapes
 from fusion.data.prepare import prepared
 from fusion.errors import INTERRUPTED
-from fusion.training.steps import SaveInTime
+from fusion.session import fit, quiet
+from fusion.settings.parser import FusionCLI
+from fusion.training.callbacks.signals import SaveInTime
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from torch import nn
 
 from fusion.encoders import Images, TimmImage
 from fusion.errors import UserError
-from fusion.training.batch_statistics import SyncStatistics
+from fusion.training.distributed.batch_statistics import SyncStatistics
 
 # Of each way in which timm normalises: plain, with the activation in it.
 NAMES = {"resnet10t": nn.SyncBatchNorm, "efficientnet_lite0": SyncBatchNormAct, "regnety_002": SyncBatchNormAct}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 
-from fusion.data.checkpoint import read_checkpoint
 from fusion.errors import UserError
-from fusion.training.checkpoints import AtomicCheckpointIO
+from fusion.runs.checkpoint_files import read_checkpoint
+from fusion.training.callbacks.checkpoints import AtomicCheckpointIO
 
 OLD, NEW = {"weight": torch.arange(5)}, {"weight": torch.randn(300_000)}
 

@@ -8,8 +8,8 @@ import pytest
 from lightning.pytorch import Callback
 from tiny_world import EARLY, NO_VALIDATION, SELDOM, SHORT
 
-from fusion.cli.fit import fit
 from fusion.errors import UserError
+from fusion.session import fit
 
 # Metrics that are watched.
 

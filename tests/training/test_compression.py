@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tiny_world import ROUNDING, TWO, assert_same_end, furthest, furthest_weights
 
 from fusion.errors import UserError
-from fusion.training import residuals
-from fusion.training.muon import orthogonal
-from fusion.training.sign_compression import SignCompression, code, packed, spoken, unpacked
+from fusion.training.distributed import residuals
+from fusion.training.distributed.sign_compression import SignCompression, code, packed, spoken, unpacked
+from fusion.training.optim.muon import orthogonal
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=50))
@@ -121,7 +121,7 @@ def test_in_the_axes_of_what_was_heard_small_directions_are_not_drowned(alone, m
     """What Muon makes of momentum that was said, beside the momentum as it was: far nearer than in the matrix's own axes."""
     off = {}
     for longest in (0, 64):
-        monkeypatch.setattr("fusion.training.sign_compression.LONGEST", longest)
+        monkeypatch.setattr("fusion.training.distributed.sign_compression.LONGEST", longest)
         p, compression = torch.nn.Parameter(torch.zeros(24, 32)), SignCompression()
         true, heard = torch.zeros(24, 32), torch.zeros(24, 32)
         for gradient in uneven(80, (24, 32)):
@@ -146,7 +146,7 @@ def test_the_axes_stay_at_right_angles(alone, shape):
 
 
 def test_sides_too_long_and_filters_and_vectors_and_embeddings_keep_their_axes(alone, monkeypatch):
-    monkeypatch.setattr("fusion.training.sign_compression.LONGEST", 8)
+    monkeypatch.setattr("fusion.training.distributed.sign_compression.LONGEST", 8)
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 9), (8, 9), (9, 9), (8, 3, 3, 3), (8,))]
     compression = SignCompression()
     compression.embeddings = {parameters[1]}

@@ -9,9 +9,9 @@ from tiny_world import ROUNDING, TWO, furthest, furthest_weights
 
 COUNTED = """
 import sys, torch.distributed as dist
-from fusion.cli.fit import fit
-from fusion.cli.main import leave
-from fusion.training.steps import SaveInTime
+from fusion.session import fit
+from fusion.exit import leave
+from fusion.training.callbacks.signals import SaveInTime
 
 calls = [0]
 

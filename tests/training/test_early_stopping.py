@@ -1,6 +1,6 @@
 """Early stopping as the recipe arranges it, beside the callbacks that every run has."""
 
-from fusion.cli.fit import fit
+from fusion.session import fit
 
 STILL = ["--model.optimizer.init_args.lr=0", "--trainer.max_epochs=6", "--recipe", "engine/early_stopping"]
 

@@ -9,14 +9,14 @@ from tiny_world import BERT, EARLY, NO_VALIDATION, SELDOM, SHORT
 from transformers import AutoConfig, AutoModel, BertTokenizerFast
 
 import fusion
-import fusion.training.progress as progress
+import fusion.training.callbacks.progress as progress
 from fusion.cli.evaluate import evaluate
-from fusion.cli.fit import fit
-from fusion.cli.parser import FusionCLI
 from fusion.cli.predict import predict
 from fusion.data.module import ImageTextData
 from fusion.errors import UserError
-from fusion.training.progress import Bar, EpochLines
+from fusion.session import fit
+from fusion.settings.parser import FusionCLI
+from fusion.training.callbacks.progress import Bar, EpochLines
 
 # Progress.
 

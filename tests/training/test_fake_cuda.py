@@ -14,7 +14,7 @@ from fusion.features import Features
 from fusion.heads.registry import HEADS
 from fusion.model import FusionModel
 from fusion.training import Muon
-from fusion.training.sign_compression import SignCompression
+from fusion.training.distributed.sign_compression import SignCompression
 
 
 @pytest.fixture

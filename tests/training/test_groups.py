@@ -10,7 +10,7 @@ from fusion.errors import UserError
 from fusion.heads import Bottleneck, Concat, Perceiver
 from fusion.model import FusionModel
 from fusion.training import Linear, Rate
-from fusion.training.groups import layer_factors, parameter_groups
+from fusion.training.optim.groups import layer_factors, parameter_groups
 
 
 def named_groups(model, **options):

@@ -13,7 +13,7 @@ from fusion.cli.main import run as run_command
 from fusion.errors import UserError
 from fusion.heads import Concat
 from fusion.training import Classification
-from fusion.training.guards import MOST_SKIPPED, Guard, finite, first_not_finite
+from fusion.training.callbacks.guards import MOST_SKIPPED, Guard, finite, first_not_finite
 
 FP16 = ["--trainer.plugins=fusion.training.Fp16"]
 

@@ -10,7 +10,7 @@ from host_waits import CountReads
 from lightning.pytorch import LightningModule
 from torch.optim.swa_utils import AveragedModel
 
-import fusion.cli.fit as command
+import fusion.session as command
 from fusion.training import EMA
 
 FP16 = ["--trainer.plugins=fusion.training.Fp16", "--trainer.plugins.init_args.init_scale=1024"]

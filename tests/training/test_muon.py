@@ -13,8 +13,8 @@ from fusion.encoders import TransformersText
 from fusion.heads import Unimodal
 from fusion.model import FusionModel
 from fusion.training import Muon
-from fusion.training.groups import parameter_groups
-from fusion.training.muon import orthogonal
+from fusion.training.optim.groups import parameter_groups
+from fusion.training.optim.muon import orthogonal
 
 
 def quintic(s: np.ndarray) -> np.ndarray:

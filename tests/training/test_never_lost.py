@@ -14,12 +14,12 @@ from lightning.pytorch import Callback
 from safetensors.torch import save_file
 from tiny_world import REPOSITORY, ROUNDING, TWO, Run, assert_same_end, furthest_weights, newest
 
-import fusion.cli.fit as command
-from fusion.cli.benchmark_kills import unlike
-from fusion.data.checkpoint import find_damage, newest_whole, read_checkpoint
+import fusion.session as command
+from fusion.benchmarks.kills import unlike
 from fusion.errors import UserError
-from fusion.training.checkpoints import AtomicCheckpointIO, BestAndLast
-from fusion.training.steps import SaveInTime
+from fusion.runs.checkpoint_files import find_damage, newest_whole, read_checkpoint
+from fusion.training.callbacks.checkpoints import AtomicCheckpointIO, BestAndLast
+from fusion.training.callbacks.signals import SaveInTime
 from fusion.training.weights import load_weights
 
 # Damage.

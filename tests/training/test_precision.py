@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from fusion.cli.parser import FusionCLI
+from fusion.settings.parser import FusionCLI
 from fusion.training import Classification, Fp16
 
 FP16 = ["--trainer.plugins=fusion.training.Fp16", "--trainer.plugins.init_args.init_scale=1024"]

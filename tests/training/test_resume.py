@@ -12,12 +12,12 @@ import pytest
 import torch
 from tiny_world import REPOSITORY, TWO, Run, assert_same_end, newest
 
-import fusion.cli.fit as command
-from fusion.cli.benchmark_kills import unlike
+import fusion.session as command
+from fusion.benchmarks.kills import unlike
 from fusion.cli.main import run as run_command
 from fusion.errors import INTERRUPTED, REQUEUE, UserError
 from fusion.training import Classification
-from fusion.training.steps import SaveInTime
+from fusion.training.callbacks.signals import SaveInTime
 
 # An epoch has 8 batches of 16; the run has two epochs.
 

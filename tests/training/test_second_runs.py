@@ -10,12 +10,12 @@ import yaml
 from PIL import Image
 from tiny_world import ROUNDING, assert_same_end, furthest_weights
 
-import fusion.cli.fit as fit_module
+import fusion.session as fit_module
 from fusion.cli.evaluate import evaluate
 from fusion.cli.main import run as run_command
 from fusion.data.record import Record
 from fusion.errors import UserError
-from fusion.training.steps import SaveInTime
+from fusion.training.callbacks.signals import SaveInTime
 
 
 @pytest.fixture

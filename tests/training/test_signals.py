@@ -13,8 +13,8 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy
 from tiny_world import REPOSITORY, TWO, Run, newest
 
-from fusion.cli.fit import lost_a_rank
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE
+from fusion.session import lost_a_rank
 from fusion.training import DDP
 
 
@@ -91,8 +91,8 @@ def test_a_signal_to_one_rank_alone_ends_both_together(tiny, tmp_path, rank):
 LATE = """
 import os, signal
 from fusion.cli.main import run
-from fusion.training.checkpoints import BestAndLast
-from fusion.training.steps import AgreeFirst
+from fusion.training.callbacks.checkpoints import BestAndLast
+from fusion.training.callbacks.signals import AgreeFirst
 
 where = os.environ["WHERE"]
 

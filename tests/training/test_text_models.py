@@ -16,7 +16,7 @@ from fusion.errors import UserError
 from fusion.heads import Gated
 from fusion.predictor import Predictor
 from fusion.training import Classification
-from fusion.training.plan import Plan
+from fusion.training.callbacks.plan import Plan
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = [*SPECIAL, "is", "there", "a", "red", "blue", "?"]

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from fusion.cli.benchmark_kills import unlike
+from fusion.benchmarks.kills import unlike
 from fusion.cli.main import run as run_command
 
 REPOSITORY = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ def furthest_weights(one, two):
 # Two ranks without the start of a command.
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["fusion.cli.fit", "fusion.encoders", "fusion.training", "torch._dynamo", "transformers.models.bert"])
+FORKED.set_forkserver_preload(["fusion.session", "fusion.encoders", "fusion.training", "torch._dynamo", "transformers.models.bert"])
 
 
 def one_of_two(rank, port, words, prints):

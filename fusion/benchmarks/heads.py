@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion.cli.plain_heads import plain_output
-from fusion.cli.tables import aligned
+from fusion.benchmarks.plain_heads import plain_output
+from fusion.console import aligned
 from fusion.errors import UserError
 from fusion.features import Features
 from fusion.heads import FusionHead, available
@@ -27,7 +27,7 @@ def benchmark_heads(pattern: str, *, batch: int, text: int, image: int, width: i
     print(
         f"{batch} samples, text {text} tokens x {width}, image {image} x {width}, float32 on {device()}, "
         f"{torch.get_num_threads()} threads, median of {rounds} rounds\n"
-        "plain: the plainest PyTorch of the formula (fusion/cli/plain_heads.py), in turns in the same run\n"
+        "plain: the plainest PyTorch of the formula (fusion/benchmarks/plain_heads.py), in turns in the same run\n"
     )
     rows = [["", "parameters", "forward ms", "of plain", "with backward ms", "of plain", "peak MiB", "of plain"]]
     for name in available(pattern):
@@ -77,7 +77,7 @@ def refuse_unlike(head: FusionHead, ways: list[Callable[[], Tensor]]) -> None:
     head.train()
     if not same:
         raise UserError(
-            f"the plain formulation of {type(head).__name__} (fusion/cli/plain_heads.py) doesn't know these options; try --curve"
+            f"the plain formulation of {type(head).__name__} (fusion/benchmarks/plain_heads.py) doesn't know these options; try --curve"
         )
 
 

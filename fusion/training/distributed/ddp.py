@@ -6,24 +6,23 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from fusion.errors import UserError
-from fusion.training import residuals
-from fusion.training.batch_statistics import SyncStatistics
-from fusion.training.lost_ranks import LeavesLostRanks
-from fusion.training.precision import scaler_of
-from fusion.training.sign_compression import SignCompression
+from fusion.lightning_private import HookedDDP, syncs_batchnorm
+from fusion.training.distributed import residuals
+from fusion.training.distributed.batch_statistics import SyncStatistics
+from fusion.training.distributed.lost_ranks import LeavesLostRanks
+from fusion.training.distributed.sign_compression import SignCompression
+from fusion.training.optim.precision import scaler_of
 
 Compression = Literal["none", "fp16", "bf16", "sign"]
 
 
-class DDP(LeavesLostRanks, DDPStrategy):
+class DDP(LeavesLostRanks, HookedDDP):
     """Lightning's DDP (NCCL between GPUs, gloo between processes on CPUs) with the gradients' form on the wire chosen in the recipe.
 
     (Lightning registers DDP's communication hooks on GPUs alone, in silence; here they work on both.)
@@ -51,20 +50,19 @@ class DDP(LeavesLostRanks, DDPStrategy):
         self.resumed: dict[str, Any] = {}  # the state of a checkpoint, until the model is on its device
         self.sent = 0
 
-    def _configure_launcher(self) -> None:
+    def before_launch(self) -> None:
         """Refuse, before any other process is started, what their backend can't do."""
-        if self.compress == "bf16" and self._get_process_group_backend() != "nccl":
+        if self.compress == "bf16" and self.backend != "nccl":
             raise UserError("DDP: compress=bf16 needs NCCL, that is GPUs: gloo doesn't sum bf16. On a CPU take fp16 or sign")
-        if self._layer_sync and self.root_device.type == "cpu":
+        if syncs_batchnorm(self) and self.root_device.type == "cpu":
             raise UserError("trainer.sync_batchnorm needs GPUs: torch has no synchronised batch normalisation on CPUs")
-        super()._configure_launcher()
 
     def setup(self, trainer: Trainer) -> None:
-        if self._layer_sync:  # trainer.sync_batchnorm
-            self._layer_sync = SyncStatistics()
+        if syncs_batchnorm(self):
+            self.sync_batchnorm_by(SyncStatistics())
         super().setup(trainer)
 
-    def _register_ddp_hooks(self) -> None:
+    def register_hooks(self) -> None:
         model = self.model
         assert isinstance(model, DistributedDataParallel)
         if self.compress == "none":  # DDP's own way, which is faster than a hook
@@ -102,7 +100,7 @@ class DDP(LeavesLostRanks, DDPStrategy):
             return {}
         return self.sign.state(dict(self.lightning_module.named_parameters())) | {"world": self.world_size}  # type: ignore[union-attr]
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         folder, state = Path(filepath).parent, checkpoint["fusion"]["compression"]
         if state:
             own = residuals.path_of(folder, state["updates"], self.global_rank, self.world_size)

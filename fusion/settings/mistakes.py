@@ -13,11 +13,11 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from torch.optim import Optimizer
 
-from fusion.cli.recipes import Recipe
 from fusion.data import Preparer
 from fusion.encoders import Encoder
 from fusion.errors import nearest
 from fusion.heads import FusionHead
+from fusion.settings.recipes import Recipe
 from fusion.training import Balance, Schedule
 
 # What may stand at these keys.

@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from fusion.data.checkpoint import read_checkpoint
 from fusion.errors import UserError
+from fusion.lightning_private import save_last
+from fusion.runs.checkpoint_files import read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -106,6 +107,5 @@ class BestAndLast(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, module)
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        save_last(self, trainer)
         self.saved_at = time.monotonic()

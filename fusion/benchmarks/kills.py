@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from fusion.cli.tables import aligned
-from fusion.data.checkpoint import read_checkpoint
+from fusion.console import aligned
 from fusion.errors import UserError
-from fusion.training.run_folder import read_metrics
+from fusion.runs.checkpoint_files import read_checkpoint
+from fusion.training.callbacks.run_folder import read_metrics
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "Fp16", "current_model_state", "averaging_state", "fusion")
 TRAINING = "  precision "  # the last line of the plan, printed as training begins

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from fusion.cli.benchmark_gpu_models import fit_loop, heads, long_texts, overlap, whole_model
-from fusion.cli.benchmark_gpu_runs import Runs, compressed, killed, lost_rank, precisions
-from fusion.cli.findings import Finding
-from fusion.cli.fit import choose_kernels, quiet
+from fusion.benchmarks.findings import Finding
+from fusion.benchmarks.gpu_models import fit_loop, heads, long_texts, overlap, whole_model
+from fusion.benchmarks.gpu_runs import Runs, compressed, killed, lost_rank, precisions
+from fusion.session import choose_kernels, quiet
 
 Check = Callable[[], Iterator[Finding]]
 

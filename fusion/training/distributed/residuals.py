@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion.data.checkpoint import DAMAGE, find_damage
 from fusion.errors import UserError
-from fusion.training.checkpoints import save_whole
+from fusion.runs.checkpoint_files import DAMAGE, find_damage
+from fusion.training.callbacks.checkpoints import save_whole
 
 FOLDER = "residuals"
 NAME = re.compile(r"update-(\d+)-rank-\d+-of-(\d+)\.pt")

@@ -11,21 +11,22 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from fusion.cli.mistakes import rejected_by_constructor, told_plainly
-from fusion.cli.recipes import PATH_KEYS, Recipe, stack
 from fusion.data import ImageTextData
 from fusion.data.sampler import accumulation
 from fusion.errors import UserError, construction
+from fusion.lightning_private import LateCLI
+from fusion.settings.mistakes import rejected_by_constructor, told_plainly
+from fusion.settings.recipes import PATH_KEYS, Recipe, stack
 from fusion.training import Classification
-from fusion.training.checkpoints import AtomicCheckpointIO
-from fusion.training.ddp import DDP
-from fusion.training.progress import Bar
-from fusion.training.run_folder import RunFolder
+from fusion.training.callbacks.checkpoints import AtomicCheckpointIO
+from fusion.training.callbacks.progress import Bar
+from fusion.training.callbacks.run_folder import RunFolder
+from fusion.training.distributed.ddp import DDP
 
 TRAINER_DEFAULTS = {
     "max_epochs": 10,
@@ -36,7 +37,7 @@ TRAINER_DEFAULTS = {
 }
 
 
-class FusionCLI(LightningCLI):
+class FusionCLI(LateCLI):
     """Parses recipes and options into settings; `make` turns them into model, data and trainer when asked to."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
@@ -90,9 +91,6 @@ class FusionCLI(LightningCLI):
         for key in PATH_KEYS:  # so that the saved recipe means the same from anywhere
             if self.config.data[key]:
                 self.config.data[key] = os.path.abspath(os.path.expanduser(self.config.data[key]))
-
-    def _set_seed(self) -> None:
-        """Not at parsing: `make` follows, with the seed set by the command."""
 
     def instantiate_classes(self) -> None:
         """Not at parsing: see `make`."""

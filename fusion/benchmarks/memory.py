@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from fusion.cli.benchmark_heads import device, peak_bytes, taking_turns
-from fusion.cli.fit import print_data_notes, quiet
-from fusion.cli.parser import FusionCLI
-from fusion.cli.tables import aligned
+from fusion.benchmarks.heads import device, peak_bytes, taking_turns
+from fusion.console import aligned
 from fusion.data import Batch, ImageTextData
+from fusion.session import print_data_notes, quiet
+from fusion.settings.parser import FusionCLI
 from fusion.training import Classification
 
 

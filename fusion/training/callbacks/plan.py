@@ -11,7 +11,8 @@ from torch import nn
 from fusion.data.curriculum import LOSS
 from fusion.data.module import SPLITS, ImageTextData
 from fusion.data.sampler import GlobalBatches
-from fusion.training.ddp import DDP
+from fusion.lightning_private import training_batches
+from fusion.training.distributed.ddp import DDP
 from fusion.training.task import Task
 
 MOST_CLASSES = 8
@@ -91,7 +92,7 @@ def precisions(part: nn.Module) -> str:
 
 def training_lines(trainer: Trainer, module: Task) -> list[str]:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    batches = trainer.fit_loop._combined_loader.flattened[0].batch_sampler  # type: ignore[union-attr]
+    batches = training_batches(trainer)
     asked = "" if batches.batch_size == data.batch_size else f" (asked {data.batch_size}; train has no more)"
     warmup, schedule = module.schedule.warmup_updates(module.horizon), type(module.schedule).__name__.lower()
     device = trainer.strategy.root_device

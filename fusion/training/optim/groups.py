@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fusion.encoders.base import Encoder
 from fusion.errors import UserError
 from fusion.model import FusionModel, check_part, part_of
-from fusion.training.schedules import Schedule
+from fusion.training.optim.schedules import Schedule
 
 
 @dataclass

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion.cli.findings import Finding
+from fusion.benchmarks.findings import Finding
 from fusion.errors import LOST_RANK
-from fusion.training.run_folder import METRICS, read_metrics
+from fusion.training.callbacks.run_folder import METRICS, read_metrics
 
 TIMEOUT_S = 300
 ADAMW = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.init_args.lr=0.0015"]

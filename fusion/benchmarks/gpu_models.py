@@ -20,9 +20,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-import fusion.cli.fit as command
-from fusion.cli.benchmark_gpu_runs import BF16, Runs
-from fusion.cli.findings import Finding
+import fusion.session as command
+from fusion.benchmarks.findings import Finding
+from fusion.benchmarks.gpu_runs import BF16, Runs
 from fusion.encoders import Images, Texts, TimmImage, TransformersText
 from fusion.features import Features
 from fusion.heads import CrossAttention

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from fusion.errors import UserError
+from fusion.lightning_private import AveragedWeights
 
 
-class Average(WeightAveraging):
+class Average(AveragedWeights):
     """Lightning's, on the device of the model, whenever that has moved there; how many updates were averaged is counted on the host, which
     torch's own way asks the device for.
 
@@ -26,19 +26,19 @@ class Average(WeightAveraging):
         self.combine = combine
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._average_model is not None
-        self._average_model.module.to(pl_module.device)
-        self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+        assert self.averaged is not None
+        self.averaged.module.to(pl_module.device)
+        self.averaged.n_averaged = self.averaged.n_averaged.cpu()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step > self._latest_update_step and self.should_update(step_idx=trainer.global_step - 1):
+        if trainer.global_step > self.latest_update and self.should_update(step_idx=trainer.global_step - 1):
             self.average(pl_module)
-            self._latest_update_step = trainer.global_step
+            self.latest_update = trainer.global_step
 
     @torch.no_grad()
     def average(self, module: LightningModule) -> None:
         """Take in the weights and buffers of now; of whole numbers (counts of batches) the last."""
-        averaged = self._average_model
+        averaged = self.averaged
         assert averaged is not None
         count = int(averaged.n_averaged)
         before, after = (chain(m.parameters(), m.buffers()) for m in (averaged.module, module))
@@ -93,9 +93,9 @@ class SWA(Average):
         self.trainer = trainer
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        if step_idx is None or self._average_model is None:
+        if step_idx is None or self.averaged is None:
             return False
         first = int(self.start * (self.trainer.max_epochs or 0))
         if self.trainer.current_epoch <= first:
-            self._average_model.n_averaged.zero_()  # the next one replaces what is there
+            self.averaged.n_averaged.zero_()  # the next one replaces what is there
         return self.trainer.current_epoch < first or self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch

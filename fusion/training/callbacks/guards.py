@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from fusion.errors import UserError
 from fusion.model import part_of, plain_name
-from fusion.training.precision import scaler_of
-from fusion.training.run_folder import RunFolder
+from fusion.training.callbacks.run_folder import RunFolder
+from fusion.training.optim.precision import scaler_of
 from fusion.training.task import Task
 
 MOST_NAMES = 3

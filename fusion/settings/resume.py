@@ -8,11 +8,11 @@ import tokenizers
 import torch
 import yaml
 
-from fusion.cli.parser import words
 from fusion.data import ImageTextData
 from fusion.data.record import Record
 from fusion.data.table import listed
 from fusion.errors import UserError
+from fusion.settings.parser import words
 from fusion.training.task import refuse_other_format
 
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fusion.training.ddp import DDP
-
-
 LONGEST = 1024  # a longer side keeps its own axes
 MEMORY = 0.9  # how much of an axis's past an update leaves
 TURN_EVERY = 2  # updates
+
+
+class Exchanging(Protocol):
+    """A strategy whose gradients are exchanged; sent: bytes that this rank has handed over."""
+
+    sent: int
+
+    @property
+    def world_size(self) -> int: ...
 
 
 class SignCompression:
@@ -70,7 +75,7 @@ class SignCompression:
                 turn([axes for sides in self.axes.values() for axes in sides if axes is not None])
         self.left, self.heard = {}, []
 
-    def exchange(self, strategy: DDP, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def exchange(self, strategy: Exchanging, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         buffer, gradients = bucket.buffer(), dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
         groups = self.alike(list(gradients))
         said = [self.encode(alike, torch.stack([gradients[p] for p in alike])) for alike in groups]

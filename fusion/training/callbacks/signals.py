@@ -11,11 +11,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.optim import Optimizer
 
 from fusion.data.sampler import draw_seed
-from fusion.errors import INTERRUPTED, REQUEUE
-from fusion.training.checkpoints import BestAndLast
+from fusion.exit import SIGNALS
+from fusion.lightning_private import hear_no_signals, is_accumulating, is_by_clock, timeout_of, validation_is_due
+from fusion.training.callbacks.checkpoints import BestAndLast
 from fusion.training.task import Task
-
-SIGNALS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE}
 
 
 class SeedEachStep(Callback):
@@ -64,9 +63,8 @@ class SaveInTime(Checkpoint):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.checkpoint = next((c for c in trainer.callbacks if isinstance(c, BestAndLast)), None)  # type: ignore[attr-defined]
         if trainer.world_size > 1 and dist.get_backend() != "gloo":
-            self.group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
-        # Lightning's own way, before every batch, waits for the device, hears of signals to the first rank alone, and hides a lost rank.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            self.group = dist.new_group(backend="gloo", timeout=timeout_of(trainer.strategy))
+        hear_no_signals(trainer)  # of which it is told here
         self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -173,14 +171,11 @@ def over(trainer: Trainer) -> bool:
 
 def validation_follows(trainer: Trainer) -> bool:
     """Whether the batch at hand is followed by validation; by a clock (val_check_interval as a time), on which ranks need not agree, no."""
-    loop = trainer.fit_loop.epoch_loop
-    if trainer._val_check_time_interval is not None or loop.val_loop.skip:  # type: ignore[attr-defined]
-        return False
-    return loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+    return not is_by_clock(trainer) and not trainer.fit_loop.epoch_loop.val_loop.skip and validation_is_due(trainer)
 
 
 def may_be_made_anew(trainer: Trainer) -> bool:
     """Whether a run could go on from the start of the validation at hand: not within an update's accumulated batches."""
-    if trainer.state.fn != "fit" or trainer.sanity_checking or trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
+    if trainer.state.fn != "fit" or trainer.sanity_checking or is_by_clock(trainer):
         return False
-    return not over(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate()
+    return not over(trainer) and not is_accumulating(trainer)

@@ -1,22 +1,22 @@
 """Fully sharded data parallel (FSDP2), for encoders that don't fit one device with their gradients and their optimiser's state."""
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fusion.encoders import Encoder
 from fusion.errors import UserError
+from fusion.lightning_private import WholeMesh
 from fusion.model import FusionModel
-from fusion.training.lost_ranks import LeavesLostRanks
+from fusion.training.distributed.lost_ranks import LeavesLostRanks
 
 
-class FSDP(LeavesLostRanks, ModelParallelStrategy):
+class FSDP(LeavesLostRanks, WholeMesh):
     """Lightning's FSDP2 over all processes: each keeps a share of every weight, gradient and optimiser state, and gathers the weights of a
     block only while it computes it. Checkpoints are whole, as those of any other run.
 
@@ -31,11 +31,7 @@ class FSDP(LeavesLostRanks, ModelParallelStrategy):
             raise UserError(f"FSDP: timeout_s is {timeout_s}; expected a number above 0")
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timedelta(seconds=timeout_s))
 
-    def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if self.is_global_zero:  # whose state is the whole one
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 

@@ -13,13 +13,13 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from fusion.cli.benchmark_ranks import column
-from fusion.cli.fit import BOUNDS, fit
-from fusion.cli.parser import FusionCLI
-from fusion.cli.tables import aligned
+from fusion.benchmarks.ranks import column
+from fusion.console import aligned
 from fusion.errors import UserError, nearest
 from fusion.heads import available
-from fusion.training.run_folder import read_metrics
+from fusion.session import BOUNDS, fit
+from fusion.settings.parser import FusionCLI
+from fusion.training.callbacks.run_folder import read_metrics
 
 ALL = "all"
 

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fusion.data.record import FILE as SAMPLES
 from fusion.errors import UserError
+from fusion.lightning_private import log_now, logs_now, step_metrics
 
 PACKAGES = ("torch", "lightning", "timm", "transformers", "tokenizers", "torchmetrics", "numpy", "pillow", "jsonargparse", "omegaconf")
 ISSUES, METRICS = "data_issues.csv", "metrics.csv"
@@ -74,7 +75,7 @@ class RunFolder(Callback):
         self.csv.experiment.metrics[:0] = kept
         self.csv.rows = len(kept)
         if self.logged["waiting"]:
-            trainer._logger_connector.log_metrics(self.logged["waiting"])
+            log_now(trainer, self.logged["waiting"])
         self.csv.save()
         assert self.folder is not None
         (self.folder / EARLIER).unlink(missing_ok=True)
@@ -86,11 +87,10 @@ class RunFolder(Callback):
         if not (trainer.is_global_zero and self.log and trainer.loggers):
             return
         self.csv.save()
-        loop = trainer.fit_loop.epoch_loop
-        seen: Any = loop.batch_progress.total
+        seen: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         # Lightning logs an update after the hook in which it may be saved.
-        waits = seen.completed < seen.processed and trainer._logger_connector.should_update_logs
-        waiting = {name: float(value) for name, value in loop._results.metrics(on_step=True)["log"].items()} if waits else {}
+        waits = seen.completed < seen.processed and logs_now(trainer)
+        waiting = step_metrics(trainer) if waits else {}
         checkpoint["logged"] = {"rows": self.csv.rows, "waiting": waiting}
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:

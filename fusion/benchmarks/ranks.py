@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fusion.cli.parser import FusionCLI
-from fusion.cli.tables import aligned
+from fusion.console import aligned
 from fusion.data.sampler import GlobalBatches
 from fusion.errors import UserError
-from fusion.training.run_folder import read_metrics
+from fusion.settings.parser import FusionCLI
+from fusion.training.callbacks.run_folder import read_metrics
 
 ALONE = ["--trainer.devices=1", "--trainer.strategy=auto"]
 ONE, HALVES, APART = "one rank", "one rank, accumulation x 2", "runs of one rank at once"

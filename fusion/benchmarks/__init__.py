@@ -1,0 +1,1 @@
+"""Benchmarks: what README's figures come from."""

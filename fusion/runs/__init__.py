@@ -1,0 +1,1 @@
+"""Runs: what stands in a run's folder."""

@@ -1,0 +1,1 @@
+"""Settings: from recipes and options to the objects of a run."""

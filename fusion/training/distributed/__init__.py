@@ -1,0 +1,1 @@
+"""Many devices: strategies, compression, statistics of whole batches."""

@@ -1,0 +1,1 @@
+"""Optimisation: optimisers, schedules, groups of parameters, precision."""
