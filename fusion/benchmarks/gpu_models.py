@@ -235,7 +235,7 @@ class Look(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.FIRST:
             self.pinned = bool(next(iter(trainer.train_dataloader)).target.is_pinned())  # type: ignore[arg-type]
-            averages = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            averages = (getattr(callback, "averaged", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
             self.average = next((str(next(a.module.parameters()).device) for a in averages if a is not None), "none")
             warnings.simplefilter("always")
             self.usual, warnings.showwarning = warnings.showwarning, self.note
