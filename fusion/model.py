@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -198,3 +199,15 @@ def factory_parts(factory: Any, base: type) -> tuple[type, dict[str, Any]]:
         if isinstance(candidate, type) and issubclass(candidate, base):
             return candidate, dict(getattr(factory, "keywords", {}))
     raise TypeError(f"expected a {base.__name__} class or a functools.partial of one, got {factory!r}")
+
+
+def with_unimodal(factory: Callable[..., FusionHead]) -> Callable[..., FusionHead]:
+    """The factory of a head that also predicts from each modality alone, where that can be passed on; late heads do anyway."""
+    cls = head_class(factory)
+    options = signature(cls or factory).parameters
+    takes = "unimodal" in options or (cls is not None and any(option.kind is option.VAR_KEYWORD for option in options.values()))
+    return partial(factory, unimodal=True) if takes and (cls is None or cls.family != "late") else factory
+
+
+def predicts_alone(head: FusionHead) -> bool:
+    return head.family == "late" or head.unimodal is not None

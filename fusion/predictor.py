@@ -27,23 +27,41 @@ from fusion.heads import FusionHead
 from fusion.model import FusionModel
 from fusion.runs.checkpoint_files import read_checkpoint
 
-FORMATS = (2, 3, 4, 5)
+FORMAT = 6
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """labels: each sample's likeliest class; probabilities (N, C) float32, in the order of `classes`; present: modality -> (N,) bool."""
+    """What a model says of N samples.
 
-    labels: list[str]
-    probabilities: np.ndarray
-    classes: list[str]
+    answers: of each sample the likeliest class, the list of its labels, or the number. values (N, K) float32: the probabilities of the K
+    classes or labels, or the numbers. names: of the K. present: modality -> (N,) bool, whether the sample has it.
+
+    labels, probabilities and classes are the same by the names that they have in a classification.
+    """
+
+    answers: list[Any]
+    values: np.ndarray
+    names: list[str]
     present: dict[str, np.ndarray]
+
+    @property
+    def labels(self) -> list[Any]:
+        return self.answers
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        return self.values
+
+    @property
+    def classes(self) -> list[str]:
+        return self.names
 
 
 class Predictor:
-    """A trained model with all that it needs to read raw samples: tokenizer, image size, classes.
+    """A trained model with all that it needs to read raw samples: tokenizer, image size, task.
 
     model: a FusionModel in eval mode; processor: how samples become tensors and what the outputs mean.
     """
@@ -63,14 +81,17 @@ class Predictor:
             warnings.warn(note, stacklevel=2)
         held = read_checkpoint(path)
         about = held.get("fusion") if isinstance(held, dict) else None
-        if about is None or about.get("format") not in FORMATS:
-            raise UserError(f"{path} is not a checkpoint of this version of fusion")
-        if about["format"] < 5 and about["head"]["class"].endswith(".Stacking"):
-            raise UserError(f"{path}: its Stacking head read probabilities, which this version's doesn't: train it anew")
+        if about is None or "format" not in about:
+            raise UserError(f"{path} is not a checkpoint of fusion")
+        if about["format"] != FORMAT:
+            raise UserError(
+                f"{path} has format {about['format']}, this version of fusion reads {FORMAT}: predict with the version that trained it, or "
+                "train anew (--init_from takes its weights)"
+            )
         processor = Processor.from_state(about["processor"])
         encoders = {name: rebuilt(spec, Encoder)(**spec["init"]) for name, spec in about["encoders"].items()}
         head = partial(rebuilt(about["head"], FusionHead), **about["head"]["init"])
-        model = FusionModel.build(encoders, head, len(processor.classes))
+        model = FusionModel.build(encoders, head, processor.task.out_dim)
         add_adapters(model.encoders, about["adapters"])
         model.load_state_dict({key.removeprefix("model."): value for key, value in held["state_dict"].items() if key.startswith("model.")})
         return cls(model, processor, device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -82,7 +103,7 @@ class Predictor:
     def predict(
         self, images: Iterable[Picture | None] | None = None, texts: Iterable[Any] | None = None, *, batch_size: int = 64
     ) -> Predictions:
-        """The classes of samples, each an image and a text; None, NaN, pandas' NA or a blank text where a sample lacks one.
+        """The answers for samples, each an image and a text; None, NaN, pandas' NA or a blank text where a sample lacks one.
 
         images: paths, bytes of files, PIL pictures, or arrays (H, W, 3) uint8. texts: also numbers, booleans and times, which are written
         as in a manifest. Both are lists, iterators, NumPy arrays or columns of a data frame, in order whatever their index.
@@ -122,7 +143,7 @@ class Predictor:
     def ask(
         self, columns: Mapping[str, Sequence[Any]], unreadable: dict[int, ImageError] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Probabilities (B, C) and presence of one batch.
+        """What the task scores (probabilities, standardised numbers; (B, K)) and presence of one batch.
 
         Raises the ImageError of a picture that can't be read; or, if `unreadable` is given, puts it there by its place in the batch, whose
         row then means nothing.
@@ -146,19 +167,17 @@ class Predictor:
 
     @torch.inference_mode()
     def run(self, inputs: dict[str, Images | Texts]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Probabilities (B, C) and presence by modality of a batch of tensors."""
+        """What the task scores (B, K) and presence by modality of a batch of tensors."""
         ordered = {name: move_data_to_device(inputs[name], self.device) for name in self.modalities}
-        probabilities = self.model(ordered).output.float().softmax(dim=1).cpu()
-        return probabilities, {name: x.present if isinstance(x, Images) else x.mask.any(dim=1) for name, x in inputs.items()}
+        values = self.processor.task.values(self.model(ordered).output).cpu()
+        return values, {name: x.present for name, x in inputs.items()}
 
     def gather(self, outputs: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Predictions:
-        batches = list(outputs)
-        classes = self.processor.classes
-        if not batches:
-            return Predictions([], np.zeros((0, len(classes)), np.float32), classes, {name: np.zeros(0, bool) for name in self.modalities})
-        probabilities = torch.cat([probability for probability, _ in batches]).numpy()
-        present = {name: torch.cat([there[name] for _, there in batches]).numpy() for name in self.modalities}
-        return Predictions([classes[i] for i in probabilities.argmax(axis=1)], probabilities, classes, present)
+        """What `ask` gave of batches, as predictions."""
+        batches, task = list(outputs), self.processor.task
+        values = torch.cat([values for values, _ in batches]) if batches else torch.zeros(0, task.out_dim)
+        present = {name: np.concatenate([np.zeros(0, bool), *(there[name].numpy() for _, there in batches)]) for name in self.modalities}
+        return Predictions(task.answers(values.numpy()), task.in_units(values.numpy()), list(task.names), present)
 
 
 def decoded(pictures: Sequence[Picture | None], spec: ImageSpec) -> list[np.ndarray | ImageError | None]:

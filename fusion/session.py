@@ -2,11 +2,12 @@
 
 import json
 import logging
+import math
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +22,14 @@ from fusion.console import aligned, is_rank_zero, print_rank_zero, signs_of_life
 from fusion.data import ImageTextData
 from fusion.data.table import Table
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
-from fusion.evaluation.bounds import ceilings, repeated
+from fusion.evaluation.bounds import bounds, repeated
 from fusion.exit import leave
 from fusion.predictor import checkpoint_of
 from fusion.runs.checkpoint_files import newest_whole
 from fusion.settings.parser import FusionCLI, words
 from fusion.settings.resume import has_checkpoint, refuse_difference, refuse_other_data, refuse_past_end, resumed_run, to_go_on_from
-from fusion.training import Classification
+from fusion.tasks import Task
+from fusion.training import Engine
 from fusion.training.callbacks.checkpoints import BestAndLast
 from fusion.training.callbacks.guards import Guard
 from fusion.training.callbacks.plan import Plan
@@ -66,6 +68,7 @@ def fit(arguments: Sequence[str]) -> int:
         model, data, trainer = cli.make([Plan(), *standing_callbacks(run, cli.config.seed_everything), checkpoint])
         with signs_of_life("loading data and encoders"):
             model.build(data)
+        checkpoint.monitor_of(model.task.monitor, model.task.mode)
         if not validates(trainer, data.splits):
             checkpoint.without_validation()
         check_before_training(trainer, model, data)
@@ -150,7 +153,7 @@ def print_data_notes(data: ImageTextData) -> None:
         print_rank_zero(f"note: {note}")
 
 
-def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpoint: ModelCheckpoint, run: RunFolder) -> None:
+def finish(trainer: Trainer, model: Engine, data: ImageTextData, checkpoint: ModelCheckpoint, run: RunFolder) -> None:
     """Score the best checkpoint on the test split; print and keep the result."""
     best = checkpoint.best_model_path or checkpoint.last_model_path or None  # None: of a run without a single update
     updates = model.updates  # which the best checkpoint sets back
@@ -161,18 +164,23 @@ def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpo
         scores = {name.removeprefix("test/"): float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
     if scores:  # not with trainer.limit_test_batches=0
         table = data.splits["test"].table
-        bounds = upper_bounds(table, model.modalities)
-        scores |= {f"ceiling_{name}": bound for name, bound in bounds.items()}
+        task = model.task
+        best_alone = telling_bounds(task, table, model.modalities)
+        scores |= {f"{'ceiling' if task.mode == 'max' else 'floor'}_{name}": bound for name, bound in best_alone.items()}
         at_a_time = trainer.test_dataloaders[0].batch_sampler.batch_size * trainer.world_size  # type: ignore[index]
         scored = min(len(table), trainer.num_test_batches[0] * at_a_time)  # fewer by trainer.limit_test_batches
-        of_all = ["", "", f"{len(table):,}"] if scored < len(table) else []
+        of_all = f"{len(table):,}" if scored < len(table) else ""
         lines = [
-            ["test", "accuracy", "balanced", "F1 macro", "samples"],
-            ["this model", *(f"{scores[name]:.4f}" for name in ("accuracy", "balanced_accuracy", "f1_macro")), f"{scored:,}"],
-            *([BOUNDS[name], f"{bound:.4f}", *of_all] for name, bound in bounds.items()),
+            ["test", *task.headline, "samples"],
+            ["this model", *(f"{scores[name]:.4f}" for name in task.headline.values()), f"{scored:,}"],
         ]
+        for name, bound in best_alone.items():
+            cells = [f"{bound:.4f}" if score == task.bounded else "" for score in task.headline.values()]
+            lines.append([title_of(task, name), *cells, of_all])
     if trainer.is_global_zero and run.folder is not None:
-        (run.folder / "results.json").write_text(json.dumps({"test": scores, "updates": updates}, indent=2) + "\n", encoding="utf-8")
+        (run.folder / "results.json").write_text(
+            json.dumps({"test": finite(scores), "updates": updates}, indent=2) + "\n", encoding="utf-8"
+        )
     print_rank_zero("\n" + aligned(lines) if lines else "\nno test samples: nothing scored")
     print_rank_zero(f"\nrun folder  {run.folder}")
     if best is None:
@@ -182,16 +190,28 @@ def finish(trainer: Trainer, model: Classification, data: ImageTextData, checkpo
     print_rank_zero(f"use it      {command('predict')} --run {run.folder} --manifest FILE")
 
 
-BOUNDS = {"image": "upper bound (image only)", "text": "upper bound (text only)", "majority": "majority class"}
 INFORMATIVE = 0.5  # least share of samples whose input repeats; where it doesn't, a bound counts nothing
 
 
-def upper_bounds(table: Table, modalities: Sequence[str]) -> dict[str, float]:
-    """The bounds that say something of these samples: of each modality that the model reads, if it mostly repeats; and the majority's."""
+def telling_bounds(task: Task, table: Table, modalities: Sequence[str]) -> dict[str, float]:
+    """The bounds that say something of these samples: of each modality that the model reads, if it mostly repeats; and of one answer for
+    all."""
     inputs = {"image": table.images, "text": table.texts}
-    bounds = ceilings(table.images, table.texts, [str(label) for label in table.labels])
-    informative = [name for name in modalities if repeated(inputs[name]) >= INFORMATIVE]
-    return {name: bounds[name] for name in BOUNDS if name in informative or name == "majority"}
+    found = bounds(task, {name: inputs[name] for name in modalities if repeated(inputs[name]) >= INFORMATIVE}, table.labels)
+    of_all = found.pop(task.baseline)
+    return {**found, task.baseline: of_all}
+
+
+def title_of(task: Task, bound: str) -> str:
+    """What a bound is called in the table of results."""
+    if bound == task.baseline:
+        return "majority class" if task.one_of_classes else f"{bound} for all"
+    return f"{'upper' if task.mode == 'max' else 'lower'} bound ({bound} only)"
+
+
+def finite(scores: Mapping[str, float]) -> dict[str, float]:
+    """Those that the samples define; JSON has no NaN."""
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
 # What is said, and how.

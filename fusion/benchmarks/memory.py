@@ -12,7 +12,7 @@ from fusion.console import aligned
 from fusion.data import Batch, ImageTextData
 from fusion.session import print_data_notes, quiet
 from fusion.settings.parser import FusionCLI
-from fusion.training import Classification
+from fusion.training import Engine
 
 
 def benchmark_memory(arguments: Sequence[str], rounds: int) -> int:
@@ -24,9 +24,9 @@ def benchmark_memory(arguments: Sequence[str], rounds: int) -> int:
     parts = [*kept.modalities, "head"]
     again = {f"{part} computed again": [part] for part in parts} | {"all computed again": parts}
     variants = {"all kept": kept} | {name: made(arguments, chosen)[0] for name, chosen in again.items()}
-    tasks = list(variants.values())
-    ways: list[Callable[[], None]] = [partial(one_pass, task, batch) for task in tasks]
-    peaks = [peak_bytes(way, task.zero_grad) for way, task in zip(ways, tasks, strict=True)]
+    engines = list(variants.values())
+    ways: list[Callable[[], None]] = [partial(one_pass, engine, batch) for engine in engines]
+    peaks = [peak_bytes(way, engine.zero_grad) for way, engine in zip(ways, engines, strict=True)]
     times = taking_turns(ways, rounds)
     rows = [["", "peak MiB", "of all kept", "ms", "of all kept"]]
     for name, peak, seconds in zip(variants, peaks, times, strict=True):
@@ -37,12 +37,12 @@ def benchmark_memory(arguments: Sequence[str], rounds: int) -> int:
     return 0
 
 
-def made(arguments: Sequence[str], checkpointed: list[str]) -> tuple[Classification, ImageTextData]:
-    task, data = FusionCLI([*arguments, f"--model.checkpoint_activations={checkpointed}"]).model_and_data()
-    task.build(data)
-    return task.to(device()).train(), data
+def made(arguments: Sequence[str], checkpointed: list[str]) -> tuple[Engine, ImageTextData]:
+    engine, data = FusionCLI([*arguments, f"--model.checkpoint_activations={checkpointed}"]).model_and_data()
+    engine.build(data)
+    return engine.to(device()).train(), data
 
 
-def one_pass(task: Classification, batch: Batch) -> None:
-    task.zero_grad()
-    task.loss(task(batch.inputs), batch.target).backward()
+def one_pass(engine: Engine, batch: Batch) -> None:
+    engine.zero_grad()
+    engine.loss(engine(batch.inputs), batch.target).backward()

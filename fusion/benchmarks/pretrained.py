@@ -17,11 +17,12 @@ from fusion.benchmarks.ranks import column
 from fusion.console import aligned
 from fusion.errors import UserError, nearest
 from fusion.heads import available
-from fusion.session import BOUNDS, fit
+from fusion.session import fit
 from fusion.settings.parser import FusionCLI
 from fusion.training.callbacks.run_folder import read_metrics
 
 ALL = "all"
+BOUNDS = {"image": "upper bound (image only)", "text": "upper bound (text only)", "majority": "majority class"}
 
 
 class Score(NamedTuple):

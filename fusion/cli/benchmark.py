@@ -26,7 +26,7 @@ from fusion.errors import UserError, nearest
 from fusion.heads import available
 from fusion.session import quiet, standing_callbacks
 from fusion.settings.parser import FusionCLI
-from fusion.training import Classification
+from fusion.training import Engine
 from fusion.training.callbacks.run_folder import RunFolder
 
 BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "gpu")
@@ -165,7 +165,7 @@ class Clock(Callback):
         self.between()
 
 
-def bare_rounds(model: Classification, data: ImageTextData, updates: int, clip: float | None, clock: Clock) -> None:
+def bare_rounds(model: Engine, data: ImageTextData, updates: int, clip: float | None, clock: Clock) -> None:
     """One round of each bare loop, on the same model."""
     optimizer = model.new_optimizer()
     held: list[Batch] = list(islice(data.train_dataloader(), updates))

@@ -4,9 +4,10 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fusion.cli.options import Options, above_zero
 from fusion.cli.reading import HELP, data_of, reading_of, reading_options
@@ -20,6 +21,7 @@ from fusion.data.record import FILE, Record
 from fusion.data.table import Columns, Table
 from fusion.errors import UserError, nearest
 from fusion.evaluation import scores_by_group
+from fusion.tasks import Task
 
 UNFIT = r'[/\\:*?"<>|\0]'  # for the name of a file
 
@@ -42,44 +44,43 @@ def evaluate(arguments: Sequence[str]) -> int:
     data = data_of(run)
     data.ledger = ledger = Ledger("drop")  # told at the end; the run's on_bad_sample was for training, and is no option here
     predictor = load_for(run, asked.checkpoint, ledger)
-    modalities = tuple(predictor.modalities)
+    modalities, task = tuple(predictor.modalities), predictor.processor.task
     data.columns, data.format = reading_of(run, reading)
     if asked.manifest:
-        table = rows_of(asked.manifest, data.columns, data.format, modalities, ledger, need_label=True)
+        table = rows_of(asked.manifest, data.columns, data.format, modalities, ledger, task)
     else:
-        table = split_of(run, data, modalities, asked.split)
+        table = split_of(run, data, modalities, task, asked.split)
     if asked.by:
         column(table, data.columns, asked.by)  # refused now rather than after the predictions
-    table, predictions = predict_rows(predictor, table, ledger, asked.batch_size)
+    table, outputs = predict_rows(predictor, table, ledger, asked.batch_size)
     groups = column(table, data.columns, asked.by) if asked.by else None
-    labels = [str(label) for label in table.labels]
-    scores = scores_by_group(predictions.labels, labels, predictor.processor.classes, groups)
+    scores = scores_by_group(task, torch.cat([values for values, _ in outputs]), table.labels, groups)
     title = asked.manifest or asked.split
-    rows = [[f"{asked.by or ''}", "accuracy", "balanced", "F1 macro", "commonest", "samples"]]
-    for name, s in scores.items():
-        rows.append([name, *(f"{x:.4f}" for x in (s.accuracy, s.balanced_accuracy, s.f1_macro, s.majority)), f"{s.samples:,}"])
+    rows = [[f"{asked.by or ''}", *task.headline, task.baseline, "samples"]]
+    for name, found in scores.items():
+        shown = [f"{found[key]:.4f}" if key in found else "" for key in (*task.headline.values(), task.baseline)]
+        rows.append([name, *shown, f"{found['samples']:,}"])
     print(f"{title} of {asked.run}\n\n{aligned(rows)}")
-    print("\ncommonest: what always giving the commonest label of the row would score")
-    unseen = sorted(set(labels) - set(predictor.processor.classes))
+    print(f"\n{task.baseline}: the {task.bounded} of the best single answer for all samples of the row")
+    unseen = task.unseen(table.labels)
     if unseen:
-        share = sum(label in unseen for label in labels) / len(labels)
-        print(f"{len(unseen)} labels ({share:.1%} of the samples) never occurred in training and count as misses")
+        print(f"{unseen:,} samples ({unseen / len(table):.1%}) have a label that never occurred in training: always misses")
     print_issues(ledger, run / "evaluation_issues.csv")
     if not asked.manifest:
         by = f"-by-{re.sub(UNFIT, '_', asked.by)[:100]}" if asked.by else ""
         kept = run / f"evaluation-{asked.split}{by}.json"
-        kept.write_text(json.dumps({name: asdict(s) for name, s in scores.items()}, indent=2) + "\n", encoding="utf-8")
+        kept.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def split_of(run: Path, data: ImageTextData, modalities: tuple[str, ...], split: str) -> Table:
+def split_of(run: Path, data: ImageTextData, modalities: tuple[str, ...], task: Task, split: str) -> Table:
     """The samples that the run had in this split, found again in its manifest of today; what has changed is noted."""
     record = Record.read(run)
     if record is None:
         data.ledger.note(f"{run} has no {FILE}: which sample was in which split is found anew, as its recipe says")
-        table = data.split_table(modalities)
+        table = data.split_table(modalities, task)
     else:
-        table = data.table(modalities)
+        table = data.table(modalities, task)
         now = Record.of(table, {})
         found = record.match(now)
         paths, paths_now = record.columns["image"], now.columns["image"]

@@ -15,12 +15,13 @@ from fusion.data.ledger import Ledger
 from fusion.data.table import Table
 from fusion.errors import UserError
 from fusion.predictor import Predictions
+from fusion.tasks import Task
 from fusion.training.callbacks.run_folder import OWN_FILES
 
 
 def predict(arguments: Sequence[str]) -> int:
     """Run the command; gives the exit status."""
-    what = "Write the predictions for every row of a manifest: class, probabilities, modalities present."
+    what = "Write the predictions for every row of a manifest: the answer, probabilities, modalities present."
     options = Options("fusion predict", f"{what} {HELP}")
     options.add_argument("--run", required=True, help="run folder that fit printed, or a checkpoint file")
     options.add_argument("--manifest", required=True, help="CSV, JSON Lines or Parquet; labels are not needed")
@@ -41,9 +42,9 @@ def predict(arguments: Sequence[str]) -> int:
     ledger = Ledger("drop")
     predictor = load_for(run, asked.checkpoint, ledger)
     columns, format = reading_of(run, reading)
-    table = rows_of(asked.manifest, columns, format, tuple(predictor.modalities), ledger, need_label=False)
-    table, predictions = predict_rows(predictor, table, ledger, asked.batch_size)
-    write(out, table, predictions)
+    table = rows_of(asked.manifest, columns, format, tuple(predictor.modalities), ledger, None)
+    table, outputs = predict_rows(predictor, table, ledger, asked.batch_size)
+    write(out, table, predictor.gather(outputs), predictor.processor.task)
     print(f"{len(table):,} predictions in {out}")
     print_issues(ledger, issues)
     return 0
@@ -69,11 +70,11 @@ def is_same(path: Path, other: Path) -> bool:
     return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
 
 
-def write(out: Path, table: Table, predictions: Predictions) -> None:
-    """id, prediction, present_<modality>, p_<class>: one row a sample."""
-    columns: dict[str, list] = {"id": table.ids, "prediction": predictions.labels}
+def write(out: Path, table: Table, predictions: Predictions, task: Task) -> None:
+    """id, prediction, present_<modality>, and of a task with classes p_<class>: one row a sample."""
+    columns: dict[str, list] = {"id": table.ids, "prediction": [task.cell_of(answer) for answer in predictions.answers]}
     columns |= {f"present_{name}": there.tolist() for name, there in predictions.present.items()}
-    columns |= {f"p_{label}": predictions.probabilities[:, i].tolist() for i, label in enumerate(predictions.classes)}
+    columns |= task.columns(predictions.values)
     made = pa.table(columns)
     try:
         if out.suffix == ".csv":

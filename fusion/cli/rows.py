@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from fusion.console import SignOfLife, print_rank_zero
 from fusion.data.format import Format
@@ -11,7 +12,10 @@ from fusion.data.ledger import Ledger
 from fusion.data.module import image_issue
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
-from fusion.predictor import Predictions, Predictor, checkpoint_of
+from fusion.predictor import Predictor, checkpoint_of
+from fusion.tasks import Task
+
+Outputs = list[tuple[Tensor, dict[str, Tensor]]]
 
 
 def load_for(run: Path, checkpoint: str, ledger: Ledger) -> Predictor:
@@ -22,15 +26,15 @@ def load_for(run: Path, checkpoint: str, ledger: Ledger) -> Predictor:
     return Predictor.load(path)
 
 
-def rows_of(manifest: str, columns: Columns, format: Format, modalities: tuple[str, ...], ledger: Ledger, *, need_label: bool) -> Table:
-    """The rows of a manifest to be predicted. It need not have the columns of all modalities, and is of no split."""
+def rows_of(manifest: str, columns: Columns, format: Format, modalities: tuple[str, ...], ledger: Ledger, task: Task | None) -> Table:
+    """The rows of a manifest to be predicted, or scored by a task. It need not have the columns of all modalities, and is of no split."""
     columns = replace(columns, split=None)
-    return read_table(manifest, columns, modalities, need_label=need_label, ledger=ledger, format=format, need_all_inputs=False)
+    return read_table(manifest, columns, modalities, task=task, ledger=ledger, format=format, need_all_inputs=False)
 
 
-def predict_rows(predictor: Predictor, table: Table, ledger: Ledger, batch_size: int) -> tuple[Table, Predictions]:
-    """The rows whose image could be read, and their predictions."""
-    outputs: list[Any] = []
+def predict_rows(predictor: Predictor, table: Table, ledger: Ledger, batch_size: int) -> tuple[Table, Outputs]:
+    """The rows whose image could be read, and what the model gives for them: by batch values (B, K), and presence by modality."""
+    outputs: Outputs = []
     kept: list[int] = []
     sign = SignOfLife()
     for start in range(0, len(table), batch_size):
@@ -50,7 +54,7 @@ def predict_rows(predictor: Predictor, table: Table, ledger: Ledger, batch_size:
         raise UserError(
             f"none of the {len(table)} samples can be read; the first: {ledger.issues[0].reason if ledger.issues else 'no rows'}"
         )
-    return table.take(kept), predictor.gather(outputs)
+    return table.take(kept), outputs
 
 
 def print_issues(ledger: Ledger, path: Path) -> None:

@@ -13,7 +13,7 @@ from fusion.data.sampler import GlobalBatches, planned_updates
 from fusion.model import factory_parts
 from fusion.session import print_data_notes, quiet
 from fusion.settings.parser import FusionCLI, accumulate
-from fusion.training import Rate, Task
+from fusion.training import Engine, Rate
 from fusion.training.callbacks.plan import shares
 
 WIDTH, HEIGHT = 72, 10
@@ -35,8 +35,8 @@ def schedule(arguments: Sequence[str]) -> int:
     asked, rest = options.parse_known_args(words)
     quiet()
     cli = FusionCLI(rest)
-    task, data = cli.model_and_data()
-    task.build(data)
+    engine, data = cli.model_and_data()
+    engine.build(data)
     print_data_notes(data)
     devices = world(cli.config.trainer)
     accumulated = accumulate(cli.config, data, devices)
@@ -44,9 +44,9 @@ def schedule(arguments: Sequence[str]) -> int:
     epoch, horizon = planned_updates(cli.config.trainer, batches)
     count = len(data.splits["train"].samples)
     lines = [f"{count:,} samples, global batch {shares(batches)}: {epoch:,} updates an epoch, {horizon:,} in all"]
-    curves = {part: curve(task, rate, horizon) for part, rate in rates(task).items()}
+    curves = {part: curve(engine, rate, horizon) for part, rate in rates(engine).items()}
     for part, values in curves.items():
-        lines += ["", f"{part}: {told(task, rates(task)[part], horizon)}", *drawn(values)]
+        lines += ["", f"{part}: {told(engine, rates(engine)[part], horizon)}", *drawn(values)]
     print("\n".join(lines))
     if asked.csv:
         with open(asked.csv, "w", newline="", encoding="utf-8") as file:
@@ -65,27 +65,27 @@ def world(trainer: Any) -> int:
     return count * trainer.num_nodes
 
 
-def rates(task: Task) -> dict[str, Rate]:
+def rates(engine: Engine) -> dict[str, Rate]:
     """By part of the model, how fast it learns; all of it together where the recipe makes no difference."""
-    return {part: task.rates.get(part, Rate()) for part in (*task.modalities, "head")} if task.rates else {"all of the model": Rate()}
+    return {part: engine.rates.get(part, Rate()) for part in (*engine.modalities, "head")} if engine.rates else {"all of the model": Rate()}
 
 
-def peak(task: Task, rate: Rate) -> float:
-    cls, options = factory_parts(task.make_optimizer, Optimizer)
+def peak(engine: Engine, rate: Rate) -> float:
+    cls, options = factory_parts(engine.make_optimizer, Optimizer)
     return float(options.get("lr", signature(cls).parameters["lr"].default)) * rate.factor
 
 
-def curve(task: Task, rate: Rate, horizon: int) -> list[float]:
+def curve(engine: Engine, rate: Rate, horizon: int) -> list[float]:
     """The learning rate of each update."""
-    task.horizon = horizon
-    return [peak(task, rate) * task.factor(rate.schedule, update) for update in range(horizon)]
+    engine.horizon = horizon
+    return [peak(engine, rate) * engine.factor(rate.schedule, update) for update in range(horizon)]
 
 
-def told(task: Task, rate: Rate, horizon: int) -> str:
-    warmup = task.schedule.warmup_updates(horizon)
-    kinds = " x ".join(type(s).__name__ for s in (task.schedule, rate.schedule) if s is not None)
+def told(engine: Engine, rate: Rate, horizon: int) -> str:
+    warmup = engine.schedule.warmup_updates(horizon)
+    kinds = " x ".join(type(s).__name__ for s in (engine.schedule, rate.schedule) if s is not None)
     layers = f"; each layer {rate.layer_decay:g} times the one after it" if rate.layer_decay != 1 else ""
-    return f"{kinds}, {warmup:,} updates of warm-up, peak {peak(task, rate):g}{layers}"
+    return f"{kinds}, {warmup:,} updates of warm-up, peak {peak(engine, rate):g}{layers}"
 
 
 def drawn(values: Sequence[float]) -> list[str]:

@@ -7,14 +7,16 @@ from fusion.data.format import Format
 from fusion.data.ledger import Ledger
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
+from fusion.tasks import Task
 
 
 def read_manifests(
-    main: str, own: dict[str, str | None], columns: Columns, modalities: Sequence[str], *, format: Format, ledger: Ledger
+    main: str, own: dict[str, str | None], columns: Columns, modalities: Sequence[str], task: Task, *, format: Format, ledger: Ledger
 ) -> Table:
     """All readable rows of all files, each with the split that its file or its cell gives it, None where neither does.
 
-    own: "val" and "test" -> a file of its own for that split, or None. A file may stand for more than one; that is noted in the ledger.
+    task: which targets can be used. own: "val" and "test" -> a file of its own for that split, or None. A file may stand for more than one;
+    that is noted in the ledger.
 
     Raises UserError where a file and its cells contradict each other, and where `main` gives rows to a split that has a file of its own.
     """
@@ -23,7 +25,7 @@ def read_manifests(
     for i, (split, file) in enumerate(files):
         seen = any(same_file(file, earlier) for _, earlier in files[:i])
         issues = Ledger("drop") if seen else ledger  # each bad row is listed once
-        tables.append(read_table(file, columns, modalities, need_label=True, ledger=issues, split=split, format=format))
+        tables.append(read_table(file, columns, modalities, task=task, ledger=issues, split=split, format=format))
     refuse_two_sources(tables[0], main, own)
     note_shared_files(files, ledger)
     if len(tables) > 1:

@@ -1,6 +1,5 @@
 """The data of one run: a manifest read, split, checked and tokenized; then loaders of batches."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +29,14 @@ from fusion.data.tokenizer import Tokenizer
 from fusion.encoders import Encoder, TransformersText
 from fusion.errors import UserError, nearest
 from fusion.lightning_private import training_batches
+from fusion.tasks import Task
 
 SPLITS = ("train", "val", "test")
 
 
 @dataclass
 class Split:
-    """One split: its table, its samples, and how many of them have a label that train never shows."""
+    """One split: its table, its samples, and how many of them have a class that train lacks."""
 
     table: Table
     samples: Samples
@@ -145,60 +145,59 @@ class ImageTextData(LightningDataModule):
         self.processes_per_node = 1  # as the trainer is to start them
         self.shared_file: Path | None = None  # of decoded images
         self.shared_groups = 0
-        self.unseen_labels = 0  # how many labels train never shows
         self.resume_at: tuple[int, int] | None = None
 
     # From files to samples.
 
-    def load(self, encoders: Mapping[str, Encoder]) -> None:
-        """Read, split, check and tokenize everything, for these encoders (by modality; a text encoder from scratch gets its vocabulary)."""
+    def load(self, encoders: Mapping[str, Encoder], task: Task) -> None:
+        """Read, split, check and tokenize everything, for these encoders (by modality; a text encoder from scratch gets its vocabulary) and
+        for a task, which learns from the training split."""
         if self.splits:
             return
-        whole = self.split_table(tuple(encoders))
+        whole = self.split_table(tuple(encoders), task)
         table = whole.take([i for i, split in enumerate(whole.splits) if split])
         images = self.check(table, encoders["image"]) if "image" in encoders else None
         digests: dict[str, str] = {}
         if images is not None:
             _, table, digests = images
         self.record = Record.of(whole, digests)
-        classes = self.learn_classes(table)
+        cells = {name: [label for label, s in zip(table.labels, table.splits, strict=True) if s == name] for name in SPLITS}
+        task.learn(cells, column=self.columns.label, on_unseen=self.on_unseen_label)
         self.refuse_leaks(table)
         tokenizer = self.tokenizer_for(table, encoders["text"]) if "text" in encoders else None
-        self.processor = Processor(None if images is None else images[0].spec, tokenizer, classes)
-        # Labels that train never shows are numbered after the classes: no model can predict them.
-        number = {label: i for i, label in enumerate(dict.fromkeys([*classes, *map(str, table.labels)]))}
-        self.unseen_labels = len(number) - len(classes)
+        self.processor = Processor(None if images is None else images[0].spec, tokenizer, task)
         for name in SPLITS:
             part = table.take([i for i, split in enumerate(table.splits) if split == name])
             if len(part):
-                target = np.array([number[str(label)] for label in part.labels], dtype=np.int64)
+                target = task.encode(part.labels)
                 self.splits[name] = Split(
                     part,
                     make_samples(part, target, images and images[0], tokenizer, self.augment if name == "train" else None),
-                    int((target >= len(classes)).sum()),
+                    task.unseen(part.labels),
                 )
 
-    def split_table(self, modalities: tuple[str, ...]) -> Table:
+    def split_table(self, modalities: tuple[str, ...], task: Task) -> Table:
         """All readable rows, each with its split: given, or carved out; None for training samples beyond `train_samples`."""
-        table = self.table(modalities)
+        table = self.table(modalities, task)
         self.refuse_shared_groups(table)  # of given splits, before others are carved out beside them
-        splits = assign_splits(table.labels, table.groups, table.splits, val=self.val, test=self.test, seed=self.split_seed)
+        strata = task.strata(table.labels)
+        splits = assign_splits(strata, table.groups, table.splits, val=self.val, test=self.test, seed=self.split_seed)
         table.splits = list[str | None](splits)
         if self.train_samples is not None:
             train = [i for i, split in enumerate(table.splits) if split == "train"]
-            drawn = draw_alike([table.labels[i] for i in train], self.train_samples, self.split_seed)
+            drawn = draw_alike([strata[i] for i in train], self.train_samples, self.split_seed)
             for i in set(train) - {train[i] for i in drawn}:
                 table.splits[i] = None
         return table
 
-    def table(self, modalities: tuple[str, ...]) -> Table:
+    def table(self, modalities: tuple[str, ...], task: Task) -> Table:
         """All readable rows, each with the split that its file or its cell gives it."""
         root = Path(self.root).expanduser() if self.root else None
         if self.preparer is not None:
             self.folder, self.card = prepared(self.preparer, root, self.cache)
         main = str(self.folder / "manifest.csv") if self.folder else str(self.manifest)
         own = {"val": self.val_manifest, "test": self.test_manifest}
-        return self.chosen_rows(read_manifests(main, own, self.columns, modalities, format=self.format, ledger=self.ledger))
+        return self.chosen_rows(read_manifests(main, own, self.columns, modalities, task, format=self.format, ledger=self.ledger))
 
     def chosen_rows(self, table: Table) -> Table:
         """The rows that `where` asks for. Raises UserError for a column that the manifest lacks, and where no row is left."""
@@ -240,21 +239,6 @@ class ImageTextData(LightningDataModule):
             if not len(table):
                 raise UserError(f"none of the samples has a readable image; the first: {self.ledger.issues[0].reason}")
         return ImageStore(paths, spec, pixels), table, digests
-
-    def learn_classes(self, table: Table) -> list[str]:
-        labels = {split: Counter(str(label) for label, s in zip(table.labels, table.splits, strict=True) if s == split) for split in SPLITS}
-        classes = sorted(labels["train"])
-        if len(classes) < 2:
-            only = f"only '{classes[0]}' occurs" if classes else "no sample is left"
-            raise UserError(f"a classifier needs at least two classes: in the training split {only} (column '{self.columns.label}')")
-        unseen = {label: split for split in ("val", "test") for label in labels[split] if label not in labels["train"]}
-        if unseen and self.on_unseen_label == "error":
-            shown = ", ".join(f"'{label}' ({split})" for label, split in list(unseen.items())[:5]) + (", ..." if len(unseen) > 5 else "")
-            raise UserError(
-                f"{len(unseen)} labels never occur in train: {shown}. Mend the labels or the split, or let them count as misses: "
-                "--data.on_unseen_label=count_as_wrong"
-            )
-        return classes
 
     def refuse_shared_groups(self, table: Table) -> dict[str, set[str]]:
         """The groups in more than one split, and in which. Raises UserError where train shares one, unless that is only to be reported."""

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fusion.data.tokenizer import Tokenizer
+from fusion.tasks import Task
 
 Resize = Literal["squash", "crop", "pad"]
 
@@ -20,18 +21,18 @@ class ImageSpec:
 
 @dataclass
 class Processor:
-    """Image size, tokenizer and classes; None for a modality that the model does not have."""
+    """Image size, tokenizer and task; None for a modality that the model does not have."""
 
     image: ImageSpec | None
     tokenizer: Tokenizer | None
-    classes: list[str]
+    task: Task
 
     def state(self) -> dict[str, Any]:
         """Plain data from which `from_state` makes the same processor."""
         return {
             "image": None if self.image is None else asdict(self.image) | {"size": list(self.image.size)},
             "tokenizer": None if self.tokenizer is None else self.tokenizer.state(),
-            "classes": list(self.classes),
+            "task": self.task.state(),
         }
 
     @classmethod
@@ -40,5 +41,5 @@ class Processor:
         return cls(
             image=None if image is None else ImageSpec(**image | {"size": tuple(image["size"])}),
             tokenizer=None if tokenizer is None else Tokenizer.from_state(tokenizer),
-            classes=list(state["classes"]),
+            task=Task.from_state(state["task"]),
         )

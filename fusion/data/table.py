@@ -3,6 +3,7 @@
 One bad row does not cost the file: it goes to the ledger with its line and reason. What concerns the whole file is a UserError.
 """
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from fusion.data.ledger import Ledger
 from fusion.data.readers import read_cells
 from fusion.data.separated import SEPARATORS
 from fusion.errors import UserError, nearest
+from fusion.tasks import Task
 
 SPLIT_NAMES = {
     "train": "train", "training": "train",
@@ -104,7 +106,7 @@ def read_table(
     columns: Columns,
     modalities: Sequence[str],
     *,
-    need_label: bool,
+    task: Task | None,
     ledger: Ledger,
     split: str | None = None,
     format: Format = Format(),  # noqa: B008 (frozen)
@@ -113,18 +115,19 @@ def read_table(
     """The usable samples of a manifest: .csv, .tsv, .jsonl, .ndjson (these also as .gz) or .parquet.
 
     modalities: of "image" and "text", those that are read; a sample that lacks all of them goes to the ledger, and the column of the other
-    need not exist. need_label: a sample without label goes to the ledger. split: all samples belong to it, for which the file was given.
-    need_all_inputs: the columns of all `modalities` must be there; else of one, and samples lack what has no column, which is noted.
+    need not exist. task: a sample whose label it can't use goes to the ledger; None where no label is needed. split: all samples belong to
+    it, for which the file was given. need_all_inputs: the columns of all `modalities` must be there; else of one, and samples lack what has
+    no column, which is noted.
 
     Raises UserError for a file that cannot be read, lacks a column, uses an id twice, names an unknown split (another one where
     `split` is given), or has no usable row.
     """
     path = os.fspath(path)
     path = path if os.path.exists(path) else os.path.expanduser(path)
-    cells = read_cells(path, format)
+    cells = read_cells(path, format, [columns.label] if task is not None and task.takes_lists else [])
     needed = modalities if need_all_inputs else note_missing_inputs(path, cells, columns, modalities, ledger)
-    refuse_missing_columns(path, cells, columns, needed, need_label=need_label, need_split=split is None, trains=need_all_inputs)
-    table, bad, notes = interpret(path, cells, columns, modalities, format.missing, need_label=need_label)
+    refuse_missing_columns(path, cells, columns, needed, need_label=task is not None, need_split=split is None, trains=need_all_inputs)
+    table, bad, notes = interpret(path, cells, columns, modalities, format.missing, task)
     for note in [*cells.notes, *notes, *notes_of_case(path, cells, columns, split)]:
         ledger.note(note)
     problems = [(row, "", reason) for row, reason in cells.malformed]
@@ -155,16 +158,20 @@ def read_table(
 
 
 def interpret(
-    path: str, cells: Cells, columns: Columns, modalities: Sequence[str], missing: Sequence[str], *, need_label: bool
+    path: str, cells: Cells, columns: Columns, modalities: Sequence[str], missing: Sequence[str], task: Task | None
 ) -> tuple[Table, dict[int, str], list[str]]:
     """A table of all rows that have cells; what is wrong with some of them, by position; and notes on how they were read."""
     count, bad, notes = len(cells.rows), dict(cells.flawed), []
     nulls = {canonical(spelling.strip()) for spelling in missing}
 
+    lists_in = "label" if task is not None and task.takes_lists else ""
+
     def column(role: str) -> list[str | None]:
         name = getattr(columns, role)
         unread = name not in cells.columns or (role in ("image", "text") and role not in modalities)
-        return [None] * count if unread else as_texts(name, cells.columns[name], nulls, bad, is_path=role == "image")
+        return (
+            [None] * count if unread else as_texts(name, cells.columns[name], nulls, bad, is_path=role == "image", lists=role == lists_in)
+        )
 
     paths, folder = column("image"), os.path.dirname(os.path.abspath(path))
     located = {cell: locate(cell, folder) for cell in odd_paths(paths)}
@@ -187,15 +194,21 @@ def interpret(
     for i, inputs in enumerate(zip(images, texts, strict=True)):
         if inputs == (None, None):
             bad.setdefault(i, lacking)
-    if need_label:
+    if task is not None:
+        verdicts = {label: task.check(label) for label in set(labels)}
         for i, label in enumerate(labels):
-            if label is None:
-                bad.setdefault(i, "label is missing")
+            if (reason := verdicts[label]) is not None:
+                bad.setdefault(i, reason)
     return Table(images, texts, labels, splits, ids, groups, cells.rows, [path] * count, extra), bad, notes
 
 
-def as_texts(name: str, cells: list[Any], nulls: set[str], bad: dict[int, str], *, is_path: bool = False) -> list[str | None]:
-    """Cells as text, None where there is none. A row whose cell is a list or an object goes to `bad`. The text of a path is left alone."""
+def as_texts(
+    name: str, cells: list[Any], nulls: set[str], bad: dict[int, str], *, is_path: bool = False, lists: bool = False
+) -> list[str | None]:
+    """Cells as text, None where there is none. A row whose cell is an object, or a list (where no `lists` are expected, which become JSON),
+    goes to `bad`. The text of a path is left alone."""
+    if lists:
+        cells = [json.dumps(list(cell), default=str, ensure_ascii=False) if isinstance(cell, list | tuple) else cell for cell in cells]
     kinds = set(map(type, cells))
     if kinds & {list, dict}:
         for i, cell in enumerate(cells):

@@ -1,5 +1,6 @@
-"""Evaluation: scores of a run, whole and by group."""
+"""Evaluation: scores of a run, whole and by group, and bounds of what one input alone could score."""
 
-from fusion.evaluation.scores import Score, scores_by_group
+from fusion.evaluation.bounds import bounds
+from fusion.evaluation.scores import score, scores_by_group
 
-__all__ = ["Score", "scores_by_group"]
+__all__ = ["bounds", "score", "scores_by_group"]

@@ -1,21 +1,24 @@
 """What could be scored without looking at both: exact upper bounds over the samples at hand."""
 
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+
+from fusion.tasks import Task
 
 
-def ceilings(images: Sequence[Hashable], texts: Sequence[Hashable], labels: Sequence[str]) -> dict[str, float]:
-    """Accuracies on exactly these samples that cannot be exceeded by: one answer for all ("majority"), any function of the image alone
-    ("image"), any function of the text alone ("text").
+def bounds(task: Task, inputs: Mapping[str, Sequence[Hashable]], cells: Sequence[str | None]) -> dict[str, float]:
+    """Scores (the task's `bounded` one) on exactly these samples that can't be bettered by one answer for all (by the task's name for it:
+    "majority"), nor by any function of one input alone (by the input's name).
 
-    A function of one input answers alike wherever that input is alike, so at best it gives the commonest answer there: the bound is
-    the sum of those counts. (Where most texts are unique, the bound is near 1 and says little: see `repeated`.)
+    A function of one input answers alike wherever that input is alike, so at best it gives the best answer there. (Where most inputs are
+    unique, the bound is near the perfect score and says little: see `repeated`.)
 
-    >>> ceilings(["a", "a", "b", "b"], ["red?", "blue?", "red?", "blue?"], ["yes", "no", "no", "yes"])
+    >>> from fusion.tasks import Classification
+    >>> inputs = {"image": ["a", "a", "b", "b"], "text": ["red?", "blue?", "red?", "blue?"]}
+    >>> bounds(Classification(), inputs, ["yes", "no", "no", "yes"])
     {'majority': 0.5, 'image': 0.5, 'text': 0.5}
     """
-    blind: dict[str, Sequence[Hashable]] = {"majority": [None] * len(labels), "image": images, "text": texts}
-    return {name: sum(commonest(seen, labels)) / len(labels) for name, seen in blind.items()}
+    return {name: task.bound(seen, cells) for name, seen in {task.baseline: [None] * len(cells), **inputs}.items()}
 
 
 def repeated(inputs: Sequence[Hashable]) -> float:
@@ -26,10 +29,3 @@ def repeated(inputs: Sequence[Hashable]) -> float:
     """
     counts = Counter(inputs)
     return sum(counts[one] > 1 for one in inputs) / len(inputs)
-
-
-def commonest(seen: Sequence[Hashable], labels: Sequence[str]) -> list[int]:
-    answers: dict[Hashable, Counter[str]] = defaultdict(Counter)
-    for what, label in zip(seen, labels, strict=True):
-        answers[what][label] += 1
-    return [max(counts.values()) for counts in answers.values()]

@@ -47,6 +47,7 @@ class FusionHead(nn.Module):
     most_modalities: ClassVar[int | None] = None  # where the method's formula ends with two
     narrowest: ClassVar[int] = 2  # normalised, one number is always 0
     fewest_outputs: ClassVar[int] = 1
+    one_of_classes: ClassVar[bool] = False  # whether its formula reads the outputs as classes of which exactly one is right
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         head = super().__new__(cls)  # copies and pickles call it without arguments, and restore the attribute themselves

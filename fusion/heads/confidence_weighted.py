@@ -27,6 +27,8 @@ class ConfidenceWeighted(LateHead):
     torch.Size([4, 3])
     """
 
+    one_of_classes = True
+
     def __init__(self, dims: Mapping[str, int], out_dim: int, *, dim: int = 256, dropout: float = 0.0) -> None:
         super().__init__(dims, out_dim, dim=dim, dropout=dropout)
         self.log_sharpness = nn.Parameter(torch.zeros(()))

@@ -24,6 +24,7 @@ class ProductOfExperts(LateHead):
     True
     """
 
+    one_of_classes = True
     fewest_outputs = 2  # the probability of the only class is always 1
 
     def combine(self, logits: Tensor, present: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Stacking(LateHead):
     torch.Size([4, 3])
     """
 
+    one_of_classes = True
     fewest_outputs = 2  # the probability of the only class is always 1
 
     def __init__(

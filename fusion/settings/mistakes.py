@@ -18,11 +18,13 @@ from fusion.encoders import Encoder
 from fusion.errors import nearest
 from fusion.heads import FusionHead
 from fusion.settings.recipes import Recipe
+from fusion.tasks import Task
 from fusion.training import Balance, Schedule
 
 # What may stand at these keys.
 KINDS: dict[str, type] = {
     "model.head": FusionHead,
+    "model.task": Task,
     "model.image": Encoder,
     "model.text": Encoder,
     "model.schedule": Schedule,

@@ -1,4 +1,4 @@
-"""The Lightning command line over our task and data, with recipes, and with errors that name the nearest thing that exists."""
+"""The Lightning command line over our engine and data, with recipes, and with errors that name the nearest thing that exists."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from fusion.errors import UserError, construction
 from fusion.lightning_private import LateCLI
 from fusion.settings.mistakes import rejected_by_constructor, told_plainly
 from fusion.settings.recipes import PATH_KEYS, Recipe, stack
-from fusion.training import Classification
+from fusion.training import Engine
 from fusion.training.callbacks.checkpoints import AtomicCheckpointIO
 from fusion.training.callbacks.progress import Bar
 from fusion.training.callbacks.run_folder import RunFolder
@@ -42,7 +42,7 @@ class FusionCLI(LateCLI):
 
     def __init__(self, arguments: Sequence[str]) -> None:
         super().__init__(
-            Classification,
+            Engine,
             ImageTextData,
             save_config_callback=None,
             trainer_defaults=dict(TRAINER_DEFAULTS),
@@ -80,6 +80,7 @@ class FusionCLI(LateCLI):
             help="Of float32 products and convolutions on GPUs: high is tf32, faster and of fewer digits (10 bits instead of 23).",
         )
         parser.add_argument("--runs", type=str, default="runs", help="Folder under which run folders are made.")
+        parser.set_defaults({"model.task": {"class_path": "fusion.tasks.Classification"}})
         parser.link_arguments("seed_everything", "data.init_args.seed" if self.subclass_mode_data else "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -95,7 +96,7 @@ class FusionCLI(LateCLI):
     def instantiate_classes(self) -> None:
         """Not at parsing: see `make`."""
 
-    def make(self, callbacks: list[Any]) -> tuple[Classification, ImageTextData, Trainer]:
+    def make(self, callbacks: list[Any]) -> tuple[Engine, ImageTextData, Trainer]:
         """The objects. Raises UserError for values that they refuse."""
         self.trainer_defaults["callbacks"] = callbacks
         with self.constructors():
@@ -108,7 +109,7 @@ class FusionCLI(LateCLI):
             self.trainer.accumulate_grad_batches = accumulate(self.config, self.datamodule, devices)
         return self.model, self.datamodule, self.trainer
 
-    def model_and_data(self) -> tuple[Classification, ImageTextData]:
+    def model_and_data(self) -> tuple[Engine, ImageTextData]:
         """Without a trainer, whose devices need not be here."""
         with self.constructors():
             made = self.parser.instantiate(self.config)

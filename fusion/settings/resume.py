@@ -13,7 +13,7 @@ from fusion.data.record import Record
 from fusion.data.table import listed
 from fusion.errors import UserError
 from fusion.settings.parser import words
-from fusion.training.task import refuse_other_format
+from fusion.training.engine import refuse_other_format
 
 
 def resumed_run(arguments: Sequence[str]) -> Path | None:
@@ -108,11 +108,14 @@ def refuse_other_data(folder: Path, checkpoint: Path, then: dict[str, Any], data
 def processor_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """How samples become tensors, and what the outputs mean, where it differs."""
     found = []
-    if then["classes"] != now["classes"]:
-        gone = [name for name in then["classes"] if name not in now["classes"]]
-        new = [name for name in now["classes"] if name not in then["classes"]]
-        named = [f"{what} {listed(names)}" for what, names in (("without", gone), ("new", new)) if names]
-        found.append(f"{len(now['classes'])} classes where there were {len(then['classes'])} ({', '.join(named)})")
+    names, before = (state["task"]["learnt"].get("names", []) for state in (now, then))
+    if names != before:
+        gone = [name for name in before if name not in names]
+        new = [name for name in names if name not in before]
+        named = [f"{what} {listed(them)}" for what, them in (("without", gone), ("new", new)) if them]
+        found.append(f"{len(names)} classes where there were {len(before)} ({', '.join(named)})")
+    elif then["task"]["learnt"] != now["task"]["learnt"]:
+        found.append(f"targets are {now['task']['learnt']} where they were {then['task']['learnt']}")
     if then["tokenizer"] != now["tokenizer"]:
         sizes = [s and tokenizers.Tokenizer.from_str(s["backend"]).get_vocab_size() for s in (now["tokenizer"], then["tokenizer"])]
         found.append(f"the tokenizer is another one ({sizes[0]} tokens, {sizes[1]} before)")

@@ -1,9 +1,9 @@
-"""Training: tasks, their schedules and their precision."""
+"""Training: the engine, its schedules and its precision."""
 
 from fusion.training.balance import OGMGE, Balance, GradientBlending, MMPareto, UnimodalLosses
-from fusion.training.classification import Classification
 from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP
+from fusion.training.engine import Engine
 from fusion.training.optim.averages import EMA, SWA
 from fusion.training.optim.freezing import Freeze
 from fusion.training.optim.groups import Rate
@@ -20,7 +20,6 @@ from fusion.training.optim.schedules import (
     Step,
     WarmupStableDecay,
 )
-from fusion.training.task import Task
 
 __all__ = [
     "DDP",
@@ -30,10 +29,10 @@ __all__ = [
     "SWA",
     "Balance",
     "Bf16OnCpu",
-    "Classification",
     "Constant",
     "Cosine",
     "CosineRestarts",
+    "Engine",
     "Exponential",
     "Fp16",
     "Freeze",
@@ -45,7 +44,6 @@ __all__ = [
     "Rate",
     "Schedule",
     "Step",
-    "Task",
     "UnimodalLosses",
     "WarmupStableDecay",
 ]

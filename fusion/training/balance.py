@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fusion.data.sampler import draw_seed
 from fusion.errors import UserError
 from fusion.model import FusionModel, part_of
+from fusion.training.distributed.collectives import summed
 from fusion.training.optim.precision import scaler_of
 
 
@@ -40,23 +40,23 @@ class Balance:
 
     detached = False
 
-    def begin(self, task: Training) -> None:
+    def begin(self, engine: Training) -> None:
         """Called once before training."""
 
     def total(self, fused: Tensor, alone: Mapping[str, Tensor]) -> Tensor:
         """The loss to be minimised, from the fused one and each modality's own, all scalars."""
         return fused + sum(alone.values())
 
-    def observe(self, task: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
+    def observe(self, engine: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
         """See a batch before its backward pass: by modality its own loss, and the probability that it gave to the true class of each of the
         n samples that have it (n,).
         """
 
-    def modulate(self, task: Training) -> dict[str, Any]:
+    def modulate(self, engine: Training) -> dict[str, Any]:
         """Change the gradients of an update; gives the coefficients, to be logged."""
         return {}
 
-    def end_epoch(self, task: Training) -> None:
+    def end_epoch(self, engine: Training) -> None:
         """Called by all ranks after every epoch and its validation."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,9 +77,9 @@ class UnimodalLosses(Balance):
         if any(not 0 <= w < math.inf for w in (weight.values() if isinstance(weight, dict) else [weight])):
             raise UserError(f"model.balance: weight is {weight}; expected numbers from 0")
 
-    def begin(self, task: Training) -> None:
-        if isinstance(self.weight, dict) and self.weight.keys() != set(task.modalities):
-            raise UserError(f"model.balance: weight is for {', '.join(self.weight)}; the modalities are {', '.join(task.modalities)}")
+    def begin(self, engine: Training) -> None:
+        if isinstance(self.weight, dict) and self.weight.keys() != set(engine.modalities):
+            raise UserError(f"model.balance: weight is for {', '.join(self.weight)}; the modalities are {', '.join(engine.modalities)}")
 
     def total(self, fused: Tensor, alone: Mapping[str, Tensor]) -> Tensor:
         weight = self.weight
@@ -108,28 +108,28 @@ class OGMGE(Balance):
         self.sums: dict[str, Tensor] = {}
         self.probes = True
 
-    def begin(self, task: Training) -> None:
-        assert task.model is not None
-        self.probes = task.model.head.unimodal is not None
+    def begin(self, engine: Training) -> None:
+        assert engine.model is not None
+        self.probes = engine.model.head.unimodal is not None
 
     def total(self, fused: Tensor, alone: Mapping[str, Tensor]) -> Tensor:
         return super().total(fused, alone) if self.probes else fused
 
-    def observe(self, task: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
+    def observe(self, engine: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
         for name, score in scores.items():
             found = score.detach().float().sum()
             seen = torch.stack([found, torch.full_like(found, len(score))])
             self.sums[name] = self.sums[name] + seen if name in self.sums else seen
 
-    def modulate(self, task: Training) -> dict[str, Any]:
-        sums = summed(task, torch.stack([self.sums[name] for name in task.modalities]))
+    def modulate(self, engine: Training) -> dict[str, Any]:
+        sums = summed(torch.stack([self.sums[name] for name in engine.modalities]), engine.trainer.world_size)
         self.sums.clear()
-        if self.until_update is not None and task.updates >= self.until_update:
+        if self.until_update is not None and engine.updates >= self.until_update:
             return {}
         scores = sums[:, 0] / sums[:, 1].clamp(min=1)
-        coefficients = dict(zip(task.modalities, ogm_coefficients(scores, self.alpha), strict=True))
+        coefficients = dict(zip(engine.modalities, ogm_coefficients(scores, self.alpha), strict=True))
         generator: torch.Generator | None = None
-        for name, p in learning(task).items():
+        for name, p in learning(engine).items():
             part = part_of(name)
             if part not in coefficients:
                 continue
@@ -138,7 +138,7 @@ class OGMGE(Balance):
             p.grad.mul_(coefficients[part])
             if spread is not None:
                 if generator is None:  # of the update alone: the same on every rank, and after a resume
-                    generator = torch.Generator(p.device).manual_seed(draw_seed(task.trainer.datamodule.seed, task.updates))
+                    generator = torch.Generator(p.device).manual_seed(draw_seed(engine.trainer.datamodule.seed, engine.updates))
                 p.grad.add_(torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) * spread)
         return coefficients
 
@@ -177,27 +177,27 @@ class MMPareto(Balance):
         self.gamma = gamma
         self.own: dict[str, Tensor] = {}
 
-    def observe(self, task: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
-        scaler = scaler_of(task.trainer.precision_plugin)
+    def observe(self, engine: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
+        scaler = scaler_of(engine.trainer.precision_plugin)
         # So that small gradients don't vanish in fp16; as a tensor, which the host needn't wait for.
         scale = 1.0 if scaler is None else scaler.scale(next(iter(alone.values())).new_ones(()))
         for modality, loss in alone.items():
-            inside = self.encoder(task, modality)
+            inside = self.encoder(engine, modality)
             if not inside:
                 continue
             # torch.autograd.grad leaves .grad, and DDP's hooks on it, alone.
             gradients = torch.autograd.grad(loss * scale, inside, retain_graph=True, allow_unused=True)
             zeros = (torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(inside, gradients, strict=True))
-            flat = torch.cat([gradient.flatten() for gradient in zeros]) / (scale * task.trainer.accumulate_grad_batches)
+            flat = torch.cat([gradient.flatten() for gradient in zeros]) / (scale * engine.trainer.accumulate_grad_batches)
             self.own[modality] = self.own[modality] + flat if modality in self.own else flat
 
-    def modulate(self, task: Training) -> dict[str, Any]:
+    def modulate(self, engine: Training) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for modality in task.modalities:
+        for modality in engine.modalities:
             if modality not in self.own:
                 continue
-            inside = self.encoder(task, modality)
-            own = summed(task, self.own[modality]) / task.trainer.world_size
+            inside = self.encoder(engine, modality)
+            own = summed(self.own[modality], engine.trainer.world_size) / engine.trainer.world_size
             both = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in inside])
             share, joined = pareto(both - own, own, self.gamma)
             found[modality] = share
@@ -207,9 +207,9 @@ class MMPareto(Balance):
         self.own.clear()
         return found
 
-    def encoder(self, task: Training, modality: str) -> list[Tensor]:
-        assert task.model is not None
-        return [p for p in task.model.encoders[modality].parameters() if p.requires_grad]
+    def encoder(self, engine: Training, modality: str) -> list[Tensor]:
+        assert engine.model is not None
+        return [p for p in engine.model.encoders[modality].parameters() if p.requires_grad]
 
 
 def pareto(fused: Tensor, own: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -251,22 +251,22 @@ class GradientBlending(Balance):
         self.weights: dict[str, float] = {}
         self.before: dict[str, list[float]] = {}
 
-    def begin(self, task: Training) -> None:
-        if "val" not in task.trainer.datamodule.splits:
+    def begin(self, engine: Training) -> None:
+        if "val" not in engine.trainer.datamodule.splits:
             raise UserError("model.balance: gradient blending weighs losses by their fall on a val split; there is none")
 
     def total(self, fused: Tensor, alone: Mapping[str, Tensor]) -> Tensor:
         losses = {self.FUSED: fused, **alone}
         return sum((self.weights.get(name, 1 / len(losses)) * loss for name, loss in losses.items()), start=torch.zeros_like(fused))
 
-    def modulate(self, task: Training) -> dict[str, Any]:
+    def modulate(self, engine: Training) -> dict[str, Any]:
         return dict(self.weights)
 
-    def end_epoch(self, task: Training) -> None:
-        if (task.trainer.current_epoch + 1) % self.every:
+    def end_epoch(self, engine: Training) -> None:
+        if (engine.trainer.current_epoch + 1) % self.every:
             return
-        most = len(task.trainer.datamodule.splits["val"].samples)
-        losses = [task.sample_losses(split, most) for split in ("train", "val")]
+        most = len(engine.trainer.datamodule.splits["val"].samples)
+        losses = [engine.sample_losses(split, most) for split in ("train", "val")]
         now = {name: [float(of_split[name].nanmean()) for of_split in losses] for name in losses[0]}
         if self.before:
             self.weights = blending_weights(self.before, now)
@@ -295,15 +295,7 @@ def blending_weights(before: Mapping[str, list[float]], now: Mapping[str, list[f
     return {name: value / total if total else 1 / len(ratio) for name, value in ratio.items()}
 
 
-def summed(task: Training, x: Tensor) -> Tensor:
-    """The sum over all ranks: one collective, where Lightning's way waits at a barrier first."""
-    if task.trainer.world_size > 1:
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
-
-
-def learning(task: Training) -> dict[str, Tensor]:
+def learning(engine: Training) -> dict[str, Tensor]:
     """The model's parameters that have a gradient, by name."""
-    assert task.model is not None
-    return {name: p for name, p in task.model.named_parameters() if p.grad is not None}
+    assert engine.model is not None
+    return {name: p for name, p in engine.model.named_parameters() if p.grad is not None}

@@ -20,8 +20,8 @@ from fusion.errors import UserError, nearest
 from fusion.lightning_private import look_after_validation, looks_at_epoch_end, syncs_batchnorm
 from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP
+from fusion.training.engine import Engine
 from fusion.training.optim.precision import scaler_of
-from fusion.training.task import Task
 
 REJECTED = {
     GradientAccumulationScheduler: "an update is one global batch of the plan: data.batch_size, in shares of data.device_batch_size",
@@ -38,7 +38,7 @@ def validates(trainer: Trainer, splits: dict[str, Any]) -> bool:
     return "val" in splits and trainer.limit_val_batches != 0
 
 
-def check_before_training(trainer: Trainer, task: Task, data: ImageTextData) -> None:
+def check_before_training(trainer: Trainer, engine: Engine, data: ImageTextData) -> None:
     """Raises UserError for what would end the training later, or change it against its plan."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, instead in REJECTED.items():
@@ -59,7 +59,7 @@ def check_before_training(trainer: Trainer, task: Task, data: ImageTextData) -> 
             "trainer.overfit_batches would draw other samples in every epoch; to see a model learn a few by heart: --data.train_samples=N"
         )
     check_limits(trainer, data)
-    check_monitors(trainer, task, data.splits)
+    check_monitors(trainer, engine, data.splits)
 
 
 def check_limits(trainer: Trainer, data: ImageTextData) -> None:
@@ -83,7 +83,7 @@ def check_limits(trainer: Trainer, data: ImageTextData) -> None:
         )
 
 
-def check_monitors(trainer: Trainer, task: Task, splits: dict[str, Any]) -> None:
+def check_monitors(trainer: Trainer, engine: Engine, splits: dict[str, Any]) -> None:
     """Raises UserError for a callback (EarlyStopping, ModelCheckpoint) whose `monitor` names a metric that nothing logs.
 
     Nothing is rejected where a callback from outside Lightning and fusion has a hook, in which it may log metrics of its own; nor for
@@ -92,14 +92,14 @@ def check_monitors(trainer: Trainer, task: Task, splits: dict[str, Any]) -> None
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if any(may_log(callback) for callback in callbacks):
         return
-    validated, of_task = validates(trainer, splits), task.metric_names()
+    validated, of_task = validates(trainer, splits), engine.metric_names()
     scaled = scaler_of(trainer.precision_plugin) is not None
     of_engine = ["train/loss_scale", "train/skipped_updates"] if scaled else []
     of_engine += ["train/sent_bytes"] if isinstance(trainer.strategy, DDP) else []
     known = of_engine + [name for name in of_task if validated or not name.startswith("val/")]
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
-        if monitor is None or not getattr(callback, "strict", True) or (task.balance is not None and monitor.startswith("balance/")):
+        if monitor is None or not getattr(callback, "strict", True) or (engine.balance is not None and monitor.startswith("balance/")):
             continue
         if monitor in known:
             at_each_end = looks_at_epoch_end(callback)  # EarlyStopping's; None: it decides by itself

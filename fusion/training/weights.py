@@ -103,9 +103,9 @@ def rows_that_moved(model: FusionModel, before: Processor, now: Processor) -> li
             weight = cast(TransformersText, model.encoders["text"]).embedding.weight
             names = {name for name, p in model.named_parameters() if p is weight}
             found.append(moved_rows("tokens", names, set(), there, here))
-    if before.classes != now.classes:
+    if before.task.names != now.task.names and len(before.task.names) > 1:
         rows, whole = weights_of_classes(model)
-        there, here = ({name: i for i, name in enumerate(p.classes)} for p in (before, now))
+        there, here = ({name: i for i, name in enumerate(p.task.names)} for p in (before, now))
         found.append(moved_rows("classes", rows | whole, whole, there, here))
     return found
 

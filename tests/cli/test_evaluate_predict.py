@@ -78,7 +78,7 @@ def test_evaluate_and_predict_read_a_manifest_as_the_run_was_told_to(here: Run, 
     recipe["data"]["format"] = {"encoding": "cp1252", "separator": None, "quotes": None, "missing": ["n/a"]}
     recipe["data"]["columns"] |= {"id": None, "text": "question"}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    classes = fusion.load(str(run)).processor.classes
+    classes = fusion.load(str(run)).processor.task.names
     rows = [("id", "image", "question", "label")]
     rows += [("7", "", 'café "red?', classes[0]), ("7", "", "n/a", classes[1]), ("7", "", 'blue?"', classes[1])]
     (world / "ask.tsv").write_bytes("".join("\t".join(row) + "\n" for row in rows).encode("cp1252"))

@@ -50,7 +50,7 @@ def test_a_run_folder_holds_all_it_takes_to_run_again(trained: Path) -> None:
 
 def test_the_checkpoint_holds_plain_data_only(trained: Path) -> None:
     held = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
-    assert held["fusion"]["processor"]["classes"]
+    assert held["fusion"]["processor"]["task"]["learnt"]["names"]
 
 
 def test_the_saved_recipe_runs_again_to_the_same_result(here: Run, trained: Path, world: Path) -> None:

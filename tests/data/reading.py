@@ -7,6 +7,7 @@ from typing import Any
 from fusion.data.format import Format
 from fusion.data.ledger import Ledger
 from fusion.data.table import Columns, Table, read_table
+from fusion.tasks import Classification
 
 
 def written(folder: Path, content: str | bytes, name: str = "m.csv", *, encoding: str = "utf-8", compressed: bool = False) -> Path:
@@ -21,5 +22,7 @@ def read_all(
 ) -> tuple[Table, list[tuple[int | None, str]], list[str]]:
     """The table, (row, reason) of each sample that was dropped, and the notes."""
     ledger = Ledger("drop")
-    table = read_table(path, columns or Columns(), modalities, need_label=need_label, ledger=ledger, format=Format(**format))
+    table = read_table(
+        path, columns or Columns(), modalities, task=Classification() if need_label else None, ledger=ledger, format=Format(**format)
+    )
     return table, [(issue.row, issue.reason) for issue in ledger.issues], ledger.notes

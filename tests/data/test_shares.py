@@ -14,6 +14,7 @@ from fusion.data.splits import draw_alike
 from fusion.encoders import TransformersText
 from fusion.errors import UserError
 from fusion.settings.parser import FusionCLI
+from fusion.tasks import Classification
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def manifest(tmp_path):
 
 
 def table_of(manifest, **options):
-    return ImageTextData(str(manifest), val=0.2, **options).split_table(("text",))
+    return ImageTextData(str(manifest), val=0.2, **options).split_table(("text",), Classification())
 
 
 def texts_of(table, split):
@@ -76,7 +77,10 @@ def test_fewer_training_samples_leave_val_and_test_as_they_are(manifest):
 
 def test_samples_left_out_are_recorded_without_split_and_loaded_nowhere(manifest):
     data = ImageTextData(str(manifest), val=0.2, train_samples=16)
-    data.load({"text": TransformersText(config={"model_type": "bert", "hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1})})
+    data.load(
+        {"text": TransformersText(config={"model_type": "bert", "hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1})},
+        Classification(),
+    )
     assert {name: len(split.table) for name, split in data.splits.items()} == {"train": 16, "val": 16, "test": 20}
     assert data.record.columns["split"].count(None) == 48
     assert len(data.record) == 100
@@ -118,7 +122,7 @@ def test_rows_are_chosen_by_the_manifests_own_names_and_by_inputs_that_the_model
     for where, count in ({"question": "q1?"}, 20), ({"picture": ["imgs/1.png", "imgs/2.png"]}, 16), ({"answer": "x"}, 20):
         for modalities in ("text",), ("image",), ("image", "text"):
             data = ImageTextData(manifest=str(tmp_path / "m.csv"), columns=columns, where=where)
-            assert len(data.table(modalities)) == count
+            assert len(data.table(modalities, Classification())) == count
 
 
 def test_values_of_the_command_line_arrive_as_they_are_written():

@@ -16,6 +16,7 @@ from fusion.data.format import Format
 from fusion.data.ledger import Ledger
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
+from fusion.tasks import Classification
 
 BOTH = ("image", "text")
 CP1252 = "; if it is 'é', read the file by --data.format.encoding=cp1252"
@@ -27,7 +28,9 @@ QUOTES = Format(quotes=True)
 
 def read(path, modalities=BOTH, *, columns=None, need_label=True, split=None, ledger=None, format=None):
     columns, ledger = columns or Columns(), ledger or Ledger("drop")
-    return read_table(path, columns, modalities, need_label=need_label, ledger=ledger, split=split, format=format or Format())
+    return read_table(
+        path, columns, modalities, task=Classification() if need_label else None, ledger=ledger, split=split, format=format or Format()
+    )
 
 
 def manifest(folder, content, name="m.csv"):

@@ -19,9 +19,9 @@ class Keep(Callback):
 
 
 def test_the_average_is_the_papers_recursion_over_real_updates_and_is_what_is_evaluated(parts, monkeypatch):
-    from fusion.training import Classification
+    from fusion.training import Engine
 
-    calls, sound = [], Classification.loss
+    calls, sound = [], Engine.loss
 
     def loss(self, *given):
         calls.append(1)
@@ -30,7 +30,7 @@ def test_the_average_is_the_papers_recursion_over_real_updates_and_is_what_is_ev
     keep = Keep()
     fp16 = ["--trainer.plugins=fusion.training.Fp16", "--trainer.plugins.init_args.init_scale=1024"]
     model, data, trainer = parts(*fp16, *EMA, "--trainer.max_epochs=1", "--trainer.limit_train_batches=7", callbacks=[keep])
-    monkeypatch.setattr(Classification, "loss", loss)
+    monkeypatch.setattr(Engine, "loss", loss)
     model.build(data)
     started = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     trainer.fit(model, datamodule=data)

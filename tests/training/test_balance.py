@@ -272,20 +272,20 @@ def test_accumulated_batches_make_the_update_of_a_whole_batch(tiny, fit_here, na
 
 @pytest.mark.parametrize("name", BALANCES)
 def test_in_fp16_the_unscaled_gradients_are_changed_and_an_overflow_leaves_nothing_behind(parts, monkeypatch, name):
-    from fusion.training import Classification
+    from fusion.training import Engine
 
     steps = "--trainer.max_steps=2"
     plain, watch = Gradients(), Gradients()
     model, data, trainer = parts(*PLAIN_SGD, *use(name), steps, callbacks=[plain])
     trainer.fit(model, datamodule=data)
-    calls, sound = [], Classification.loss
+    calls, sound = [], Engine.loss
 
     def loss(self, *given):
         calls.append(1)
         return sound(self, *given) * (float("inf") if len(calls) == 1 else 1.0)
 
     # The first batch overflows; the second update then sees the third batch, as the plain run's third would.
-    monkeypatch.setattr(Classification, "loss", loss)
+    monkeypatch.setattr(Engine, "loss", loss)
     model, data, trainer = parts(*PLAIN_SGD, *use(name), *FP16, steps, callbacks=[watch])
     trainer.fit(model, datamodule=data)
     assert (model.updates, model.skipped) == (2, 1)

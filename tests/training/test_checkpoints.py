@@ -170,7 +170,7 @@ def test_a_runs_checkpoints_are_plain_data_and_all_it_leaves_is_in_its_folder(ti
     for name in ("best", "last"):
         checkpoint = run.checkpoint(name)
         assert checkpoint["fusion"]["updates"] > 0
-        assert checkpoint["fusion"]["processor"]["classes"]
+        assert checkpoint["fusion"]["processor"]["task"]["learnt"]["names"]
     assert any(key.startswith("model.head.") for key in checkpoint["state_dict"])
     assert os.listdir(tmp_path / "here") == []
     assert (run.folder / "metrics.csv").is_file()

@@ -64,28 +64,28 @@ def test_a_modality_without_an_encoder_is_refused_by_name(parts):
 
 
 def test_balanced_class_weights_are_the_inverse_frequencies_in_train(parts):
-    model, data, _ = parts("--model.class_weights=balanced")
+    model, data, _ = parts("--model.task.class_weights=balanced")
     model.build(data)
     labels = [str(label) for label in data.splits["train"].table.labels]
-    counts, classes = Counter(labels), data.processor.classes
+    counts, classes = Counter(labels), data.processor.task.names
     expected = [len(labels) / (len(classes) * counts[name]) for name in classes]
     assert len(set(counts.values())) > 1
-    assert model.weight.tolist() == pytest.approx(expected, rel=1e-6)
+    assert model.task.class_weight.tolist() == pytest.approx(expected, rel=1e-6)
     # The mean weight of a training sample is one: the loss keeps its scale.
     assert sum(expected[classes.index(label)] for label in labels) / len(labels) == pytest.approx(1)
 
 
 def test_class_weights_and_smoothing_reach_the_loss(parts):
-    model, data, _ = parts("--model.class_weights=balanced", "--model.label_smoothing=0.2")
+    model, data, _ = parts("--model.task.class_weights=balanced", "--model.task.label_smoothing=0.2")
     model.build(data)
-    logits = torch.randn(5, len(data.processor.classes), dtype=torch.float64)
+    logits = torch.randn(5, len(data.processor.task.names), dtype=torch.float64)
     target = torch.tensor([0, 1, 0, 2, 1])
-    weight, log_p, n = model.weight.double(), logits.log_softmax(1), logits.shape[1]
+    weight, log_p, n = model.task.class_weight.double(), logits.log_softmax(1), logits.shape[1]
     # (1 - s) of the target's own term, s spread evenly; both weighted by class and divided by the weights of the targets.
     own = -(weight[target] * log_p[torch.arange(5), target]).sum()
     spread = -(weight * log_p).sum() / n
     expected = (0.8 * own + 0.2 * spread) / weight[target].sum()
-    model.weight = weight
+    model.task.class_weight = weight
     assert model.loss(logits, target) == pytest.approx(float(expected), rel=1e-9)
 
 
@@ -109,7 +109,7 @@ def test_every_trainable_parameter_gets_a_gradient_from_one_batch(parts, head):
 def test_placeholders_and_unseen_labels_are_scored_as_they_should(parts):
     model, data, _ = parts()
     model.build(data)
-    classes = len(data.processor.classes)
+    classes = len(data.processor.task.names)
     chosen = torch.tensor([0, 1, 2, 0])
     model.forward = lambda inputs: nn.functional.one_hot(chosen, classes).float() * 9  # predicts 0, 1, 2, 0
     model.score("test", Batch({}, torch.tensor([0, 1, 0, 1]), torch.tensor([4, 5, 6, -1])))

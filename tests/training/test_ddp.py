@@ -93,7 +93,7 @@ def test_accumulated_batches_train_what_one_whole_batch_trains(tiny, fit_here):
     assert furthest_weights(whole, accumulated) < ROUNDING
 
 
-WEIGHTED = ["--model.class_weights=balanced", "--model.label_smoothing=0.1", "--trainer.max_epochs=1"]
+WEIGHTED = ["--model.task.class_weights=balanced", "--model.task.label_smoothing=0.1", "--trainer.max_epochs=1"]
 
 
 def one_in_ten(i, row):

@@ -12,10 +12,10 @@ import fusion
 import fusion.training.callbacks.progress as progress
 from fusion.cli.evaluate import evaluate
 from fusion.cli.predict import predict
-from fusion.data.module import ImageTextData
 from fusion.errors import UserError
 from fusion.session import fit
 from fusion.settings.parser import FusionCLI
+from fusion.tasks import Classification
 from fusion.training.callbacks.progress import Bar, EpochLines
 
 # Progress.
@@ -128,10 +128,10 @@ def test_results_count_the_updates_that_were_made_not_those_of_the_best_epoch(ti
 
 
 def test_a_bug_of_ours_keeps_its_traceback(tiny, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise ValueError("too many values to unpack")
 
-    monkeypatch.setattr(ImageTextData, "learn_classes", broken)
+    monkeypatch.setattr(Classification, "learn", broken)
     with pytest.raises(ValueError, match="too many values") as caught:
         fit(["--recipe", str(tiny()), *SHORT])
     assert not isinstance(caught.value, UserError)

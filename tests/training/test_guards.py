@@ -12,7 +12,7 @@ from tiny_world import TWO
 from fusion.cli.main import run as run_command
 from fusion.errors import UserError
 from fusion.heads import Concat
-from fusion.training import Classification
+from fusion.training import Engine
 from fusion.training.callbacks.guards import MOST_SKIPPED, Guard, finite, first_not_finite
 
 FP16 = ["--trainer.plugins=fusion.training.Fp16"]
@@ -94,8 +94,8 @@ def test_with_accumulation_the_ids_are_of_the_whole_update(guarded):
 
 
 def test_in_mixed_precision_an_overflow_is_the_scalers_and_endless_overflow_stops(parts, monkeypatch):
-    finite_loss = Classification.loss
-    monkeypatch.setattr(Classification, "loss", lambda self, *given: finite_loss(self, *given) * float("inf"))
+    finite_loss = Engine.loss
+    monkeypatch.setattr(Engine, "loss", lambda self, *given: finite_loss(self, *given) * float("inf"))
     model, data, trainer = parts(*FP16, "--trainer.max_epochs=100", callbacks=[Guard()])
     with pytest.raises(UserError, match=f"{MOST_SKIPPED} updates in a row overflowed"):
         trainer.fit(model, datamodule=data)

@@ -13,7 +13,7 @@ from fusion.errors import UserError
 from fusion.heads import Gated, JointTransformer, LevelWeighted, LogitMean
 from fusion.heads.cross_attention import CrossAttention
 from fusion.predictor import Predictor
-from fusion.training import Classification
+from fusion.training import Engine
 from fusion.training.balance import OGMGE
 
 FUNCTIONS = {
@@ -32,7 +32,7 @@ def made(write_manifest, tmp_path):
         torch.manual_seed(0)
         data = ImageTextData(str(write_manifest()), cache=str(tmp_path / "cache"), batch_size=16, num_workers=0)
         image = partial(TimmImage, "test_vit", pretrained=False, image_size=32)
-        return Classification(image=image, text=partial(TransformersText, config=BERT), head=head, **options), data
+        return Engine(image=image, text=partial(TransformersText, config=BERT), head=head, **options), data
 
     return make
 

@@ -29,7 +29,7 @@ COMBINATIONS = {
     "freezing": ['--model.freeze={"text": {"until_update": 5}}'],
     "dropped modalities": ["--model.modality_dropout=0.3"],
     "batch normalisation": ["--model.image.init_args.name=resnet10t", "--model.image.init_args.options={}"],
-    "class weights": ["--model.class_weights=balanced"],
+    "class weights": ["--model.task.class_weights=balanced"],
 }
 
 
@@ -63,10 +63,10 @@ def test_so_does_an_update_whose_gradients_are_exchanged(tiny, fit_here, monkeyp
 
 def test_a_wait_that_is_added_is_counted(tiny, fit_here, monkeypatch):
     """Else the test above could not fail."""
-    from fusion.training import Classification
+    from fusion.training import Engine
 
-    sound = Classification.loss
-    monkeypatch.setattr(Classification, "loss", lambda self, *given: sound(self, *given) * float(given[0].sum().isfinite()))
+    sound = Engine.loss
+    monkeypatch.setattr(Engine, "loss", lambda self, *given: sound(self, *given) * float(given[0].sum().isfinite()))
     found = updates_reads(fit_here, monkeypatch, tiny())
     assert sum(found.values()) == 2
 

@@ -128,13 +128,13 @@ def test_a_sharded_run_that_died_goes_on_to_the_bit(tiny, tmp_path, fit_on_two):
 DIES_AT_6 = """
 import os
 from fusion.cli.main import run
-from fusion.training import Classification
-step = Classification.training_step
+from fusion.training import Engine
+step = Engine.training_step
 def die(self, batch, batch_idx):
     if self.updates == 6:
         os._exit(9)
     return step(self, batch, batch_idx)
-Classification.training_step = die
+Engine.training_step = die
 run("fit")
 """
 

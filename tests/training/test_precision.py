@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Callback
 
 from fusion.settings.parser import FusionCLI
-from fusion.training import Classification, Fp16
+from fusion.training import Engine, Fp16
 
 FP16 = ["--trainer.plugins=fusion.training.Fp16", "--trainer.plugins.init_args.init_scale=1024"]
 SEVEN = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=7"]
@@ -32,13 +32,13 @@ def overflow_at(monkeypatch):
 
     def at(*batches):
         calls = []
-        finite = Classification.loss
+        finite = Engine.loss
 
         def loss(self, logits, target, update_target=None):
             calls.append(logits.dtype)
             return finite(self, logits, target, update_target) * (float("inf") if len(calls) - 1 in batches else 1.0)
 
-        monkeypatch.setattr(Classification, "loss", loss)
+        monkeypatch.setattr(Engine, "loss", loss)
         return calls
 
     return at

@@ -16,8 +16,9 @@ import fusion.session as command
 from fusion.benchmarks.kills import unlike
 from fusion.cli.main import run as run_command
 from fusion.errors import INTERRUPTED, REQUEUE, UserError
-from fusion.training import Classification
+from fusion.training import Engine
 from fusion.training.callbacks.signals import SaveInTime
+from fusion.training.means import Means
 
 # An epoch has 8 batches of 16; the run has two epochs.
 
@@ -96,20 +97,21 @@ def test_the_log_of_a_resumed_run_tells_the_whole_run(interrupted_and_whole, fit
         assert resumed.column(name) == whole.column(name), name
 
 
-class Seen:
-    """What a task keeps of an epoch."""
+class Seen(Means):
+    """What an engine keeps of an epoch."""
 
-    note, epoch_sums, epoch_means = Classification.note, Classification.epoch_sums, Classification.epoch_means
-    device, trainer = torch.device("cpu"), SimpleNamespace(accumulate_grad_batches=1, world_size=1)
+    engine = SimpleNamespace(device=torch.device("cpu"), trainer=SimpleNamespace(world_size=1))
 
     def __init__(self, losses, before=None):
-        self.sums = before or {"samples": 0}
+        super().__init__()
+        self.sums = before or self.sums
         for loss in losses:
-            self.note({"loss": loss}, 8, 0)
+            self.note({"loss": loss}, 8, begins_update=True)
 
     def __add__(self, other):
         """What both know, as if by a sum over ranks."""
-        return Seen([], {name: value + other.epoch_sums()[name] for name, value in self.epoch_sums().items()})
+        theirs = other.epoch_sums(self.engine)
+        return Seen([], {name: value + theirs[name] for name, value in self.epoch_sums(self.engine).items()})
 
 
 def test_the_means_of_an_epoch_do_not_depend_on_where_it_was_interrupted():
@@ -118,8 +120,8 @@ def test_the_means_of_an_epoch_do_not_depend_on_where_it_was_interrupted():
         losses = torch.rand(100, generator=torch.Generator().manual_seed(seed))
         whole = Seen(losses[0::2]) + Seen(losses[1::2])
         before = Seen(losses[0:50:2]) + Seen(losses[1:50:2])
-        resumed = Seen(losses[50::2], before.epoch_sums()) + Seen(losses[51::2])
-        assert whole.epoch_means() == resumed.epoch_means() == {"loss": losses.double().mean().float().item()}
+        resumed = Seen(losses[50::2], before.epoch_sums(Seen.engine)) + Seen(losses[51::2])
+        assert whole.of_epoch(Seen.engine) == resumed.of_epoch(Seen.engine) == {"loss": losses.double().mean().float().item()}
 
 
 TWICE = "--trainer.val_check_interval=0.5"
@@ -210,13 +212,13 @@ def test_a_signal_while_the_test_split_is_scored_ends_with_its_status_and_the_co
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     options = ["--recipe", tiny(), "--data.eval_batch_size=4"]
     whole = fit_here(*options, runs="whole")
-    score = Classification.test_step
+    score = Engine.test_step
 
     def stopped(self, batch, batch_idx):
         signal.raise_signal(number)
         score(self, batch, batch_idx)
 
-    monkeypatch.setattr(Classification, "test_step", stopped)
+    monkeypatch.setattr(Engine, "test_step", stopped)
     run = fit_here(*options)
     assert run.status == status
     assert f"--resume {run.folder}" in capsys.readouterr().out

@@ -153,14 +153,14 @@ def test_a_strategy_that_lost_a_rank_moves_nothing_when_it_ends(monkeypatch):
 ALONE = """
 import signal
 from fusion.cli.main import run
-from fusion.training import Classification
+from fusion.training import Engine
 
-def stopped(self, *args, then=Classification.test_step):
+def stopped(self, *args, then=Engine.test_step):
     if self.trainer.global_rank == 1:
         signal.raise_signal(signal.SIGINT)
     then(self, *args)
 
-Classification.test_step = stopped
+Engine.test_step = stopped
 run("fit")
 """
 

@@ -15,7 +15,7 @@ from fusion.encoders import TimmImage, TransformersText
 from fusion.errors import UserError
 from fusion.heads import Gated
 from fusion.predictor import Predictor
-from fusion.training import Classification
+from fusion.training import Engine
 from fusion.training.callbacks.plan import Plan
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -54,7 +54,7 @@ def made(write_manifest, tmp_path):
         data = ImageTextData(manifest, cache=str(tmp_path / "cache"), batch_size=16, num_workers=0, max_length=max_length)
         image = partial(TimmImage, "test_vit", pretrained=False, image_size=32)
         text = partial(TransformersText, folder, **options) if folder else partial(TransformersText, **options)
-        return Classification(image=image, text=text, head=partial(Gated, dim=8), adapters=adapters, freeze=freeze), data
+        return Engine(image=image, text=text, head=partial(Gated, dim=8), adapters=adapters, freeze=freeze), data
 
     return make
 

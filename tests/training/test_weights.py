@@ -10,6 +10,7 @@ from fusion.encoders import TransformersText
 from fusion.heads import available
 from fusion.heads.registry import HEADS
 from fusion.model import FusionModel
+from fusion.tasks import Classification
 from fusion.training.weights import load_weights
 
 HERE = ["a red circle", "a blue square", "is it green or jumpy"]
@@ -18,6 +19,13 @@ THERE = ["is it blue", "a green circle", "a square of red"]  # as many tokens, m
 
 def tokenizer_of(texts):
     return Tokenizer.train(texts, vocab_size=100, max_length=8)
+
+
+def knowing(classes):
+    """The task of telling these classes."""
+    task = Classification()
+    task.set_learnt({"names": list(classes)})
+    return task
 
 
 # Two text encoders stand for any two modalities.
@@ -50,7 +58,7 @@ def test_embeddings_are_carried_over_by_token(saved):
     here, there = tokenizer_of(HERE), tokenizer_of(THERE)
     before, now = model_of("ab", tokenizer=there), model_of("ab", tokenizer=here, seed=1)
     fresh = now.encoders["text"].embedding.weight.detach().clone()
-    told = load_weights(now, saved(before, Processor(None, there, ["a", "b"])), Processor(None, here, ["a", "b"]))
+    told = load_weights(now, saved(before, Processor(None, there, knowing(["a", "b"]))), Processor(None, here, knowing(["a", "b"])))
     old, ids, new_ids = before.encoders["text"].embedding.weight, there.backend.get_vocab(), here.backend.get_vocab()
     both = ids.keys() & new_ids.keys()
     moved = [token for token in both if ids[token] != new_ids[token]]
@@ -70,7 +78,7 @@ def test_rows_of_classes_are_carried_over_by_name_in_every_head(saved, head):
     was, now_classes = ["blue", "green", "red"], ["apple", "green", "blue"]
     before, now = model_of(was, head), model_of(now_classes, head, seed=1)
     fresh = {name: value.clone() for name, value in now.state_dict().items()}
-    told = load_weights(now, saved(before, Processor(None, None, was)), Processor(None, None, now_classes))
+    told = load_weights(now, saved(before, Processor(None, None, knowing(was))), Processor(None, None, knowing(now_classes)))
     assert "rows of 2 of 3 classes are carried over by name; 1 begin anew: apple" in told
     old, new = before.state_dict(), now.state_dict()
     layers = {module.weight: module for module in now.head.output_layers()}
@@ -90,7 +98,7 @@ def test_rows_of_classes_are_carried_over_by_name_in_every_head(saved, head):
 
 
 def test_classes_in_the_same_order_and_the_same_tokens_say_nothing_of_rows(saved):
-    processor = Processor(None, tokenizer_of(HERE), ["a", "b"])
+    processor = Processor(None, tokenizer_of(HERE), knowing(["a", "b"]))
     before, now = model_of("ab", tokenizer=processor.tokenizer), model_of("ab", tokenizer=processor.tokenizer, seed=1)
     told = load_weights(now, saved(before, processor), processor)
     assert told.count("\n") == 0
@@ -100,4 +108,4 @@ def test_classes_in_the_same_order_and_the_same_tokens_say_nothing_of_rows(saved
 def test_a_file_of_weights_alone_says_that_it_names_no_tokens_or_classes(tmp_path):
     before, now = model_of("ab"), model_of("ab", seed=1)
     torch.save(before.state_dict(), tmp_path / "weights.pt")
-    assert "names neither tokens nor classes" in load_weights(now, tmp_path / "weights.pt", Processor(None, None, ["a", "b"]))
+    assert "names neither tokens nor classes" in load_weights(now, tmp_path / "weights.pt", Processor(None, None, knowing(["a", "b"])))

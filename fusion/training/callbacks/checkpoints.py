@@ -62,8 +62,8 @@ def flush_folder(folder: Path) -> None:
 
 
 class BestAndLast(ModelCheckpoint):
-    """best.ckpt by the validation accuracy; last.ckpt after every epoch (Lightning's `save_last` writes one only with a new best), and
-    within epochs after so many updates or minutes.
+    """best.ckpt by the task's score on validation (`monitor_of`); last.ckpt after every epoch (Lightning's `save_last` writes one only with
+    a new best), and within epochs after so many updates or minutes.
     """
 
     def __init__(self, every_updates: int | None = None, every_minutes: float | None = None) -> None:
@@ -86,6 +86,11 @@ class BestAndLast(ModelCheckpoint):
         moved = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
         kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | moved | {"best_k_models": kept, "dirpath": self.dirpath})
+
+    def monitor_of(self, monitor: str, mode: str) -> None:
+        """The score of validation that tells the best checkpoint: its greatest ("max") or its least ("min")."""
+        self.monitor, self.mode = f"val/{monitor}", mode
+        self.kth_value = torch.tensor(torch.inf if mode == "min" else -torch.inf)
 
     def without_validation(self) -> None:
         """Nothing will tell which is best: last.ckpt alone is kept."""

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from fusion.errors import UserError
 from fusion.model import part_of, plain_name
 from fusion.training.callbacks.run_folder import RunFolder
+from fusion.training.engine import Engine
 from fusion.training.optim.precision import scaler_of
-from fusion.training.task import Task
 
 MOST_NAMES = 3
 MOST_IDS = 5
@@ -45,7 +45,7 @@ class Guard(Callback):
         self.batches.append(batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
-        assert isinstance(module, Task)
+        assert isinstance(module, Engine)
         if self.first:
             self.first = False
             self.name_unused(trainer, module)
@@ -53,17 +53,17 @@ class Guard(Callback):
             self.stop(trainer, module)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        assert isinstance(module, Task)
+        assert isinstance(module, Engine)
         if module.skipped_in_a_row >= MOST_SKIPPED:
             self.stop(trainer, module, f"{MOST_SKIPPED} updates in a row overflowed, whatever the scale; ")
 
-    def name_unused(self, trainer: Trainer, task: Task) -> None:
-        assert task.model is not None
-        unused = [name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None]
+    def name_unused(self, trainer: Trainer, engine: Engine) -> None:
+        assert engine.model is not None
+        unused = [name for name, p in engine.model.named_parameters() if p.requires_grad and p.grad is None]
         if not unused:
             return
         told = f"parameters that got no gradient at the first update: {by_modality(unused)}"
-        if not task.allow_unused:
+        if not engine.allow_unused:
             raise UserError(
                 f"{told}. They would never learn, and DDP would fail on them; freeze them (--model.freeze), take them out, or accept them: "
                 "--model.allow_unused=true (with DDP also --trainer.strategy=ddp_find_unused_parameters_true)"
@@ -71,16 +71,16 @@ class Guard(Callback):
         if trainer.is_global_zero:
             print(f"warning: {told}", flush=True)
 
-    def stop(self, trainer: Trainer, task: Task, why: str = "") -> None:
+    def stop(self, trainer: Trainer, engine: Engine, why: str = "") -> None:
         """Say what is not finite and where it began; raises UserError on every rank."""
-        assert task.model is not None
-        bad = [name for name, p in task.model.named_parameters() if p.grad is not None and not finite([p.grad])]
-        loss = float(task.update_means()["loss"])
-        origins = [first_not_finite(task, batch) for batch in self.batches]  # all, on every rank: a forward pass may hold collectives
+        assert engine.model is not None
+        bad = [name for name, p in engine.model.named_parameters() if p.grad is not None and not finite([p.grad])]
+        loss = float(engine.means.of_update(engine)["loss"])
+        origins = [first_not_finite(engine, batch) for batch in self.batches]  # all, on every rank: a forward pass may hold collectives
         origin = next(filter(None, origins), "")
         ids = self.ids(trainer)
         found = {
-            "update": task.updates + 1,
+            "update": engine.updates + 1,
             "loss": str(loss),
             "began_in": origin,
             "parameters": [plain_name(name) for name in bad],
@@ -95,7 +95,7 @@ class Guard(Callback):
         gradients = f"the gradients of {by_modality(bad)} are not finite" if bad else "every gradient is finite"
         state = "" if math.isfinite(loss) else f"the loss is {loss}; "
         raise UserError(
-            f"update {task.updates + 1}: {why}{state}{gradients}{f'; it began in {origin}' if origin else ''}. "
+            f"update {engine.updates + 1}: {why}{state}{gradients}{f'; it began in {origin}' if origin else ''}. "
             f"Ids of its samples: {shown}{where}. Look at them, or try a lower rate, a longer warm-up, --trainer.gradient_clip_val=1"
         )
 
@@ -126,10 +126,10 @@ def is_finite(total: Tensor) -> bool:
     return bool((total.full_tensor() if isinstance(total, DTensor) else total).isfinite())
 
 
-def first_not_finite(task: Task, batch: Any) -> str:
+def first_not_finite(engine: Engine, batch: Any) -> str:
     """The first parameter or, in a forward pass over the batch, the first module whose values are not finite; "" if all are."""
-    assert task.model is not None
-    for name, p in task.model.named_parameters():
+    assert engine.model is not None
+    for name, p in engine.model.named_parameters():
         if not finite([p.detach()]):
             return f"parameter {plain_name(name)}"
     found: list[str] = []
@@ -141,10 +141,10 @@ def first_not_finite(task: Task, batch: Any) -> str:
 
         return hook
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in task.model.named_modules()]
+    hooks = [module.register_forward_hook(look(name)) for name, module in engine.model.named_modules()]
     try:
-        with torch.no_grad(), task.trainer.precision_plugin.forward_context():
-            task.model(batch.inputs)
+        with torch.no_grad(), engine.trainer.precision_plugin.forward_context():
+            engine.model(batch.inputs)
     finally:
         for hook in hooks:
             hook.remove()

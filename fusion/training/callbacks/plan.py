@@ -1,6 +1,5 @@
 """The plan, told before training starts: data, model, updates, devices."""
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,8 @@ from fusion.data.module import SPLITS, ImageTextData
 from fusion.data.sampler import GlobalBatches
 from fusion.lightning_private import training_batches
 from fusion.training.distributed.ddp import DDP
-from fusion.training.task import Task
+from fusion.training.engine import Engine
 
-MOST_CLASSES = 8
 NOTABLE = 0.001  # share of unknown tokens
 FEW_PICTURES = 8  # of which batch statistics are taken
 
@@ -24,7 +22,7 @@ class Plan(Callback):
     """Prints the plan once everything is known, and keeps it: what is about to be trained, on what, for how long."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and isinstance(module, Task):
+        if trainer.is_global_zero and isinstance(module, Engine):
             print("\n".join([*data_lines(trainer.datamodule), *model_lines(module), *training_lines(trainer, module)]), flush=True)  # type: ignore[attr-defined]
 
 
@@ -35,10 +33,7 @@ def data_lines(data: ImageTextData) -> list[str]:
             lines.append(f"  {name:<6} none")
             continue
         split = data.splits[name]
-        counts = Counter(str(label) for label in split.table.labels)
-        shown = ", ".join(f"{label} {count}" for label, count in counts.most_common(MOST_CLASSES))
-        more = f" and {len(counts) - MOST_CLASSES} more classes" if len(counts) > MOST_CLASSES else ""
-        lines.append(f"  {name:<6} {len(split.table):>8,} samples: {shown}{more}")
+        lines.append(f"  {name:<6} {len(split.table):>8,} samples: {data.processor.task.summary(split.table.labels)}")
         lines += [f"         {note}" for note in notes(data, name)]
     if data.shared_groups:
         lines.append(f"  {data.shared_groups:,} groups are in more than one split: the scores may be too high")
@@ -66,7 +61,7 @@ def notes(data: ImageTextData, name: str) -> list[str]:
     return found
 
 
-def model_lines(module: Task) -> list[str]:
+def model_lines(module: Engine) -> list[str]:
     assert module.model is not None
     lines = ["model"]
     for name, part in module.model.parts().items():
@@ -90,7 +85,7 @@ def precisions(part: nn.Module) -> str:
     return told
 
 
-def training_lines(trainer: Trainer, module: Task) -> list[str]:
+def training_lines(trainer: Trainer, module: Engine) -> list[str]:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     batches = training_batches(trainer)
     asked = "" if batches.batch_size == data.batch_size else f" (asked {data.batch_size}; train has no more)"
@@ -110,7 +105,7 @@ def training_lines(trainer: Trainer, module: Task) -> list[str]:
     ]
 
 
-def statistics_lines(module: Task, data: ImageTextData, batches: GlobalBatches) -> list[str]:
+def statistics_lines(module: Engine, data: ImageTextData, batches: GlobalBatches) -> list[str]:
     """That batch normalisation has few pictures to take its statistics of, where it has."""
     assert module.model is not None
     encoder: Any = module.model.encoders["image"] if "image" in module.modalities else None
@@ -130,7 +125,7 @@ def statistics_lines(module: Task, data: ImageTextData, batches: GlobalBatches) 
     ]
 
 
-def schedule_lines(module: Task) -> list[str]:
+def schedule_lines(module: Engine) -> list[str]:
     """That a resumed run's schedule has become another, where its end did and the rate depends on it."""
     before, now, done = module.horizon_before, module.horizon, module.updates
     if before is None or before == now:

@@ -9,9 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from fusion.console import SignOfLife
-from fusion.training.task import Task
-
-SHOWN = {"loss": "train/loss", "val loss": "val/loss", "val accuracy": "val/accuracy"}
+from fusion.training.engine import Engine
 
 
 class EpochLines(Callback):
@@ -63,13 +61,17 @@ class EpochLines(Callback):
         return trainer.is_global_zero and not shown and self.sign.due()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, Task)
-        scores: dict[str, Any] = {f"train/{name}": mean for name, mean in module.epoch_means().items()}  # on every rank, over which it sums
+        assert isinstance(module, Engine)
+        scores: dict[str, Any] = {
+            f"train/{name}": mean for name, mean in module.means.of_epoch(module).items()
+        }  # on every rank, over which it sums
         # Of an earlier epoch, where this one wasn't validated.
         scores |= {name: score for name, score in trainer.callback_metrics.items() if self.training_s or not name.startswith("val/")}
         if not trainer.is_global_zero:
             return
-        parts = [f"{key} {float(scores[name]):.4f}" for key, name in SHOWN.items() if name in scores]
+        best_by = module.task.monitor
+        shown = {"loss": "train/loss", "val loss": "val/loss", f"val {best_by}": f"val/{best_by}"}
+        parts = [f"{key} {float(scores[name]):.4f}" for key, name in shown.items() if name in scores]
         rate = self.samples / max(self.training_s or time.monotonic() - self.began, 1e-9)
         print(f"epoch {epoch_of(trainer)}  " + "  ".join([*parts, f"{rate:,.0f} samples/s"]), flush=True)
         self.sign.reset()

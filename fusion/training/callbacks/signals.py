@@ -14,7 +14,7 @@ from fusion.data.sampler import draw_seed
 from fusion.exit import SIGNALS
 from fusion.lightning_private import hear_no_signals, is_accumulating, is_by_clock, timeout_of, validation_is_due
 from fusion.training.callbacks.checkpoints import BestAndLast
-from fusion.training.task import Task
+from fusion.training.engine import Engine
 
 
 class SeedEachStep(Callback):
@@ -87,7 +87,7 @@ class SaveInTime(Checkpoint):
         self.asked = max(self.asked, SIGNALS[signal.Signals(number)])
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        assert isinstance(module, Task)
+        assert isinstance(module, Engine)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:  # a checkpoint holds no half-accumulated gradients
             return
         if trainer.world_size == 1:

@@ -1,6 +1,6 @@
 """What a classification is scored by."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassStatScores
 
@@ -41,8 +41,3 @@ def classification_metrics(classes: int) -> MetricCollection:
             "f1_macro": MulticlassF1Score(classes, average="macro", validate_args=False),
         }
     )
-
-
-def per_split(classes: int, splits: list[str]) -> nn.ModuleDict:
-    """Metrics for each split."""
-    return nn.ModuleDict({name: classification_metrics(classes) for name in splits})

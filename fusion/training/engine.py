@@ -1,6 +1,5 @@
-"""What all tasks share: the model built for its data, its optimiser, and counters of updates that were really made."""
+"""The one LightningModule: trains any task on any data, right under AMP, several ranks, accumulation and resuming."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -9,39 +8,48 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 
 from fusion.data.module import ImageTextData
 from fusion.data.processor import Processor
+from fusion.data.samples import Batch
 from fusion.encoders import Encoder
 from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError, construction, nearest
 from fusion.heads import CrossAttention, FusionHead, FusionOutput, Unimodal
 from fusion.lightning_private import batches_that_stepped, logs_now
-from fusion.model import FusionModel, check_part, factory_parts, head_class, head_spec
-from fusion.training.balance import Balance, summed
+from fusion.model import FusionModel, check_part, factory_parts, head_spec, predicts_alone, with_unimodal
+from fusion.tasks import Classification, Task
+from fusion.training.balance import Balance
+from fusion.training.distributed.collectives import summed
 from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP, shard
-from fusion.training.modality_dropout import drop_modalities
+from fusion.training.means import Means
+from fusion.training.modality_dropout import drop_modalities, presence
 from fusion.training.optim.freezing import Freeze, Freezing, wrap_again
 from fusion.training.optim.groups import Rate, check_rates, parameter_groups
 from fusion.training.optim.muon import Muon
 from fusion.training.optim.precision import reject_trained_float16, scaler_of
 from fusion.training.optim.schedules import Constant, Schedule
 
-FORMAT = 5
+FORMAT = 6
 ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
 
 
-class Task(LightningModule):
-    """A FusionModel and how it is optimised; a task adds its loss and its scores.
+class Engine(LightningModule):
+    """A FusionModel, what it is asked, and how it is optimised.
+
+    Every mean is made of the losses of single samples, in one place (`mean_loss`), so that accumulated batches and ranks give exactly the
+    update that one batch would.
 
     Args:
         image: makes the image encoder.
         text: makes the text encoder.
+        task: what is asked of a sample; Classification if none.
         head: makes the head that joins them; it gets the encoders' widths and the number of outputs when these are known.
         modalities: which to use, in the head's order; with one alone the head is Unimodal.
         optimizer: makes the optimiser; its weight decay is left out for biases, norms, gates, embeddings and positions.
@@ -56,12 +64,11 @@ class Task(LightningModule):
         allow_unused: go on where parameters get no gradient at the first update.
     """
 
-    kind: str  # what a checkpoint calls the task
-
     def __init__(
         self,
         image: Callable[[], Encoder] | None = None,
         text: Callable[[], Encoder] | None = None,
+        task: Task | None = None,
         head: Callable[[dict[str, int], int], FusionHead] = CrossAttention,
         modalities: Sequence[str] = ("image", "text"),
         optimizer: OptimizerCallable = ADAMW,
@@ -84,6 +91,7 @@ class Task(LightningModule):
                 raise UserError(f"model.modalities asks for '{name}', but model.{name} names no encoder")
         if not modalities or len(set(modalities)) < len(modalities):
             raise UserError(f"model.modalities is {list(modalities)}; expected image, text or both, each once")
+        self.task = task or Classification()
         self.modalities = list(modalities)
         self.factories: dict[str, Callable[[], Encoder]] = {name: factories[name] for name in modalities}  # type: ignore[misc]
         chosen: Any = head if len(modalities) > 1 else Unimodal
@@ -98,8 +106,7 @@ class Task(LightningModule):
         if not 0 <= modality_dropout < 1:
             raise UserError(f"model.modality_dropout is {modality_dropout}; expected a probability, from 0 to below 1")
         self.modality_dropout, self.allow_unused = modality_dropout, allow_unused
-        self.noted: list[dict[str, Tensor]] = []  # by accumulated batch of the update at hand
-        self.sums: dict[str, Tensor | float] = {"samples": 0}  # of the epoch, on this rank
+        self.means = Means()
         self.balance = balance
         if balance is not None:
             if len(self.modalities) < 2:
@@ -120,12 +127,17 @@ class Task(LightningModule):
         if self.model is None:
             with construction():
                 encoders = {name: make() for name, make in self.factories.items()}
-            data.load(encoders)
+            data.load(encoders, self.task)
             self.specs: dict[str, dict[str, Any]] = {
                 name: {"class": type_path(encoder), "init": encoder.spec()} for name, encoder in encoders.items()
             }
             self.processor: Processor = data.processor
-            model = FusionModel.build(encoders, self.head_factory, self.outputs(data))
+            model = FusionModel.build(encoders, self.head_factory, self.task.out_dim)
+            if model.head.one_of_classes and not self.task.one_of_classes:
+                raise UserError(
+                    f"the head {type(model.head).__name__} reads its outputs as classes of which exactly one is right, which isn't "
+                    f"so in {type(self.task).__name__}; take another head"
+                )
             if self.balance is not None and not predicts_alone(model.head):
                 raise UserError(
                     f"model.balance needs the prediction of each modality alone, which this {type(model.head).__name__} lacks: "
@@ -143,7 +155,9 @@ class Task(LightningModule):
                 # A graph for each of: training or not, padded or not, with all pictures or some, and lengths.
                 torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
                 self.model.compile()
-            self.prepare(data)
+            scored = [name for name in data.splits if name != "train"]
+            self.metrics = nn.ModuleDict({name: self.task.metrics() for name in scored})
+            self.mean_loss = nn.ModuleDict({name: MeanMetric() for name in scored})
         return self.model
 
     def setup(self, stage: str) -> None:
@@ -158,14 +172,6 @@ class Task(LightningModule):
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             shard(self.model, strategy.device_mesh["data_parallel"], dtype)
 
-    @abstractmethod
-    def outputs(self, data: ImageTextData) -> int:
-        """How many numbers the head gives for a sample."""
-
-    @abstractmethod
-    def prepare(self, data: ImageTextData) -> None:
-        """Make what the loss and the scores need to know of the data."""
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.model is not None
         if self.freezing.apply(self.model, self.updates):
@@ -175,67 +181,129 @@ class Task(LightningModule):
         if self.balance is not None:
             self.balance.begin(self)
 
+    # Training.
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:  # (B, out_dim)
+        assert self.model is not None
+        return self.model(inputs).output
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        output, kept = self.read(batch.inputs)
+        loss = self.loss(output.output, batch.target, batch.update_target)
+        if self.balance is not None:
+            there = kept or presence(batch.inputs)
+            alone = self.losses_alone(output.by_modality, batch, there)
+            scores = {name: self.task.confidence(one.detach(), batch.target)[there[name]] for name, one in output.by_modality.items()}
+            self.balance.observe(self, alone, scores)
+            loss = self.balance.total(loss, alone)
+        figures = self.task.batch_figures(output.output.detach(), batch.target)
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self.means.note({"loss": loss, **figures}, len(batch.target), begins_update=first)
+        return loss
+
     def read(self, inputs: dict[str, Any]) -> tuple[FusionOutput, dict[str, Tensor] | None]:
         """The model's output for a training batch; and by modality (B,) bool, which samples keep it, None where all do."""
         assert self.model is not None
         kept = drop_modalities(inputs, self.modality_dropout) if self.modality_dropout else None
         return self.model(inputs, kept), kept
 
-    def note(self, figures: dict[str, Tensor], samples: int, batch_idx: int) -> None:
-        """Keep what a training batch gave: its mean loss, and other means, for the log of its update and of its epoch."""
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.noted = []
-        self.noted.append({name: value.detach().float() for name, value in figures.items()})
-        self.sums["samples"] += samples
-        for name, value in self.noted[-1].items():
-            self.sums[name] = self.sums.get(name, 0) + value.to(exact(value.device)) * samples
-
-    def update_means(self) -> dict[str, Tensor]:
-        """What the update at hand gave, over all ranks. A collective: all ranks call it."""
-        own = torch.stack([torch.stack([figures[name] for figures in self.noted]).mean() for name in self.noted[0]])
-        return dict(zip(self.noted[0], summed(self, own) / self.trainer.world_size, strict=True))
-
-    def epoch_sums(self) -> dict[str, float]:
-        """What the epoch gave so far, over all ranks. A collective: all ranks call it."""
-        if len(self.sums) == 1:
-            return {"samples": 0}
-        own = [torch.as_tensor(value, dtype=exact(self.device), device=self.device) for value in self.sums.values()]
-        return dict(zip(self.sums, summed(self, torch.stack(own)).tolist(), strict=True))
-
-    def epoch_means(self) -> dict[str, float]:
-        """Of the epoch so far, over all ranks and what a run that was resumed had seen before; in single precision, in which it is the same
-        whatever the order of the summands was. A collective.
+    def loss(self, output: Tensor, target: Tensor, update_target: Tensor | None = None) -> Tensor:
+        """The mean of the samples' losses, weighted where the task weighs: divided by the mean weight of the whole update (update_target),
+        so that the means of its shares, over ranks and accumulated batches, have the update's own weighted mean for their mean.
         """
-        sums = self.epoch_sums()
-        samples = sums.pop("samples")
-        return {name: torch.tensor(total / samples, dtype=torch.float32).item() for name, total in sums.items()}
+        return self.sample_loss(output, target, update_target).mean()
+
+    def sample_loss(self, output: Tensor, target: Tensor, update_target: Tensor | None = None) -> Tensor:  # (B,)
+        each = self.task.loss(output, target)
+        weight = self.task.weight(target if update_target is None else update_target)
+        return each if weight is None else each / weight.mean()
+
+    def losses_alone(self, by_modality: dict[str, Tensor], batch: Batch, there: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each modality's own loss, over the batch: 0 for a sample that lacks it. So shares of a batch have the mean of their losses."""
+        each = {name: self.sample_loss(output, batch.target, batch.update_target) for name, output in by_modality.items()}
+        return {name: torch.where(there[name], loss, 0.0).mean() for name, loss in each.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.balance is not None:
             self.log_dict({f"balance/{name}": value for name, value in self.balance.modulate(self).items()})
 
     def on_train_epoch_end(self) -> None:
-        means = {f"train/{name}_epoch": mean for name, mean in self.epoch_means().items()}
+        means = {f"train/{name}_epoch": mean for name, mean in self.means.of_epoch(self).items()}
         self.log_dict(means, logger=False)
         # At once, since Lightning would do it after the epoch's checkpoint is made, which knows what was logged before.
         for logger in self.loggers:
             logger.log_metrics(means | {"epoch": self.current_epoch}, step=batches_that_stepped(self.trainer) - 1)
-        self.sums = {"samples": 0}
+        self.means.clear()
         if self.balance is not None:
             self.balance.end_epoch(self)
         data: ImageTextData = self.trainer.datamodule  # type: ignore[attr-defined]
         if data.first_pass_ends(self.trainer.current_epoch):
             data.set_losses(self.sample_losses("train")["fused"].double().cpu().numpy())
 
-    @abstractmethod
+    # Evaluation.
+
+    def metric_names(self) -> list[str]:
+        """What is logged of training and validation, beside what the balance and the strategy log."""
+        trained = [f"train/{name}_{over}" for name in ("loss", *self.task.figure_names) for over in ("step", "epoch")]
+        return ["train/lr", *trained, *(f"val/{name}" for name in (*self.task.metric_names(), "loss"))]
+
+    @torch.no_grad()
     def sample_losses(self, split: str, most: int | None = None) -> dict[str, Tensor]:
         """By "fused" and, where the head predicts by modality, by modality: (n,) the loss of each sample of a split, or of the first of
         them, at most so many; in evaluation mode, without augmentation, the same on all ranks. NaN where a sample has none.
         """
+        assert self.model is not None
+        data: ImageTextData = self.trainer.datamodule  # type: ignore[attr-defined]
+        count = len(data.splits[split].samples)
+        count = count if most is None else min(count, most)
+        training = self.training
+        self.eval()
+        # Each rank fills the rows that it saw: losses, and which there are.
+        found: dict[str, Tensor] = {}
+        for batch in data.evaluation_loader(split, most):
+            moved = self.trainer.strategy.batch_to_device(batch, self.device)
+            with self.trainer.precision_plugin.forward_context():
+                output = self.model(moved.inputs)
+            there = presence(moved.inputs)
+            for name, one in {"fused": output.output, **output.by_modality}.items():
+                losses = self.task.plain_loss(one.float(), moved.target)
+                scored = (moved.row >= 0) & losses.isfinite() & there.get(name, torch.ones_like(moved.row, dtype=torch.bool))
+                rows = found.setdefault(name, torch.zeros(2, count, device=self.device))
+                rows[0, moved.row[scored]] = losses[scored]
+                rows[1, moved.row[scored]] = 1
+        self.train(training)
+        everywhere = {name: summed(both, self.trainer.world_size) for name, both in found.items()}
+        return {name: torch.where(there > 0, loss, torch.nan) for name, (loss, there) in everywhere.items()}
 
-    def metric_names(self) -> list[str]:
-        """What the task logs of training and validation, beside what its balance and the engine log."""
-        return ["train/lr"]
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.score("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.score("test", batch)
+
+    def score(self, split: str, batch: Batch) -> None:
+        counted = batch.row >= 0
+        output, target = self(batch.inputs)[counted], batch.target[counted]
+        if not len(target):
+            return
+        self.task.update(self.metrics[split], self.task.values(output), target)  # type: ignore[arg-type]
+        losses = self.task.plain_loss(output.float(), target)
+        known = ~losses.isnan()
+        if bool(known.any()):
+            self.mean_loss[split].update(losses[known])  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_scores("test")
+
+    def log_scores(self, split: str) -> None:
+        scores = self.task.scores(self.metrics[split]) | {"loss": self.mean_loss[split].compute()}  # type: ignore[arg-type, operator]
+        # They are already summed over the ranks by the metrics themselves.
+        self.log_dict({f"{split}/{name}": value for name, value in scores.items()}, rank_zero_only=False, sync_dist=False)
+        self.metrics[split].reset()  # type: ignore[operator]
+        self.mean_loss[split].reset()  # type: ignore[operator]
 
     # Optimiser and schedule, by updates really made.
 
@@ -289,7 +357,7 @@ class Task(LightningModule):
                 progress.ready -= 1
                 progress.completed -= 1
         if logs_now(self.trainer):  # a call of log costs a millisecond, reading a scale waits for the device
-            means = {f"train/{name}_step": mean for name, mean in self.update_means().items()}
+            means = {f"train/{name}_step": mean for name, mean in self.means.of_update(self).items()}
             self.log_dict({"train/lr": rate, **self.figures(), **means})
 
     def figures(self) -> dict[str, float]:
@@ -311,7 +379,6 @@ class Task(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fusion"] = {
             "format": FORMAT,
-            "task": self.kind,
             "encoders": self.specs,
             "head": self.head_spec,
             "adapters": self.adapters,
@@ -321,7 +388,7 @@ class Task(LightningModule):
             "accumulated": self.trainer.accumulate_grad_batches,
             "balance": self.balance.state_dict() if self.balance is not None else {},
             "compression": self.compression_state(),
-            "epoch_sums": self.epoch_sums(),
+            "epoch_sums": self.means.epoch_sums(self),
             "updates": self.updates,
             "skipped": self.skipped,
         }
@@ -334,7 +401,7 @@ class Task(LightningModule):
         if checkpoint["loops"] and checkpoint["fusion"]["accumulated"] != self.trainer.accumulate_grad_batches:
             self.recount(checkpoint)
         sums = checkpoint["fusion"]["epoch_sums"]
-        self.sums = sums if self.trainer.global_rank == 0 else dict.fromkeys(sums, 0)
+        self.means.sums = sums if self.trainer.global_rank == 0 else dict.fromkeys(sums, 0)
         if self.balance is not None:
             self.balance.load_state_dict(checkpoint["fusion"]["balance"])
         if isinstance(self.trainer.strategy, DDP):
@@ -358,23 +425,6 @@ def refuse_other_format(checkpoint: Mapping[str, Any]) -> None:
     found = checkpoint.get("fusion", {}).get("format")
     if found != FORMAT:
         raise UserError(f"the checkpoint has format {found}, this version of fusion {FORMAT}; --init_from takes its weights")
-
-
-def exact(device: torch.device) -> torch.dtype:
-    """What to sum in."""
-    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
-
-
-def with_unimodal(factory: Callable[..., FusionHead]) -> Callable[..., FusionHead]:
-    """The factory of a head that also predicts from each modality alone, where that can be passed on; late heads do anyway."""
-    cls = head_class(factory)
-    options = signature(cls or factory).parameters
-    takes = "unimodal" in options or (cls is not None and any(option.kind is option.VAR_KEYWORD for option in options.values()))
-    return partial(factory, unimodal=True) if takes and (cls is None or cls.family != "late") else factory
-
-
-def predicts_alone(head: FusionHead) -> bool:
-    return head.family == "late" or head.unimodal is not None
 
 
 def type_path(thing: object) -> str:

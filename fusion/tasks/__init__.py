@@ -1,0 +1,8 @@
+"""Tasks: what is asked of a sample, one file each."""
+
+from fusion.tasks.base import Task
+from fusion.tasks.classification import Classification
+from fusion.tasks.multi_label import MultiLabel
+from fusion.tasks.regression import Regression
+
+__all__ = ["Classification", "MultiLabel", "Regression", "Task"]

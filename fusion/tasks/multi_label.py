@@ -1,0 +1,162 @@
+"""Any number of labels of several, none included."""
+
+import json
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MultilabelAveragePrecision, MultilabelExactMatch, MultilabelF1Score
+
+from fusion.errors import UserError
+from fusion.tasks.base import OnUnseen, Task
+from fusion.tasks.classification import counted, refuse_unseen
+
+
+class MultiLabel(Task):
+    """Tell which of several labels a sample has, each by itself, by binary cross entropy.
+
+        l = -1/L sum_c [y_c log p_c + (1 - y_c) log(1 - p_c)]            p = sigmoid(output)
+
+    A target's cell holds the labels with a separator between them, or a list (JSON in a text file, a list in Parquet or JSON Lines). An
+    empty cell is a sample without any label. Target: (B, L) 0 or 1; labels that train lacks have columns after those that the model
+    knows. Values: (B, L) probabilities; a label is given where its own is at least `threshold`.
+
+    Scores: mean average precision over the labels, F1 (macro and micro) and the share of samples whose set of labels is right
+    (subset_accuracy), at `threshold`.
+
+    Args:
+        separator: what stands between two labels of a text cell.
+        threshold: probability from which a label is given, between 0 and 1.
+
+    >>> task = MultiLabel()
+    >>> task.learn({"train": ["red;round", "round", None]}, column="label", on_unseen="error")
+    >>> task.names, task.encode(["round; red", '["red"]', None]).tolist()
+    (['red', 'round'], [[1, 1], [1, 0], [0, 0]])
+    """
+
+    monitor = "average_precision"
+    bounded = "subset_accuracy"
+    headline: ClassVar[Mapping[str, str]] = {
+        "mAP": "average_precision",
+        "F1 macro": "f1_macro",
+        "F1 micro": "f1_micro",
+        "exact": "subset_accuracy",
+    }
+    baseline = "majority"
+    figure_names = ("subset_accuracy",)
+    takes_lists = True
+
+    def __init__(self, separator: str = ";", threshold: float = 0.5) -> None:
+        super().__init__()
+        if not separator:
+            raise UserError("task: separator is empty; expected what stands between two labels, such as ;")
+        if not 0 < threshold < 1:
+            raise UserError(f"task: threshold is {threshold}; expected a probability between 0 and 1")
+        self.separator, self.threshold = separator, threshold
+        self.names = []
+        self.number: dict[str, int] = {}
+
+    def check(self, cell: str | None) -> str | None:
+        try:
+            self.labels(cell)
+        except ValueError:
+            return f"label {str(cell)[:40]!r} begins as a list, but is no JSON list of texts"
+        return None
+
+    def labels(self, cell: str | None) -> list[str]:
+        """The labels of a cell, each once. Raises ValueError for a broken list."""
+        if cell is None or not cell.strip():
+            return []
+        if cell.lstrip().startswith("["):
+            found = json.loads(cell)
+            if not isinstance(found, list) or any(isinstance(label, list | dict) for label in found):
+                raise ValueError("no list of texts")
+            names = [label if isinstance(label, str) else json.dumps(label) for label in found if label is not None]
+        else:
+            names = cell.split(self.separator)
+        return list(dict.fromkeys(name.strip() for name in names if name.strip()))
+
+    def learn(self, cells: Mapping[str, Sequence[str | None]], *, column: str, on_unseen: OnUnseen) -> None:
+        counts = self.counts(cells.get("train", ()))
+        self.names = sorted(counts)
+        if not self.names:
+            raise UserError(f"no training sample has any label (column '{column}'): there is nothing to learn")
+        self.number = {name: i for i, name in enumerate(self.names)}
+        each = {split: [label for cell in column for label in self.labels(cell)] for split, column in cells.items()}
+        refuse_unseen(each, counts, on_unseen)
+        for labels in each.values():
+            for label in labels:
+                self.number.setdefault(label, len(self.number))
+
+    def counts(self, cells: Sequence[str | None]) -> Counter[str]:
+        return Counter(label for cell in cells for label in self.labels(cell))
+
+    def encode(self, cells: Sequence[str | None]) -> np.ndarray:
+        rows = [[self.number.setdefault(label, len(self.number)) for label in self.labels(cell)] for cell in cells]
+        target = np.zeros((len(rows), len(self.number)), dtype=np.uint8)
+        for row, labels in zip(target, rows, strict=True):
+            row[labels] = 1
+        return target
+
+    def unseen(self, cells: Sequence[str | None]) -> int:
+        known = set(self.names)
+        return sum(not known.issuperset(self.labels(cell)) for cell in cells)
+
+    def strata(self, cells: Sequence[str | None]) -> list[str]:
+        """Of each sample its rarest label: the others are common enough to be alike anyway."""
+        counts = self.counts(cells)
+        return [min(self.labels(cell), key=lambda label: (counts[label], label), default="") for cell in cells]
+
+    def summary(self, cells: Sequence[str | None]) -> str:
+        none = sum(not self.labels(cell) for cell in cells)
+        return counted(self.counts(cells), "labels") + (f"; {none:,} samples have none" if none else "")
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        known = target[:, : output.shape[1]].to(output.dtype)
+        return binary_cross_entropy_with_logits(output, known, reduction="none").mean(dim=1)
+
+    def values(self, output: Tensor) -> Tensor:
+        return output.float().sigmoid()
+
+    def metrics(self) -> MetricCollection:
+        count, at = len(self.number), self.threshold
+        return MetricCollection(
+            {
+                "average_precision": MultilabelAveragePrecision(count, validate_args=False),
+                "f1_macro": MultilabelF1Score(count, at, average="macro", validate_args=False),
+                "f1_micro": MultilabelF1Score(count, at, average="micro", validate_args=False),
+                "subset_accuracy": MultilabelExactMatch(count, at, validate_args=False),
+            },
+            compute_groups=False,
+        )
+
+    def update(self, metrics: MetricCollection, values: Tensor, target: Tensor) -> None:
+        unknown = target.shape[1] - values.shape[1]
+        metrics.update(torch.cat([values, values.new_zeros(len(values), unknown)], dim=1), target.long())
+
+    def batch_figures(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        given = output.sigmoid() >= self.threshold
+        return {"subset_accuracy": (given == target[:, : output.shape[1]].bool()).all(dim=1).float().mean()}
+
+    def answers(self, values: np.ndarray) -> list[Any]:
+        return [[self.names[i] for i in np.flatnonzero(row >= self.threshold)] for row in values]
+
+    def cell_of(self, answer: Any) -> Any:
+        """Such that a manifest with it is read to the same labels."""
+        joined = self.separator.join(answer)
+        return joined if self.labels(joined) == answer else json.dumps(answer, ensure_ascii=False)
+
+    def strict(self, cells: Sequence[str | None]) -> Sequence[Hashable]:
+        return [frozenset(self.labels(cell)) for cell in cells]
+
+    def learnt(self) -> dict[str, Any]:
+        return {"names": list(self.names)}
+
+    def set_learnt(self, learnt: dict[str, Any]) -> None:
+        self.names = list(learnt["names"])
+        self.number = {name: i for i, name in enumerate(self.names)}
