@@ -5,7 +5,8 @@ from fusion.data.format import Format
 from fusion.data.module import ImageTextData
 from fusion.data.prepare import Preparer, Script
 from fusion.data.samples import Batch
+from fusion.data.scene_targets import SceneTargets
 from fusion.data.shapes import Shapes
 from fusion.data.table import Columns
 
-__all__ = ["Batch", "Columns", "Curriculum", "Format", "ImageTextData", "Preparer", "Script", "Shapes"]
+__all__ = ["Batch", "Columns", "Curriculum", "Format", "ImageTextData", "Preparer", "SceneTargets", "Script", "Shapes"]

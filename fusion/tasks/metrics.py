@@ -1,8 +1,11 @@
-"""What a classification is scored by."""
+"""What tasks are scored by, where torchmetrics lacks it."""
+
+import warnings
 
 from torch import Tensor
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassStatScores
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassStatScores, MultilabelAveragePrecision
+from torchmetrics.utilities.data import dim_zero_cat
 
 
 class BalancedAccuracy(MulticlassStatScores):
@@ -26,6 +29,30 @@ class BalancedAccuracy(MulticlassStatScores):
         hits, _, _, misses = self._final_state()
         support = hits + misses
         return (hits / support.clamp(min=1)).sum() / (support > 0).sum().clamp(min=1)
+
+
+class MeanAveragePrecision(MultilabelAveragePrecision):
+    """Mean of the labels' average precision, over those that occur among the targets; NaN where none does.
+
+    (torchmetrics' average="macro" counts a label that never occurs as 0.)
+
+    >>> import torch
+    >>> metric = MeanAveragePrecision(3)
+    >>> round(float(metric(torch.tensor([[0.9, 0.2, 0.1], [0.1, 0.3, 0.2]]), torch.tensor([[1, 1, 0], [0, 0, 0]]))), 2)
+    0.75
+
+    Args:
+        labels: how many there are.
+    """
+
+    def __init__(self, labels: int) -> None:
+        super().__init__(labels, average="none", validate_args=False)
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        occurs = dim_zero_cat(self.target).sum(dim=0) > 0
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="No positive samples")
+            return super().compute()[occurs].mean()
 
 
 def classification_metrics(classes: int) -> MetricCollection:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MultilabelAveragePrecision, MultilabelExactMatch, MultilabelF1Score
+from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 
 from fusion.errors import UserError
 from fusion.tasks.base import OnUnseen, Task
 from fusion.tasks.classification import counted, refuse_unseen
+from fusion.tasks.metrics import MeanAveragePrecision
 
 
 class MultiLabel(Task):
@@ -24,14 +25,14 @@ class MultiLabel(Task):
 
     A target's cell holds the labels with a separator between them, or a list (JSON in a text file, a list in Parquet or JSON Lines). An
     empty cell is a sample without any label. Target: (B, L) 0 or 1; labels that train lacks have columns after those that the model
-    knows. Values: (B, L) probabilities; a label is given where its own is at least `threshold`.
+    knows. Values: (B, L) probabilities; a label is given where its own is above `threshold`.
 
-    Scores: mean average precision over the labels, F1 (macro and micro) and the share of samples whose set of labels is right
+    Scores: mean average precision over the labels that occur, F1 (macro and micro) and the share of samples whose set of labels is right
     (subset_accuracy), at `threshold`.
 
     Args:
         separator: what stands between two labels of a text cell.
-        threshold: probability from which a label is given, between 0 and 1.
+        threshold: probability above which a label is given, between 0 and 1.
 
     >>> task = MultiLabel()
     >>> task.learn({"train": ["red;round", "round", None]}, column="label", on_unseen="error")
@@ -127,7 +128,7 @@ class MultiLabel(Task):
         count, at = len(self.number), self.threshold
         return MetricCollection(
             {
-                "average_precision": MultilabelAveragePrecision(count, validate_args=False),
+                "average_precision": MeanAveragePrecision(count),
                 "f1_macro": MultilabelF1Score(count, at, average="macro", validate_args=False),
                 "f1_micro": MultilabelF1Score(count, at, average="micro", validate_args=False),
                 "subset_accuracy": MultilabelExactMatch(count, at, validate_args=False),
@@ -140,11 +141,11 @@ class MultiLabel(Task):
         metrics.update(torch.cat([values, values.new_zeros(len(values), unknown)], dim=1), target.long())
 
     def batch_figures(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        given = output.sigmoid() >= self.threshold
+        given = output.sigmoid() > self.threshold
         return {"subset_accuracy": (given == target[:, : output.shape[1]].bool()).all(dim=1).float().mean()}
 
     def answers(self, values: np.ndarray) -> list[Any]:
-        return [[self.names[i] for i in np.flatnonzero(row >= self.threshold)] for row in values]
+        return [[self.names[i] for i in np.flatnonzero(row > self.threshold)] for row in values]
 
     def cell_of(self, answer: Any) -> Any:
         """Such that a manifest with it is read to the same labels."""

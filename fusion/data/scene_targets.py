@@ -1,0 +1,132 @@
+"""Questions about scenes whose answers are sets of labels, or numbers: the embedded sets of the other tasks."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from fusion.data.prepare import Preparer
+from fusion.data.scenes import COLOURS, SHAPES, SIDE, Scenes, area, draw_scenes, render
+from fusion.data.shapes import image_of
+from fusion.errors import UserError
+from fusion.evaluation.bounds import bounds
+from fusion.tasks import MultiLabel, Regression, Task
+
+VERSION = 1  # of the generator: raise it when the same options would give other bytes
+PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+
+
+class SceneTargets(Preparer):
+    """The scenes of Shapes, 64x64 pixels, and ten questions about each of which some are drawn.
+
+    labels: "which colours do the crosses have?", "which shapes are red?": a set of labels with ; between them, often empty.
+    number: "how much of the picture is red?", "how much do the crosses cover?": percent of the pixels.
+
+    Neither the picture nor the question alone tells the answer; how much each could, the card counts.
+
+    Args:
+        target: "labels" (for the task MultiLabel) or "number" (for Regression).
+        scenes: how many.
+        questions_per_scene: about each, 1 to 10, all different.
+        seed: the same seed gives the same bytes.
+        val: the share of the scenes for validation.
+        test: the share for testing.
+
+    Raises UserError for options out of their range.
+    """
+
+    def __init__(
+        self,
+        target: Literal["labels", "number"],
+        scenes: int = 4000,
+        questions_per_scene: int = 6,
+        seed: int = 0,
+        val: float = 0.1,
+        test: float = 0.15,
+    ) -> None:
+        if target not in ("labels", "number"):
+            raise UserError(f"scenes: target is '{target}'; expected labels or number")
+        if scenes < 20 or not 1 <= questions_per_scene <= len(SHAPES) + len(COLOURS) or seed < 0:
+            raise UserError(
+                f"scenes: {scenes} scenes, {questions_per_scene} questions per scene, seed {seed}; expected at least 20, 1 to "
+                f"{len(SHAPES) + len(COLOURS)}, and 0 or more"
+            )
+        if not (val > 0 and test > 0 and val + test < 1):
+            raise UserError(f"scenes: val {val} and test {test} must be shares above 0 that leave something to train on")
+        self.options = {
+            "target": target,
+            "scenes": scenes,
+            "questions_per_scene": questions_per_scene,
+            "seed": seed,
+            "val": val,
+            "test": test,
+        }
+
+    def key(self, root: Path | None = None) -> str:
+        return f"scenes-v{VERSION}-{hashlib.sha256(json.dumps(self.options).encode()).hexdigest()[:12]}"
+
+    def prepare(self, folder: Path, root: Path | None = None) -> str:
+        """Write manifest.csv and images/*.png into `folder`; gives the card. Nothing is read: `root` is not used."""
+        options, count = self.options, int(str(self.options["scenes"]))
+        rng = np.random.default_rng([int(str(options["seed"])), VERSION])
+        scenes = draw_scenes(count, rng)
+        order = rng.permutation(count)
+        val, test = (round(float(str(options[name])) * count) for name in ("val", "test"))
+        split_of = np.full(count, "train", dtype=object)
+        split_of[order[:val]], split_of[order[val : val + test]] = "val", "test"
+        (folder / "images").mkdir(parents=True)
+        for number, picture in enumerate(render(scenes)):
+            Image.fromarray(picture).save(folder / image_of(number), compress_level=1)
+        asked = label_questions(scenes) if options["target"] == "labels" else number_questions(scenes)
+        texts = list(asked)
+        rows: list[tuple[int, str, str, str]] = []
+        for scene in range(count):
+            for q in rng.permutation(len(texts))[: int(str(options["questions_per_scene"]))].tolist():
+                rows.append((scene, texts[q], asked[texts[q]][scene], str(split_of[scene])))
+        with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["image", "text", "label", "split", "id", "group"])
+            writer.writerows([image_of(scene), text, label, split, i, scene] for i, (scene, text, label, split) in enumerate(rows))
+        return card(rows, MultiLabel() if options["target"] == "labels" else Regression())
+
+
+def label_questions(scenes: Scenes) -> dict[str, list[str]]:
+    """By question, its answer for every scene: labels in the order of their lists."""
+    asked = {}
+    for i, shape in enumerate(SHAPES):
+        which = scenes.there & (scenes.shape == i)
+        asked[f"which colours do the {PLURALS[shape]} have?"] = joined(which, scenes.colour, list(COLOURS))
+    for i, colour in enumerate(COLOURS):
+        asked[f"which shapes are {colour}?"] = joined(scenes.there & (scenes.colour == i), scenes.shape, list(SHAPES))
+    return asked
+
+
+def joined(which: np.ndarray, value: np.ndarray, names: Sequence[str]) -> list[str]:
+    """(S,) the names of the values (S, K) that are there."""
+    there = np.stack([(which & (value == i)).any(axis=1) for i in range(len(names))], axis=1)
+    return [";".join(np.array(names)[row].tolist()) for row in there]
+
+
+def number_questions(scenes: Scenes) -> dict[str, list[str]]:
+    """By question, its answer for every scene, in percent of the pixels."""
+    percent = area(scenes.shape, scenes.size) / SIDE**2 * 100
+
+    def covered(which: np.ndarray) -> list[str]:
+        return [f"{share:.4f}" for share in np.where(which & scenes.there, percent, 0.0).sum(axis=1).tolist()]
+
+    asked = {f"how much do the {PLURALS[shape]} cover?": covered(scenes.shape == i) for i, shape in enumerate(SHAPES)}
+    return asked | {f"how much of the picture is {colour}?": covered(scenes.colour == i) for i, colour in enumerate(COLOURS)}
+
+
+def card(rows: Sequence[tuple[int, str, str, str]], task: Task) -> str:
+    """What was made, and what one answer, the image alone and the text alone could score on the test questions at best."""
+    tested = [row for row in rows if row[3] == "test"]
+    cells = [label for _, _, label, _ in tested]
+    best = bounds(task, {"image": [scene for scene, *_ in tested], "text": [text for _, text, _, _ in tested]}, cells)
+    told = ", ".join(f"{name} {value:.4f}" for name, value in best.items())
+    return f"scenes: {len(rows):,} questions. Bounds of {task.bounded} on test from one answer, the image alone, the text alone: {told}"
