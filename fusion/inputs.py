@@ -11,7 +11,10 @@ class Images(NamedTuple):
     With `picture` (B,) int64, pixels (U, 3, H, W) holds the distinct pictures only, of which sample b shows the one at picture[b]: where
     several samples ask about one picture, it is encoded once.
 
-    anyone, everyone: whether any sample has an image, and whether all have one, where that is known without asking the device.
+    With `shown` (B, P) bool, a sample has up to P pictures, those at picture (B, P) where it is True; each is attended to as its own
+    tokens.
+
+    anyone, everyone: whether any sample has an image, and whether all have one (or all P), where that is known without asking the device.
     """
 
     pixels: Tensor
@@ -19,6 +22,7 @@ class Images(NamedTuple):
     picture: Tensor | None = None
     anyone: bool | None = None
     everyone: bool | None = None
+    shown: Tensor | None = None
 
 
 class Texts(NamedTuple):
@@ -34,4 +38,22 @@ class Texts(NamedTuple):
     @property
     def present(self) -> Tensor:
         """(B,) bool: which samples have a text."""
+        return self.mask.any(dim=1)
+
+
+class Columns(NamedTuple):
+    """A batch of rows of a table: numbers (B, F) float, scaled; categories (B, G) int64, 0 for one that is not known; mask (B, F + G) bool,
+    numbers first, False where a cell is missing.
+
+    full: True where no cell is known to be missing, without asking the device.
+    """
+
+    numbers: Tensor
+    categories: Tensor
+    mask: Tensor
+    full: bool | None = None
+
+    @property
+    def present(self) -> Tensor:
+        """(B,) bool: which samples have any cell."""
         return self.mask.any(dim=1)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -15,12 +14,8 @@ from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from torch import Tensor
 
-from fusion.data.images import ImageError, cores
-from fusion.data.processor import ImageSpec, Processor
-from fusion.data.raw_columns import image_column, text_column
-from fusion.data.samples import load_image
-from fusion.data.tokenizer import batch_texts
-from fusion.encoders import Encoder, Images, Texts
+from fusion.data.processor import Processor
+from fusion.encoders import Encoder
 from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError
 from fusion.heads import FusionHead
@@ -101,72 +96,70 @@ class Predictor:
         return list(self.model.encoders)
 
     def predict(
-        self, images: Iterable[Picture | None] | None = None, texts: Iterable[Any] | None = None, *, batch_size: int = 64
+        self,
+        images: Iterable[Picture | None] | None = None,
+        texts: Iterable[Any] | None = None,
+        *,
+        batch_size: int = 64,
+        **inputs: Any,
     ) -> Predictions:
-        """The answers for samples, each an image and a text; None, NaN, pandas' NA or a blank text where a sample lacks one.
+        """The answers for samples; None, NaN, pandas' NA or a blank text where a sample lacks an input.
 
-        images: paths, bytes of files, PIL pictures, or arrays (H, W, 3) uint8. texts: also numbers, booleans and times, which are written
-        as in a manifest. Both are lists, iterators, NumPy arrays or columns of a data frame, in order whatever their index.
+        images: paths, bytes of files, PIL pictures, or arrays (H, W, 3) uint8, lists of these where a sample has several. texts: also
+        numbers, booleans and times, which are written as in a manifest. Both are lists, iterators, NumPy arrays or columns of a data frame,
+        in order whatever their index. Inputs of other names are given by these: title=[...], facts=FRAME (with the table's columns).
 
-        Raises UserError for a sample that lacks both, lists of different lengths, and images that can't be read.
+        Raises UserError for a sample that lacks all, lists of different lengths, and images that can't be read.
         """
-        given = {
-            "image": None if images is None else image_column(images),
-            "text": None if texts is None else text_column(texts),
-        }
-        count = self.count(given)
+        named = {"image": images, "text": texts} | inputs
+        given = {name: values for name, values in named.items() if values is not None}
+        foreign = [name for name in given if name not in self.modalities]
+        if foreign:
+            raise UserError(f"this model reads {' and '.join(self.modalities)}, not {foreign[0]}")
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; expected at least 1")
-        columns = {name: given[name] or [None] * count for name in self.modalities}
+        usual = {"image": "images", "text": "texts"}
+        kinds = self.processor.inputs
+        cells = {name: kinds[name].raw(values, usual.get(name, name)) for name, values in given.items()}
+        lengths = {name: len(column) for name, column in cells.items()}
+        if len(set(lengths.values())) != 1:
+            wanted = " and ".join(usual.get(name, name) for name in self.modalities)
+            raise UserError(f"give {wanted} of one length, None where a sample lacks one; got {lengths or 'nothing'}")
+        count = next(iter(lengths.values()))
+        columns = {name: cells.get(name) or [None] * count for name in self.modalities}
         for i in range(count):
             if all(column[i] is None for column in columns.values()):
                 raise UserError(f"sample {i} has neither of {', '.join(self.modalities)}; at least one is needed")
         outputs = []
         for start in range(0, count, batch_size):
-            unreadable: dict[int, ImageError] = {}
+            unreadable: dict[int, tuple[str, UserError]] = {}
             outputs.append(self.ask({name: column[start : start + batch_size] for name, column in columns.items()}, unreadable))
-            for place, error in unreadable.items():
-                picture = columns["image"][start + place]
-                of = f" ({picture})" if isinstance(picture, Path) else ""
-                raise ImageError(f"sample {start + place}: its image can't be read: {error}{of}")
+            for place, (name, error) in unreadable.items():
+                cell = columns[name][start + place]
+                of = f" ({cell})" if isinstance(cell, Path) else ""
+                raise type(error)(f"sample {start + place}: its {name} can't be read: {error}{of}")
         return self.gather(outputs)
 
-    def count(self, given: Mapping[str, Sequence[Any] | None]) -> int:
-        lengths = {name: len(column) for name, column in given.items() if column is not None}
-        foreign = [name for name in lengths if name not in self.modalities]
-        if foreign:
-            raise UserError(f"this model reads {' and '.join(self.modalities)}, not {foreign[0]}")
-        if len(set(lengths.values())) != 1:
-            raise UserError(f"give images and texts of one length, None where a sample lacks one; got {lengths or 'nothing'}")
-        return next(iter(lengths.values()))
-
     def ask(
-        self, columns: Mapping[str, Sequence[Any]], unreadable: dict[int, ImageError] | None = None
+        self, columns: Mapping[str, Sequence[Any]], unreadable: dict[int, tuple[str, UserError]] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the task scores (probabilities, standardised numbers; (B, K)) and presence of one batch.
+        """What the task scores (probabilities, standardised numbers; (B, K)) and presence of one batch, of cells by input.
 
-        Raises the ImageError of a picture that can't be read; or, if `unreadable` is given, puts it there by its place in the batch, whose
-        row then means nothing.
+        Raises the error of an input that can't be read; or, if `unreadable` is given, puts it there by its place in the batch, whose row
+        then means nothing, with the input's name.
         """
-        inputs: dict[str, Images | Texts] = {}
-        if self.processor.image is not None:
-            spec = self.processor.image
-            pixels = torch.zeros(len(columns["image"]), 3, *spec.size, dtype=torch.uint8)
-            for i, found in enumerate(decoded(columns["image"], spec)):
-                if isinstance(found, np.ndarray):
-                    pixels[i] = torch.from_numpy(found)
-                elif found is not None:
-                    if unreadable is None:
-                        raise found
-                    unreadable[i] = found
-            there = [picture is not None for picture in columns["image"]]
-            inputs["image"] = Images(pixels, torch.tensor(there, dtype=torch.bool), anyone=any(there), everyone=all(there))
-        if self.processor.tokenizer is not None:
-            inputs["text"] = batch_texts(self.processor.tokenizer, columns["text"])
+        inputs = {}
+        for name, kind in self.processor.inputs.items():
+            failed: dict[int, UserError] = {}
+            inputs[name] = kind.batch(columns[name], failed)
+            for place, error in failed.items():
+                if unreadable is None:
+                    raise error
+                unreadable.setdefault(place, (name, error))
         return self.run(inputs)
 
     @torch.inference_mode()
-    def run(self, inputs: dict[str, Images | Texts]) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """What the task scores (B, K) and presence by modality of a batch of tensors."""
         ordered = {name: move_data_to_device(inputs[name], self.device) for name in self.modalities}
         values = self.processor.task.values(self.model(ordered).output).cpu()
@@ -178,22 +171,6 @@ class Predictor:
         values = torch.cat([values for values, _ in batches]) if batches else torch.zeros(0, task.out_dim)
         present = {name: np.concatenate([np.zeros(0, bool), *(there[name].numpy() for _, there in batches)]) for name in self.modalities}
         return Predictions(task.answers(values.numpy()), task.in_units(values.numpy()), list(task.names), present)
-
-
-def decoded(pictures: Sequence[Picture | None], spec: ImageSpec) -> list[np.ndarray | ImageError | None]:
-    """Each picture as uint8 (3, H, W), or why not; files on all cores, since Pillow decodes outside the interpreter's lock."""
-
-    def one(picture: Picture | None) -> np.ndarray | ImageError | None:
-        try:
-            return None if picture is None else load_image(picture, spec)
-        except ImageError as error:
-            return error
-
-    files = all(isinstance(picture, str | Path | bytes | None) for picture in pictures)  # others may be one object twice
-    if not files or len(pictures) < 2:
-        return [one(picture) for picture in pictures]
-    with ThreadPoolExecutor(max_workers=min(32, cores())) as pool:
-        return list(pool.map(one, pictures))
 
 
 def checkpoint_of(run: str | Path, which: str) -> tuple[Path, str]:

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from fusion.console import aligned, is_rank_zero, print_rank_zero, signs_of_life
-from fusion.data import ImageTextData
+from fusion.data import FusionData
 from fusion.data.table import Table
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
 from fusion.evaluation.bounds import bounds, repeated
@@ -143,7 +143,7 @@ def choose_kernels(float32_matmul_precision: str) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each (batch, length), and texts have many lengths
 
 
-def print_data_notes(data: ImageTextData) -> None:
+def print_data_notes(data: FusionData) -> None:
     """What the data's preparer says of it, what was dropped and what was noted."""
     if data.card:
         print_rank_zero(data.card)
@@ -153,7 +153,7 @@ def print_data_notes(data: ImageTextData) -> None:
         print_rank_zero(f"note: {note}")
 
 
-def finish(trainer: Trainer, model: Engine, data: ImageTextData, checkpoint: ModelCheckpoint, run: RunFolder) -> None:
+def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelCheckpoint, run: RunFolder) -> None:
     """Score the best checkpoint on the test split; print and keep the result."""
     best = checkpoint.best_model_path or checkpoint.last_model_path or None  # None: of a run without a single update
     updates = model.updates  # which the best checkpoint sets back
@@ -196,8 +196,8 @@ INFORMATIVE = 0.5  # least share of samples whose input repeats; where it doesn'
 def telling_bounds(task: Task, table: Table, modalities: Sequence[str]) -> dict[str, float]:
     """The bounds that say something of these samples: of each modality that the model reads, if it mostly repeats; and of one answer for
     all."""
-    inputs = {"image": table.images, "text": table.texts}
-    found = bounds(task, {name: inputs[name] for name in modalities if repeated(inputs[name]) >= INFORMATIVE}, table.labels)
+    inputs = {name: [table.kinds[name].identity(cell) for cell in table.inputs[name]] for name in modalities}
+    found = bounds(task, {name: seen for name, seen in inputs.items() if repeated(seen) >= INFORMATIVE}, table.labels)
     of_all = found.pop(task.baseline)
     return {**found, task.baseline: of_all}
 

@@ -9,7 +9,7 @@ from lightning.fabric.utilities import move_data_to_device
 
 from fusion.benchmarks.heads import device, peak_bytes, taking_turns
 from fusion.console import aligned
-from fusion.data import Batch, ImageTextData
+from fusion.data import Batch, FusionData
 from fusion.session import print_data_notes, quiet
 from fusion.settings.parser import FusionCLI
 from fusion.training import Engine
@@ -37,7 +37,7 @@ def benchmark_memory(arguments: Sequence[str], rounds: int) -> int:
     return 0
 
 
-def made(arguments: Sequence[str], checkpointed: list[str]) -> tuple[Engine, ImageTextData]:
+def made(arguments: Sequence[str], checkpointed: list[str]) -> tuple[Engine, FusionData]:
     engine, data = FusionCLI([*arguments, f"--model.checkpoint_activations={checkpointed}"]).model_and_data()
     engine.build(data)
     return engine.to(device()).train(), data

@@ -21,7 +21,7 @@ from fusion.benchmarks.pretrained import benchmark_pretrained
 from fusion.benchmarks.ranks import benchmark_ranks
 from fusion.cli.options import Options
 from fusion.console import aligned
-from fusion.data import Batch, ImageTextData
+from fusion.data import Batch, FusionData
 from fusion.errors import UserError, nearest
 from fusion.heads import available
 from fusion.session import quiet, standing_callbacks
@@ -165,7 +165,7 @@ class Clock(Callback):
         self.between()
 
 
-def bare_rounds(model: Engine, data: ImageTextData, updates: int, clip: float | None, clock: Clock) -> None:
+def bare_rounds(model: Engine, data: FusionData, updates: int, clip: float | None, clock: Clock) -> None:
     """One round of each bare loop, on the same model."""
     optimizer = model.new_optimizer()
     held: list[Batch] = list(islice(data.train_dataloader(), updates))

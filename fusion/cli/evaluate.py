@@ -2,22 +2,20 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusion.cli.options import Options, above_zero
-from fusion.cli.reading import HELP, data_of, reading_of, reading_options
+from fusion.cli.reading import HELP, data_of, inputs_for, reading_of, reading_options
 from fusion.cli.rows import load_for, predict_rows, print_issues, rows_of
 from fusion.console import aligned
-from fusion.data import ImageTextData
-from fusion.data.image_check import digest_of
-from fusion.data.images import ImageError
+from fusion.data import FusionData
+from fusion.data.kinds import Kind
 from fusion.data.ledger import Ledger
-from fusion.data.record import FILE, Record
+from fusion.data.record import CELL, DIGEST, FILE, Record
 from fusion.data.table import Columns, Table
 from fusion.errors import UserError, nearest
 from fusion.evaluation import scores_by_group
@@ -44,12 +42,13 @@ def evaluate(arguments: Sequence[str]) -> int:
     data = data_of(run)
     data.ledger = ledger = Ledger("drop")  # told at the end; the run's on_bad_sample was for training, and is no option here
     predictor = load_for(run, asked.checkpoint, ledger)
-    modalities, task = tuple(predictor.modalities), predictor.processor.task
+    task = predictor.processor.task
     data.columns, data.format = reading_of(run, reading)
+    inputs = inputs_for(predictor, data.columns, run)
     if asked.manifest:
-        table = rows_of(asked.manifest, data.columns, data.format, modalities, ledger, task)
+        table = rows_of(asked.manifest, data.columns, data.format, inputs, ledger, task)
     else:
-        table = split_of(run, data, modalities, task, asked.split)
+        table = split_of(run, data, inputs, task, asked.split)
     if asked.by:
         column(table, data.columns, asked.by)  # refused now rather than after the predictions
     table, outputs = predict_rows(predictor, table, ledger, asked.batch_size)
@@ -73,20 +72,19 @@ def evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def split_of(run: Path, data: ImageTextData, modalities: tuple[str, ...], task: Task, split: str) -> Table:
+def split_of(run: Path, data: FusionData, inputs: Mapping[str, Kind], task: Task, split: str) -> Table:
     """The samples that the run had in this split, found again in its manifest of today; what has changed is noted."""
     record = Record.read(run)
     if record is None:
         data.ledger.note(f"{run} has no {FILE}: which sample was in which split is found anew, as its recipe says")
-        table = data.split_table(modalities, task)
+        table = data.split_table(inputs, task)
     else:
-        table = data.table(modalities, task)
+        table = data.table(inputs, task)
         now = Record.of(table, {})
         found = record.match(now)
-        paths, paths_now = record.columns["image"], now.columns["image"]
-        unlike = [path for i, path in enumerate(table.images) if path and (found[i] is None or paths[found[i]] != paths_now[i])]  # type: ignore[index]
-        if unlike and set(paths) - set(paths_now):  # images may have been moved or renamed
-            now = Record.of(table, digests_of(unlike))
+        moved = {name: unlike for name in table.kinds if (unlike := moved_files(record, now, found, table, name))}
+        if moved:  # files may have been moved or renamed
+            now = Record.of(table, {name: table.kinds[name].digests_now(cells) for name, cells in moved.items()})
             found = record.match(now)
         changes = record.difference(now, found, images=False).sentences  # files are compared of those samples alone that are scored
         if changes:
@@ -101,24 +99,26 @@ def split_of(run: Path, data: ImageTextData, modalities: tuple[str, ...], task: 
         raise UserError(f"the run's data has no split '{split}'. {nearest(split, there)}")
     chosen = [i for i, s in enumerate(table.splits) if s == split]
     if record is not None:
-        note_changed_images(record, table, [(i, found[i]) for i in chosen], data.ledger)
+        note_changed_files(record, table, [(i, found[i]) for i in chosen], data.ledger)
     return table.take(chosen)
 
 
-def digests_of(paths: Iterable[str]) -> dict[str, str]:
-    """Of the images' files, without those that can't be read, which are listed when they are scored."""
-    found = {}
-    for path in paths:
-        with suppress(ImageError):
-            found[path] = digest_of(path)
-    return found
+def moved_files(record: Record, now: Record, found: Sequence[int | None], table: Table, name: str) -> list[Any]:
+    """The cells of an input with files that are not where the record has them, unless all that it has are there."""
+    then, since = record.columns.get(f"{CELL}{name}", []), now.columns[f"{CELL}{name}"]
+    cells = table.inputs[name]
+    unlike = [cell for i, cell in enumerate(cells) if cell and (found[i] is None or then[found[i]] != since[i])]  # type: ignore[index]
+    return unlike if set(then) - set(since) else []
 
 
-def note_changed_images(record: Record, table: Table, pairs: list[tuple[int, int | None]], ledger: Ledger) -> None:
-    then = {path: record.columns["digest"][here] for i, here in pairs if here is not None and (path := table.images[i])}
-    changed = [path for path, digest in digests_of(path for path in then if then[path]).items() if digest != then[path]]
-    if changed:
-        ledger.note(f"{len(changed):,} image files have changed since the run was trained (the first: {changed[0]})")
+def note_changed_files(record: Record, table: Table, pairs: list[tuple[int, int | None]], ledger: Ledger) -> None:
+    for name, kind in table.kinds.items():
+        digests, cells = record.columns.get(f"{DIGEST}{name}", []), table.inputs[name]
+        then = {cells[i]: digests[here] for i, here in pairs if here is not None and cells[i] is not None and digests}
+        now = kind.digests_now(cell for cell, digest in then.items() if digest)
+        changed = [cell for cell, digest in now.items() if digest != then[cell]]
+        if changed:
+            ledger.note(f"{len(changed):,} {name} files have changed since the run was trained (the first: {changed[0]})")
 
 
 def column(table: Table, columns: Columns, name: str) -> list[str]:

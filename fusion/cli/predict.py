@@ -9,7 +9,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from fusion.cli.options import Options, above_zero
-from fusion.cli.reading import HELP, reading_of, reading_options, settings_of
+from fusion.cli.reading import HELP, inputs_for, reading_of, reading_options, settings_of
 from fusion.cli.rows import load_for, predict_rows, print_issues, rows_of
 from fusion.data.ledger import Ledger
 from fusion.data.table import Table
@@ -42,7 +42,7 @@ def predict(arguments: Sequence[str]) -> int:
     ledger = Ledger("drop")
     predictor = load_for(run, asked.checkpoint, ledger)
     columns, format = reading_of(run, reading)
-    table = rows_of(asked.manifest, columns, format, tuple(predictor.modalities), ledger, None)
+    table = rows_of(asked.manifest, columns, format, inputs_for(predictor, columns, run), ledger, None)
     table, outputs = predict_rows(predictor, table, ledger, asked.batch_size)
     write(out, table, predictor.gather(outputs), predictor.processor.task)
     print(f"{len(table):,} predictions in {out}")

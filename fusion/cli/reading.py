@@ -9,10 +9,12 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from omegaconf import OmegaConf
 
-from fusion.data import ImageTextData
+from fusion.data import FusionData
 from fusion.data.format import Format
+from fusion.data.kinds import Kind
 from fusion.data.table import Columns
 from fusion.errors import UserError
+from fusion.predictor import Predictor
 from fusion.settings.mistakes import told_plainly
 
 PREFIXES = ("--data.columns.", "--data.format.")
@@ -53,10 +55,21 @@ def reading_of(run: Path, options: Sequence[str]) -> tuple[Columns, Format]:
     return made.data.columns, made.data.format
 
 
-def data_of(run: Path) -> ImageTextData:
+def inputs_for(predictor: Predictor, columns: Columns, run: Path) -> dict[str, Kind]:
+    """The inputs of a run's model as a manifest with these columns has them."""
+    named = (settings_of(run).get("inputs") or {}) if run.is_dir() else {}
+    found: dict[str, Kind] = {}
+    for name, kind in predictor.processor.inputs.items():
+        usual = name in ("image", "text") and name not in named
+        found[name] = type(kind)(getattr(columns, name)) if usual else kind
+        found[name].option = f"data.columns.{name}" if usual else f"data.inputs.{name}"
+    return found
+
+
+def data_of(run: Path) -> FusionData:
     """The data of a run, as its recipe says; not loaded."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ImageTextData, "data", sub_configs=True)
+    parser.add_class_arguments(FusionData, "data", sub_configs=True)
     try:
         return parser.instantiate(parser.parse_object({"data": settings_of(run)})).data
     except ArgumentError as error:

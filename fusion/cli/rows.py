@@ -1,5 +1,6 @@
 """Rows of a manifest through a trained model; those whose image can't be read are listed, not guessed."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,9 @@ from torch import Tensor
 from fusion.console import SignOfLife, print_rank_zero
 from fusion.data.format import Format
 from fusion.data.images import ImageError
+from fusion.data.kinds import Kind
+from fusion.data.kinds.image import image_issue
 from fusion.data.ledger import Ledger
-from fusion.data.module import image_issue
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
 from fusion.predictor import Predictor, checkpoint_of
@@ -26,10 +28,10 @@ def load_for(run: Path, checkpoint: str, ledger: Ledger) -> Predictor:
     return Predictor.load(path)
 
 
-def rows_of(manifest: str, columns: Columns, format: Format, modalities: tuple[str, ...], ledger: Ledger, task: Task | None) -> Table:
+def rows_of(manifest: str, columns: Columns, format: Format, inputs: Mapping[str, Kind], ledger: Ledger, task: Task | None) -> Table:
     """The rows of a manifest to be predicted, or scored by a task. It need not have the columns of all modalities, and is of no split."""
     columns = replace(columns, split=None)
-    return read_table(manifest, columns, modalities, task=task, ledger=ledger, format=format, need_all_inputs=False)
+    return read_table(manifest, columns, inputs, task=task, ledger=ledger, format=format, need_all_inputs=False)
 
 
 def predict_rows(predictor: Predictor, table: Table, ledger: Ledger, batch_size: int) -> tuple[Table, Outputs]:
@@ -41,14 +43,15 @@ def predict_rows(predictor: Predictor, table: Table, ledger: Ledger, batch_size:
         if sign.due():
             print_rank_zero(f"{start:,} of {len(table):,} samples predicted")
         rows = range(start, min(start + batch_size, len(table)))
-        unreadable: dict[int, ImageError] = {}
-        columns = {"image": [table.images[i] for i in rows], "text": [table.texts[i] for i in rows]}
-        probabilities, present = predictor.ask(columns, unreadable)
-        for place, error in unreadable.items():
+        unreadable: dict[int, tuple[str, UserError]] = {}
+        columns = {name: [cells[i] for i in rows] for name, cells in table.inputs.items()}
+        values, present = predictor.ask(columns, unreadable)
+        for place, (name, error) in unreadable.items():
             i = rows[place]
-            ledger.add(table.files[i], table.rows[i], table.ids[i], image_issue(str(error), str(table.images[i])))
+            reason = image_issue(str(error), table.inputs[name][i]) if isinstance(error, ImageError) else str(error)
+            ledger.add(table.files[i], table.rows[i], table.ids[i], reason)
         readable = [place for place in range(len(rows)) if place not in unreadable]
-        outputs.append((probabilities[readable], {name: there[readable] for name, there in present.items()}))
+        outputs.append((values[readable], {name: there[readable] for name, there in present.items()}))
         kept += [rows[place] for place in readable]
     if not kept:
         raise UserError(

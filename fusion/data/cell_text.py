@@ -1,7 +1,8 @@
 """The text of a cell: one for each value, whichever file, column or argument it comes from."""
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -92,6 +93,23 @@ def cell_texts(cells: list[Any]) -> list[str | None]:
         return each(cell_text, cells)
     # 1 == 1.0 == True, but they are different values.
     return each(lambda typed: cell_text(typed[1]), list(zip(map(type, cells), cells, strict=True)))
+
+
+def as_texts(
+    name: str, cells: list[Any], nulls: Collection[str], bad: dict[int, str], *, is_path: bool = False, lists: bool = False
+) -> list[str | None]:
+    """Cells as text, None where there is none. A row whose cell is an object, or a list (where no `lists` are expected, which become JSON),
+    goes to `bad`. The text of a path is left alone."""
+    if lists:
+        cells = [json.dumps(list(cell), default=str, ensure_ascii=False) if isinstance(cell, list | tuple) else cell for cell in cells]
+    kinds = set(map(type, cells))
+    if kinds & {list, dict}:
+        for i, cell in enumerate(cells):
+            if isinstance(cell, list | dict):
+                bad.setdefault(i, f"column {name} holds {'a list' if isinstance(cell, list) else 'an object'}, expected text")
+        cells = [str(cell) if isinstance(cell, list | dict) else cell for cell in cells]
+    texts = cells if is_path and kinds <= {str, type(None)} else cell_texts(cells)
+    return [None if cell is not None and cell.strip() in nulls else cell for cell in texts] if nulls else texts
 
 
 def each(function: Callable[[Any], T], cells: list[Any]) -> list[T | None]:

@@ -56,9 +56,10 @@ class Curriculum:
 def difficulty(curriculum: Curriculum, table: Table, samples: Samples) -> np.ndarray:
     """(len,) how difficult each sample is by its text or a column. Raises UserError where neither says it."""
     if curriculum.by == TEXT_LENGTH:
-        if samples.texts is None:
+        lengths = [sizes for store in samples.stores.values() if (sizes := store.sizes()) is not None]
+        if not lengths:
             raise UserError("data.curriculum.by is text_length, but the model reads no texts")
-        return np.diff(samples.texts[0].offsets).astype(np.float64)
+        return np.sum(lengths, axis=0)
     if curriculum.by not in table.extra:
         raise UserError(
             f"data.curriculum.by: the manifest has no column '{curriculum.by}'. {nearest(curriculum.by, [TEXT_LENGTH, LOSS, *table.extra])}"

@@ -21,9 +21,7 @@ from PIL import features
 from torch import Tensor
 
 from fusion.console import SignOfLife, print_rank_zero
-from fusion.data.images import ImageError, cores
-from fusion.data.processor import ImageSpec
-from fusion.data.samples import load_image
+from fusion.data.images import FileOrBytes, ImageError, ImageSpec, cores, load_image
 from fusion.errors import UserError
 
 VERSION = 2  # of what `images` accepts: raise it when the same file would get another verdict
@@ -34,15 +32,15 @@ Stamp = tuple[str, int, int]  # a file's path, size and time of change in ns; -1
 
 
 class Checked(NamedTuple):
-    """What was found of images. pixels: uint8 (U, 3, H, W), None where they are too many for memory. bad: path -> reason. digests: path ->
-    a digest of the file's bytes, for every good one."""
+    """What was found of images. pixels: uint8 (U, 3, H, W), None where they are too many for memory. bad: path (or bytes) -> reason.
+    digests: of the bytes of every good one."""
 
     pixels: Tensor | None
-    bad: dict[str, str]
-    digests: dict[str, str]
+    bad: dict[FileOrBytes, str]
+    digests: dict[FileOrBytes, str]
 
 
-def check_images(paths: Sequence[str], spec: ImageSpec, *, memory_gib: float, cache: Path, shared: bool = False) -> Checked:
+def check_images(paths: Sequence[FileOrBytes], spec: ImageSpec, *, memory_gib: float, cache: Path, shared: bool = False) -> Checked:
     """Decode every image once. The pixels are kept if they fit into `memory_gib`.
 
     shared: other processes of this machine do the same: the first decodes, and all map one file of pixels in `cache` into their memory,
@@ -69,7 +67,7 @@ def check_images(paths: Sequence[str], spec: ImageSpec, *, memory_gib: float, ca
     return Checked(pixels, bad, digests)
 
 
-def check_shared(paths: Sequence[str], spec: ImageSpec, memory: Path) -> tuple[dict[str, Verdict], Tensor]:
+def check_shared(paths: Sequence[FileOrBytes], spec: ImageSpec, memory: Path) -> tuple[dict[FileOrBytes, Verdict], Tensor]:
     """Verdicts; and the pixels (U, 3, H, W), mapped from a file which the first process makes. What is written to them stays its own."""
     file = shared_file(paths, spec, memory.parent)
     if not file.is_file():
@@ -86,13 +84,13 @@ def check_shared(paths: Sequence[str], spec: ImageSpec, memory: Path) -> tuple[d
     return check_remembering(paths, spec, memory), pixels.view(len(paths), 3, *spec.size)
 
 
-def shared_file(paths: Sequence[str], spec: ImageSpec, cache: Path) -> Path:
+def shared_file(paths: Sequence[FileOrBytes], spec: ImageSpec, cache: Path) -> Path:
     """Where processes of this machine share the pixels of these images, as their files are now."""
     found = hashlib.sha256(f"{decided_by(spec)} {[stamp(path) for path in paths]}".encode(errors="surrogatepass"))
     return cache / f"pixels-{platform.node()}-{found.hexdigest()[:16]}.bin"
 
 
-def verdict(path: str, spec: ImageSpec, keep: Tensor | None = None) -> Verdict:
+def verdict(path: FileOrBytes, spec: ImageSpec, keep: Tensor | None = None) -> Verdict:
     try:
         pixels = load_image(path, spec)
         if keep is not None:
@@ -102,8 +100,10 @@ def verdict(path: str, spec: ImageSpec, keep: Tensor | None = None) -> Verdict:
         return str(error), ""
 
 
-def digest_of(path: str) -> str:
-    """A digest of a file's bytes. Raises ImageError where it can't be read any more."""
+def digest_of(path: FileOrBytes) -> str:
+    """A digest of a file's bytes, or of bytes. Raises ImageError where they can't be read any more."""
+    if isinstance(path, bytes):
+        return hashlib.blake2b(path, digest_size=12).hexdigest()
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=12)).hexdigest()
@@ -118,7 +118,7 @@ def decided_by(spec: ImageSpec) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
-def check_remembering(paths: Sequence[str], spec: ImageSpec, memory: Path) -> dict[str, Verdict]:
+def check_remembering(paths: Sequence[FileOrBytes], spec: ImageSpec, memory: Path) -> dict[FileOrBytes, Verdict]:
     known = remembered(memory)
     stamps = {path: stamp(path) for path in paths}
     unseen = [path for path in paths if stamps[path] not in known]
@@ -127,7 +127,7 @@ def check_remembering(paths: Sequence[str], spec: ImageSpec, memory: Path) -> di
     return {path: known[stamps[path]] for path in paths}
 
 
-def remember(paths: Sequence[str], verdicts: Sequence[Verdict], memory: Path) -> dict[Stamp, Verdict]:
+def remember(paths: Sequence[FileOrBytes], verdicts: Sequence[Verdict], memory: Path) -> dict[Stamp, Verdict]:
     """All that is remembered, with these."""
     known = remembered(memory) | dict(zip(map(stamp, paths), verdicts, strict=True))
     stamped, found = zip(*known, strict=True), zip(*known.values(), strict=True)
@@ -148,7 +148,9 @@ def remembered(memory: Path) -> dict[Stamp, Verdict]:
         return {}
 
 
-def stamp(path: str) -> Stamp:
+def stamp(path: FileOrBytes) -> Stamp:
+    if isinstance(path, bytes):
+        return (f"bytes {digest_of(path)}", len(path), 0)
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # the latter for a NUL in the path

@@ -3,6 +3,9 @@
 import os
 import stat
 import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from io import BytesIO
 from math import inf, prod
 from pathlib import Path
@@ -14,6 +17,9 @@ from PIL import Image, ImageFile
 from fusion.errors import UserError, nearest
 
 Source: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
+FileOrBytes: TypeAlias = str | bytes
+Resize: TypeAlias = Literal["squash", "crop", "pad"]
+Interpolation: TypeAlias = Literal["bicubic", "bilinear", "nearest"]
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
 ORIENTATION = 0x0112  # the EXIF tag; below, what undoes each of its values
 UPRIGHT = {
@@ -35,6 +41,38 @@ def cores() -> int:
 
 class ImageError(UserError):
     """Why an image can't be used, in a few words: "missing", "truncated", "not an image", "400.0 megapixels, limit 100"."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How images come to one size (height, width)."""
+
+    size: tuple[int, int]
+    resize: Resize = "squash"
+    interpolation: Interpolation = "bicubic"
+    max_megapixels: float = 100.0
+
+
+def load_image(source: Source, spec: ImageSpec) -> np.ndarray:
+    """One image as uint8 (3, H, W). Raises ImageError with the reason."""
+    picture = decode(source, max_megapixels=spec.max_megapixels, at_least=spec.size)
+    return resize(picture, spec.size, spec.resize, interpolation=spec.interpolation)
+
+
+def decoded(sources: Sequence[Source | None], spec: ImageSpec) -> list[np.ndarray | ImageError | None]:
+    """Each picture as uint8 (3, H, W), or why not; files on all cores, since Pillow decodes outside the interpreter's lock."""
+
+    def one(source: Source | None) -> np.ndarray | ImageError | None:
+        try:
+            return None if source is None else load_image(source, spec)
+        except ImageError as error:
+            return error
+
+    files = all(isinstance(source, str | Path | bytes | None) for source in sources)  # others may be one object twice
+    if not files or len(sources) < 2:
+        return [one(source) for source in sources]
+    with ThreadPoolExecutor(max_workers=min(32, cores())) as pool:
+        return list(pool.map(one, sources))
 
 
 def decode(source: Source, *, max_megapixels: float = 100, at_least: tuple[int, int] | None = None) -> Image.Image:
@@ -74,9 +112,9 @@ def decode(source: Source, *, max_megapixels: float = 100, at_least: tuple[int, 
 def resize(
     image: Image.Image,
     size: tuple[int, int],
-    how: Literal["squash", "crop", "pad"],
+    how: Resize,
     *,
-    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic",
+    interpolation: Interpolation = "bicubic",
     fill: int = 128,
 ) -> np.ndarray:
     """An RGB image at `size` (height, width), as uint8 (3, H, W).

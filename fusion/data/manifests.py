@@ -1,9 +1,10 @@
 """The manifests of a run: one for all, or files of their own for validation and test. Every row keeps the split that it was given."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fusion.data.format import Format
+from fusion.data.kinds import Kind
 from fusion.data.ledger import Ledger
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
@@ -11,12 +12,12 @@ from fusion.tasks import Task
 
 
 def read_manifests(
-    main: str, own: dict[str, str | None], columns: Columns, modalities: Sequence[str], task: Task, *, format: Format, ledger: Ledger
+    main: str, own: dict[str, str | None], columns: Columns, inputs: Mapping[str, Kind], task: Task, *, format: Format, ledger: Ledger
 ) -> Table:
     """All readable rows of all files, each with the split that its file or its cell gives it, None where neither does.
 
-    task: which targets can be used. own: "val" and "test" -> a file of its own for that split, or None. A file may stand for more than one;
-    that is noted in the ledger.
+    inputs: those that are read. task: which targets can be used. own: "val" and "test" -> a file of its own for that split, or None. A file
+    may stand for more than one; that is noted in the ledger.
 
     Raises UserError where a file and its cells contradict each other, and where `main` gives rows to a split that has a file of its own.
     """
@@ -25,7 +26,7 @@ def read_manifests(
     for i, (split, file) in enumerate(files):
         seen = any(same_file(file, earlier) for _, earlier in files[:i])
         issues = Ledger("drop") if seen else ledger  # each bad row is listed once
-        tables.append(read_table(file, columns, modalities, task=task, ledger=issues, split=split, format=format))
+        tables.append(read_table(file, columns, inputs, task=task, ledger=issues, split=split, format=format))
     refuse_two_sources(tables[0], main, own)
     note_shared_files(files, ledger)
     if len(tables) > 1:

@@ -1,6 +1,6 @@
 """The data of one run: a manifest read, split, checked and tokenized; then loaders of batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,19 +14,19 @@ from torch.utils.data import DataLoader
 from fusion.data.cell_text import cell_text
 from fusion.data.curriculum import LOSS, TEXT_LENGTH, Admission, Curriculum, difficulty
 from fusion.data.format import Format
-from fusion.data.image_check import check_images, shared_file
-from fusion.data.images import cores
+from fusion.data.images import Resize, cores
+from fusion.data.kinds import ImageInput, Kind, TextInput
+from fusion.data.kinds.base import Checking
 from fusion.data.ledger import Ledger
 from fusion.data.manifests import read_manifests
 from fusion.data.prepare import Preparer, default_cache, prepared
-from fusion.data.processor import ImageSpec, Processor, Resize
+from fusion.data.processor import Processor
 from fusion.data.record import Record
 from fusion.data.sampler import EvaluationBatches, GlobalBatches, planned_updates
-from fusion.data.samples import Batch, ImageStore, Samples, as_is
+from fusion.data.samples import Batch, Samples, as_is
 from fusion.data.splits import assign_splits, draw_alike, groups_across_splits
 from fusion.data.table import Columns, Table
-from fusion.data.tokenizer import Tokenizer
-from fusion.encoders import Encoder, TransformersText
+from fusion.encoders import Encoder
 from fusion.errors import UserError, nearest
 from fusion.lightning_private import training_batches
 from fusion.tasks import Task
@@ -43,14 +43,16 @@ class Split:
     unseen: int
 
 
-class ImageTextData(LightningDataModule):
-    """Images and texts from a manifest, or made by a preparer; raises UserError for everything that is wrong with them.
+class FusionData(LightningDataModule):
+    """Samples from a manifest, or made by a preparer; raises UserError for everything that is wrong with them.
 
     Args:
         manifest: CSV, TSV, JSON Lines (also as .gz) or Parquet with columns image, text, label and, if you like, split, id, group.
         val_manifest: a file of its own for validation. Rows of `manifest` keep the split that they name, which can't then be val.
         test_manifest: a file of its own for testing, likewise; may be the same file.
-        columns: other names for the columns.
+        columns: other names for the columns of an image, a text, the label, the split, the id and the group.
+        inputs: inputs by name, each of a kind (ImageInput, TextInput, TableInput) with its own columns, to be encoded by the encoder of
+            the same name (model.encoders); without it there are an image and a text.
         format: how the manifest's file is written: encoding, separator, quotes, spellings of a missing cell.
         preparer: makes the manifest instead: Shapes from nothing, Script from a published layout under `root`.
         root: the folder of the published layout.
@@ -85,6 +87,7 @@ class ImageTextData(LightningDataModule):
         val_manifest: str | None = None,
         test_manifest: str | None = None,
         columns: Columns = Columns(),  # noqa: B008 (frozen)
+        inputs: dict[str, Kind] | None = None,
         format: Format = Format(),  # noqa: B008 (frozen)
         preparer: Preparer | None = None,
         root: str | None = None,
@@ -122,6 +125,7 @@ class ImageTextData(LightningDataModule):
             raise UserError(f"data.max_length is {max_length}; expected at least 3: a token between those that mark start and end")
         self.manifest, self.val_manifest, self.test_manifest = manifest, val_manifest, test_manifest
         self.columns, self.format, self.preparer, self.root = columns, format, preparer, root
+        self.inputs = inputs or {}
         self.val, self.test, self.split_seed = val, test, split_seed
         self.train_samples, self.where = train_samples, where or {}
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
@@ -143,7 +147,7 @@ class ImageTextData(LightningDataModule):
         self.processor: Processor
         self.record: Record
         self.processes_per_node = 1  # as the trainer is to start them
-        self.shared_file: Path | None = None  # of decoded images
+        self.leftovers: list[Path] = []  # files of the run's cache that are to go when it ends
         self.shared_groups = 0
         self.resume_at: tuple[int, int] | None = None
 
@@ -154,31 +158,51 @@ class ImageTextData(LightningDataModule):
         for a task, which learns from the training split."""
         if self.splits:
             return
-        whole = self.split_table(tuple(encoders), task)
-        table = whole.take([i for i, split in enumerate(whole.splits) if split])
-        images = self.check(table, encoders["image"]) if "image" in encoders else None
-        digests: dict[str, str] = {}
-        if images is not None:
-            _, table, digests = images
-        self.record = Record.of(whole, digests)
+        inputs = self.kinds(tuple(encoders), encoders)
+        whole = self.split_table(inputs, task)
+        table = self.check(whole.take([i for i, split in enumerate(whole.splits) if split]), encoders)
+        self.record = Record.of(whole)
         cells = {name: [label for label, s in zip(table.labels, table.splits, strict=True) if s == name] for name in SPLITS}
         task.learn(cells, column=self.columns.label, on_unseen=self.on_unseen_label)
         self.refuse_leaks(table)
-        tokenizer = self.tokenizer_for(table, encoders["text"]) if "text" in encoders else None
-        self.processor = Processor(None if images is None else images[0].spec, tokenizer, task)
-        for name in SPLITS:
-            part = table.take([i for i, split in enumerate(table.splits) if split == name])
+        parts = {name: table.take([i for i, split in enumerate(table.splits) if split == name]) for name in SPLITS}
+        for name, kind in inputs.items():
+            kind.learn(parts["train"].inputs[name], encoders[name])
+        self.processor = Processor(inputs, task)
+        for split, part in parts.items():
             if len(part):
-                target = task.encode(part.labels)
-                self.splits[name] = Split(
-                    part,
-                    make_samples(part, target, images and images[0], tokenizer, self.augment if name == "train" else None),
-                    task.unseen(part.labels),
-                )
+                stores = {name: kind.store(part.inputs[name], training=split == "train") for name, kind in inputs.items()}
+                self.splits[split] = Split(part, Samples(task.encode(part.labels), stores), task.unseen(part.labels))
 
-    def split_table(self, modalities: tuple[str, ...], task: Task) -> Table:
+    def kinds(self, names: Sequence[str], encoders: Mapping[str, Encoder] | None = None) -> dict[str, Kind]:
+        """The inputs of these names, with the settings that they leave to the data. encoders: which are to read them.
+
+        Raises UserError for a name that has no input, and where an encoder takes another kind.
+        """
+        usual: dict[str, Kind] = {"image": ImageInput(self.columns.image), "text": TextInput(self.columns.text)}
+        found = {}
+        for name in names:
+            kind = self.inputs.get(name) or usual.get(name)
+            if kind is None:
+                raise UserError(
+                    f"model has an encoder '{name}', but data.inputs has none of that name. {nearest(name, [*self.inputs, *usual])}"
+                )
+            kind.option = f"data.inputs.{name}.init_args.{'columns' if kind.noun == 'table' else 'column'}"
+            if name not in self.inputs:
+                kind.option = f"data.columns.{name}"
+            if encoders is not None and encoders[name].takes is not kind.takes:
+                encoder = encoders[name]
+                raise UserError(
+                    f"model's encoder '{name}' ({type(encoder).__name__}) takes {encoder.takes.__name__}, but its input is a "
+                    f"{type(kind).__name__}, which gives {kind.takes.__name__}"
+                )
+            kind.complete(self)
+            found[name] = kind
+        return found
+
+    def split_table(self, inputs: Mapping[str, Kind], task: Task) -> Table:
         """All readable rows, each with its split: given, or carved out; None for training samples beyond `train_samples`."""
-        table = self.table(modalities, task)
+        table = self.table(inputs, task)
         self.refuse_shared_groups(table)  # of given splits, before others are carved out beside them
         strata = task.strata(table.labels)
         splits = assign_splits(strata, table.groups, table.splits, val=self.val, test=self.test, seed=self.split_seed)
@@ -190,14 +214,14 @@ class ImageTextData(LightningDataModule):
                 table.splits[i] = None
         return table
 
-    def table(self, modalities: tuple[str, ...], task: Task) -> Table:
+    def table(self, inputs: Mapping[str, Kind], task: Task) -> Table:
         """All readable rows, each with the split that its file or its cell gives it."""
         root = Path(self.root).expanduser() if self.root else None
         if self.preparer is not None:
             self.folder, self.card = prepared(self.preparer, root, self.cache)
         main = str(self.folder / "manifest.csv") if self.folder else str(self.manifest)
         own = {"val": self.val_manifest, "test": self.test_manifest}
-        return self.chosen_rows(read_manifests(main, own, self.columns, modalities, task, format=self.format, ledger=self.ledger))
+        return self.chosen_rows(read_manifests(main, own, self.columns, inputs, task, format=self.format, ledger=self.ledger))
 
     def chosen_rows(self, table: Table) -> Table:
         """The rows that `where` asks for. Raises UserError for a column that the manifest lacks, and where no row is left."""
@@ -222,23 +246,17 @@ class ImageTextData(LightningDataModule):
             )
         return table
 
-    def check(self, table: Table, encoder: Encoder) -> tuple[ImageStore, Table, dict[str, str]]:
-        """The store of the table's images, the table without the samples whose image is unreadable, and digests of the images' files."""
-        size = getattr(encoder, "image_size", (224, 224))
-        interpolation = getattr(encoder, "data_config", {}).get("interpolation", "bicubic")
-        spec = ImageSpec(size, self.resize, interpolation, self.max_megapixels)
-        paths = sorted({path for path in table.images if path})
-        shared = self.processes_per_node > 1
-        pixels, bad, digests = check_images(paths, spec, memory_gib=self.memory_gib, cache=self.cache, shared=shared)
-        self.shared_file = shared_file(paths, spec, self.cache) if shared else None
-        if bad:
-            for i, path in enumerate(table.images):
-                if path in bad:
-                    self.ledger.add(table.files[i], table.rows[i], table.ids[i], image_issue(bad[path], path))
-            table = table.take([i for i, path in enumerate(table.images) if path not in bad])
-            if not len(table):
-                raise UserError(f"none of the samples has a readable image; the first: {self.ledger.issues[0].reason}")
-        return ImageStore(paths, spec, pixels), table, digests
+    def check(self, table: Table, encoders: Mapping[str, Encoder]) -> Table:
+        """The table without the samples of which an input can't be used; these are listed."""
+        checking = Checking(self.memory_gib, self.cache, self.processes_per_node > 1, self.leftovers)
+        bad: dict[int, str] = {}
+        for name, kind in table.kinds.items():
+            bad = kind.check(table.inputs[name], encoders[name], checking) | bad
+        for i in sorted(bad):
+            self.ledger.add(table.files[i], table.rows[i], table.ids[i], bad[i])
+        if len(bad) == len(table):
+            raise UserError(f"none of the samples has inputs that can be used; the first: {self.ledger.issues[0].reason}")
+        return table.take([i for i in range(len(table)) if i not in bad]) if bad else table
 
     def refuse_shared_groups(self, table: Table) -> dict[str, set[str]]:
         """The groups in more than one split, and in which. Raises UserError where train shares one, unless that is only to be reported."""
@@ -256,27 +274,15 @@ class ImageTextData(LightningDataModule):
 
     def refuse_leaks(self, table: Table) -> None:
         self.shared_groups = len(self.refuse_shared_groups(table))
-        pairs: dict[str, list[tuple[str | None, str | None]]] = {name: [] for name in SPLITS}
-        for image, text, split in zip(table.images, table.texts, table.splits, strict=True):
-            pairs[str(split)].append((image, text))
-        distinct = {name: set(found) for name, found in pairs.items()}
-        self.shared_pairs = {
-            (name, other): sum(pair in distinct[other] for pair in pairs[name])
+        whole: dict[str, list[Hashable]] = {name: [] for name in SPLITS}
+        identities = [map(kind.identity, table.inputs[name]) for name, kind in table.kinds.items()]
+        for inputs, split in zip(zip(*identities, strict=True), table.splits, strict=True):
+            whole[str(split)].append(inputs)
+        distinct = {name: set(found) for name, found in whole.items()}
+        self.shared_inputs = {
+            (name, other): sum(inputs in distinct[other] for inputs in whole[name])
             for name, other in (("val", "train"), ("test", "train"), ("test", "val"))
         }
-
-    def tokenizer_for(self, table: Table, encoder: Encoder) -> Tokenizer:
-        if not isinstance(encoder, TransformersText):
-            raise TypeError(f"expected a TransformersText for the texts, got {type(encoder).__name__}")
-        max_length = min(self.max_length, encoder.longest or self.max_length)
-        if encoder.from_scratch:
-            texts = [text for text, split in zip(table.texts, table.splits, strict=True) if split == "train" and text]
-            tokenizer = Tokenizer.train(texts, vocab_size=encoder.vocab_size, max_length=max_length)
-            encoder.fit_vocabulary(tokenizer.vocab_size)
-            return tokenizer
-        tokenizer = Tokenizer.pretrained(str(encoder.name_or_path), max_length=max_length)
-        encoder.cover_vocabulary(tokenizer.id_limit)
-        return tokenizer
 
     # From samples to batches.
 
@@ -350,8 +356,8 @@ class ImageTextData(LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def teardown(self, stage: str) -> None:
-        if self.shared_file is not None:
-            self.shared_file.unlink(missing_ok=True)  # who has mapped it keeps it
+        for path in self.leftovers:
+            path.unlink(missing_ok=True)  # who has mapped it keeps it
 
     # Where in the epoch the run is, for the checkpoint.
 
@@ -386,29 +392,12 @@ def wanted_cells(column: str, asked: Any) -> list[str]:
     return [str(cell_text(value)) for value in values]
 
 
-def image_issue(reason: str, path: str) -> str:
-    """How the ledger tells of an image: what sort of issue, then which file and why."""
-    return f"image missing: {path}" if reason == "missing" else f"image damaged: {reason} ({path})"
-
-
-def make_samples(
-    table: Table, target: np.ndarray, store: ImageStore | None, tokenizer: Tokenizer | None, augment: list[nn.Module] | None
-) -> Samples:
-    images = texts = None
-    if store is not None:
-        row_of = {path: row for row, path in enumerate(store.paths)}
-        images = (store, np.array([row_of[path] if path else -1 for path in table.images], dtype=np.int64))
-    if tokenizer is not None:
-        texts = (tokenizer.encode(table.texts), tokenizer.pad_id)
-    return Samples(target=target, images=images, texts=texts, augment=nn.Sequential(*augment) if augment else None)
-
-
 def make_loader(samples: Samples, batches: Any, num_workers: int | None, *, pinned: bool) -> DataLoader[Batch]:
     """A loader of whole batches, in memory from which a GPU copies while it computes if `pinned`. Without a number of workers: none for
-    images in memory, else one for each core that the process may use, up to eight.
+    inputs in memory, else one for each core that the process may use, up to eight.
     """
-    in_memory = samples.images is None or samples.images[0].pixels is not None
-    workers = num_workers if num_workers is not None else 0 if in_memory and samples.augment is None else min(8, cores())
+    at_hand = all(store.in_memory and not store.random for store in samples.stores.values())
+    workers = num_workers if num_workers is not None else 0 if at_hand else min(8, cores())
     return DataLoader(
         samples, batch_sampler=batches, collate_fn=as_is, num_workers=workers, persistent_workers=workers > 0, pin_memory=pinned
     )

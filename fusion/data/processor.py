@@ -1,45 +1,24 @@
-"""How a raw sample becomes tensors, and what the outputs mean: all that a checkpoint needs beside the model."""
+"""How raw samples become tensors, and what the outputs mean: all that a checkpoint needs beside the model."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from fusion.data.tokenizer import Tokenizer
+from fusion.data.kinds import Kind
 from fusion.tasks import Task
-
-Resize = Literal["squash", "crop", "pad"]
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """How images come to one size (height, width)."""
-
-    size: tuple[int, int]
-    resize: Resize = "squash"
-    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
-    max_megapixels: float = 100.0
 
 
 @dataclass
 class Processor:
-    """Image size, tokenizer and task; None for a modality that the model does not have."""
+    """The inputs that a model reads, by name in the order of its encoders, and its task."""
 
-    image: ImageSpec | None
-    tokenizer: Tokenizer | None
+    inputs: Mapping[str, Kind]
     task: Task
 
     def state(self) -> dict[str, Any]:
         """Plain data from which `from_state` makes the same processor."""
-        return {
-            "image": None if self.image is None else asdict(self.image) | {"size": list(self.image.size)},
-            "tokenizer": None if self.tokenizer is None else self.tokenizer.state(),
-            "task": self.task.state(),
-        }
+        return {"inputs": {name: kind.state() for name, kind in self.inputs.items()}, "task": self.task.state()}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Processor":
-        image, tokenizer = state["image"], state["tokenizer"]
-        return cls(
-            image=None if image is None else ImageSpec(**image | {"size": tuple(image["size"])}),
-            tokenizer=None if tokenizer is None else Tokenizer.from_state(tokenizer),
-            task=Task.from_state(state["task"]),
-        )
+        return cls({name: Kind.from_state(kind) for name, kind in state["inputs"].items()}, Task.from_state(state["task"]))

@@ -18,14 +18,14 @@ from fusion.errors import UserError
 ONE_VALUE = (str, bytes, bytearray, os.PathLike, Image.Image)
 
 
-def text_column(values: Iterable[Any]) -> list[str | None]:
+def text_column(values: Iterable[Any], name: str = "texts") -> list[str | None]:
     """Texts, None for a missing or blank one; numbers, booleans and times as in a manifest.
 
     >>> text_column(["red?", " ", None, float("nan"), 3.0, 0.1, "nan"])
     ['red?', None, None, None, '3', '0.1', 'nan']
     """
     texts: list[str | None] = []
-    for i, value in enumerate(column(values, "texts")):
+    for i, value in enumerate(column(values, name)):
         if not (is_null(value) or isinstance(value, VALUES)):
             raise UserError(f"sample {i}: its text is a {type(value).__name__}; expected a text, a number or None")
         text = cell_text(value)
@@ -35,9 +35,20 @@ def text_column(values: Iterable[Any]) -> list[str | None]:
     return texts
 
 
-def image_column(values: Iterable[Any]) -> list[Any]:
-    """Images as `decode` takes them, None for a missing one; paths are corrected as in a manifest (see `locate`)."""
-    return [image(value, i) for i, value in enumerate(column(values, "images", single_ndim=3))]
+def image_column(values: Iterable[Any], name: str = "images") -> list[Any]:
+    """Images as `decode` takes them, None for a missing one, a tuple for several of one sample; paths are corrected as in a manifest (see
+    `locate`), and structs of bytes and path are read as there."""
+    return [images_of(value, i) for i, value in enumerate(column(values, name, single_ndim=3))]
+
+
+def images_of(value: Any, i: int) -> Any:
+    """One sample's image; a tuple of several."""
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if not isinstance(value, list | tuple):
+        return image(value, i)
+    found = tuple(one for one in (images_of(one, i) for one in value) if one is not None)
+    return found if len(found) > 1 else found[0] if found else None
 
 
 def image(value: Any, i: int) -> Any:

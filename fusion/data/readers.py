@@ -19,8 +19,9 @@ from fusion.data.text_file import BYTE_ORDER_MARK, may_be_utf8, open_text, undec
 from fusion.errors import UserError, nearest
 
 
-def read_cells(path: str, format: Format, lists: Collection[str] = ()) -> Cells:
-    """The cells of a file; in these columns cells may be lists. Raises UserError for one that can't be read or has no rows."""
+def read_cells(path: str, format: Format, rich: Collection[str] = ()) -> Cells:
+    """The cells of a file; in the `rich` columns they may be bytes, structs of bytes and path, and lists. Raises UserError for a file that
+    can't be read or has no rows."""
     folder, name = os.path.split(os.path.abspath(path))
     known = f"expected {', '.join(READERS)}"
     if not os.path.exists(path):
@@ -36,7 +37,7 @@ def read_cells(path: str, format: Format, lists: Collection[str] = ()) -> Cells:
     if suffix == ".parquet" and lowered.endswith(".gz"):
         raise UserError(f"the manifest {path} is compressed twice, for Parquet compresses its columns itself: unpack it by gunzip")
     try:
-        cells = read_parquet(path, format, lists) if suffix == ".parquet" else READERS[suffix](path, format)
+        cells = read_parquet(path, format, rich) if suffix == ".parquet" else READERS[suffix](path, format)
         if suffix != ".parquet" and not format.is_utf8 and may_be_utf8(path):
             cells.notes.append(f"{path} is read as {format.encoding}, but is valid UTF-8; if it is that: --data.format.encoding=utf-8")
     except UnicodeError as error:
@@ -88,15 +89,15 @@ def read_jsonl(path: str, format: Format) -> Cells:
     return cells
 
 
-def read_parquet(path: str, format: Format, lists: Collection[str] = ()) -> Cells:
-    """Columns of text, numbers, booleans, times and categories; structs, bytes, and lists in columns other than `lists` stay unread. No
-    text file's format concerns it."""
+def read_parquet(path: str, format: Format, rich: Collection[str] = ()) -> Cells:
+    """Columns of text, numbers, booleans, times and categories; lists, structs and bytes stay unread but in the `rich` columns. No text
+    file's format concerns it."""
     try:
         # Not pq.read_table, which would make columns of the folders' names (label=3/part.parquet).
         with pq.ParquetFile(path) as file:
             kinds = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
             opaque = {name: str(kind) for name, kind in kinds.items() if pa.types.is_nested(kind) or "binary" in str(kind)}
-            opaque = {name: kind for name, kind in opaque.items() if name not in lists or not is_flat_list(kinds[name])}
+            opaque = {name: kind for name, kind in opaque.items() if name not in rich or not is_rich(kinds[name])}
             for field in file.schema_arrow:  # pandas' periods are whole numbers there, counted from 1970
                 extension = (field.metadata or {}).get(b"ARROW:extension:name", b"").decode() or getattr(field.type, "extension_name", "")
                 if extension.startswith("pandas."):
@@ -110,9 +111,13 @@ def read_parquet(path: str, format: Format, lists: Collection[str] = ()) -> Cell
     return cells
 
 
-def is_flat_list(kind: pa.DataType) -> bool:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return is_list and not pa.types.is_nested(kind.value_type)
+def is_rich(kind: pa.DataType) -> bool:
+    """Whether a column holds bytes, or one or several pictures or texts: (a list of) bytes, texts, numbers, structs of bytes and path."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    if pa.types.is_struct(kind):
+        return {kind.field(i).name for i in range(kind.num_fields)} <= {"bytes", "path"}
+    return not pa.types.is_nested(kind)
 
 
 def column_values(name: str, column: pa.ChunkedArray, flawed: dict[int, str]) -> list[Any]:

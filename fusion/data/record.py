@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,18 +14,8 @@ from fusion.data.table import Table
 from fusion.errors import UserError
 
 FILE = "samples.parquet"
-INPUTS = ("image", "text", "label")
-BYTES = ("digest", "text", "label")  # the same, by what is in the image's file instead of its path
-SCHEMA = pa.schema(
-    {
-        "split": pa.string(),
-        "file": pa.string(),
-        "row": pa.int64(),
-        "id": pa.string(),
-        **{name: pa.uint64() for name in (*INPUTS, "other")},
-        "digest": pa.string(),
-    }
-)
+FIXED = {"split": pa.string(), "file": pa.string(), "row": pa.int64(), "id": pa.string(), "label": pa.uint64(), "other": pa.uint64()}
+CELL, DIGEST = "input.", "digest."  # before an input's name
 
 
 @dataclass
@@ -41,33 +32,57 @@ class Difference:
 
 
 class Record:
-    """The rows of a run's manifests in order: the split of each, and digests of its cells and of its image's file.
+    """The rows of a run's manifests in order: the split of each, and digests of its cells and of the files that these name.
 
     Args:
-        columns: by the names of SCHEMA, all of one length. image, text, label: digests of the cells, 0 where there is none (an image's
-            cell is its path from the manifest's folder, so that both may be moved); other: of all other columns that are no split. digest:
-            of the image's file, "" for none or an unreadable one.
+        columns: by the names of FIXED, and for each input "input." and "digest." before its name; all of one length. label and input.*:
+            digests of the cells, 0 where there is none (of a file its path from the manifest's folder, so that both may be moved); other:
+            of all other columns that are no split. digest.*: of an input's files, "" for none or unreadable ones.
     """
 
     def __init__(self, columns: dict[str, list]) -> None:
         self.columns = columns
 
     @classmethod
-    def of(cls, table: Table, digests: Mapping[str, str]) -> "Record":
-        """A table's record; digests: by path of an image, of its file."""
-        cells = {"image": table.local_paths(), "text": table.texts, "label": table.labels}
-        columns: dict[str, list] = {name: hashed(column) for name, column in cells.items()}
+    def of(cls, table: Table, digests: Mapping[str, Mapping[Any, str]] | None = None) -> "Record":
+        """A table's record. digests: by input and cell, of its files; None: as its kind found them when they were checked."""
+        columns: dict[str, list] = {}
+        for name, kind in table.kinds.items():
+            columns[f"{CELL}{name}"] = hashed(table.local_cells(name))
+            known = None if digests is None else digests.get(name, {})
+            cells = table.inputs[name]
+            columns[f"{DIGEST}{name}"] = [kind.digest(cell) if known is None else known.get(cell, "") for cell in cells]
+        columns["label"] = hashed(table.labels)
         others = [table.groups, *(table.extra[name] for name in sorted(table.extra))]
         columns["other"] = hashed(list(map(repr, zip(*others, strict=True))))
         columns |= {"split": list(table.splits), "file": [Path(file).name for file in table.files], "row": table.rows, "id": table.ids}
-        columns["digest"] = [digests.get(path or "", "") for path in table.images]
         return cls(columns)
 
     def __len__(self) -> int:
         return len(self.columns["row"])
 
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs."""
+        return [name.removeprefix(CELL) for name in self.columns if name.startswith(CELL)]
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """The columns that say what a sample is: its inputs' cells, and its label."""
+        return (*(f"{CELL}{name}" for name in self.inputs), "label")
+
+    @property
+    def bytes_content(self) -> tuple[str, ...]:
+        """The same, by what is in its files instead of their paths, where an input has files."""
+        found = []
+        for name in self.inputs:
+            column = f"{DIGEST}{name}"
+            found.append(column if any(self.columns[column]) else f"{CELL}{name}")
+        return (*found, "label")
+
     def write(self, folder: Path) -> None:
-        pq.write_table(pa.table(self.columns, schema=SCHEMA), folder / FILE)
+        schema = {name: FIXED.get(name, pa.uint64() if name.startswith(CELL) else pa.string()) for name in self.columns}
+        pq.write_table(pa.table(self.columns, schema=pa.schema(schema)), folder / FILE)
 
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
@@ -76,14 +91,17 @@ class Record:
         if not path.is_file():
             return None
         try:
-            return cls(pq.read_table(path, schema=SCHEMA).to_pydict())
+            found = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"can't read {path}, the run's record of its samples: {str(error).splitlines()[0]}") from error
+        if not FIXED.keys() <= set(found.column_names):
+            raise UserError(f"can't read {path}, the run's record of its samples: it is of another version of fusion")
+        return cls(found.to_pydict())
 
     def digest(self) -> str:
-        """Of all that training, validation and test depend on: rows in order, with their images."""
+        """Of all that training, validation and test depend on: rows in order, with their files."""
         found = blake2b(digest_size=16)
-        for name in ("split", *INPUTS, "digest"):
+        for name in ("split", *self.content, *(f"{DIGEST}{name}" for name in self.inputs)):
             for cell in self.columns[name]:
                 found.update(f"{cell}\n".encode())
         return found.hexdigest()
@@ -91,18 +109,22 @@ class Record:
     def match(self, now: "Record") -> list[int | None]:
         """For each row of `now`, the row here that it is: None where it is new.
 
-        By content first: equal image, text and label, each row here used once, for its own id, file and given split where several are
-        equal; an image that was moved or renamed by the digest of its file, where `now` has it. Of what is left, rows of one id are the
-        same, as long as ids hold; then those that agree in two of the three, where that names one row on each side.
+        By content first: equal inputs and label, each row here used once, for its own id, file and given split where several are equal;
+        an image that was moved or renamed by the digest of its file, where `now` has it. Of what is left, rows of one id are the same, as
+        long as ids hold; then those that agree in all but one of the inputs and the label, where that names one row on each side.
         """
         found: list[int | None] = [None] * len(now)
         left: Sequence[int] = range(len(self))
         left_now: Sequence[int] = range(len(now))
         # Of equal rows, those that also share what was given with them: they may be in different splits.
         given = (("file", "id"), ("file", "split"), ("split",), ("file",), ())
-        equal = [((*content, *more), True) for content in (INPUTS, BYTES) for more in given]
-        two_of_three = [content[places] for places in (slice(2), slice(0, 3, 2)) for content in (INPUTS, BYTES)]
-        alike = [(names, False) for names in (("id",), *two_of_three, INPUTS[1:])]
+        equal = [((*content, *more), True) for content in (self.content, self.bytes_content) for more in given]
+        one_left_out = [
+            (*content[:out], *content[out + 1 :])
+            for out in reversed(range(len(self.content)))
+            for content in (self.content, self.bytes_content)
+        ]
+        alike = [(names, False) for names in (("id",), *one_left_out) if names != ("label",)]
         for names, repeats in [*equal, *alike]:
             if names == ("id",) and not self.ids_hold(now, found):
                 continue
@@ -119,17 +141,19 @@ class Record:
 
     def rows_by(self, names: Sequence[str], rows: Sequence[int]) -> dict[Hashable, list[int]]:
         """The rows by their cells in these columns, in order. Left out are rows whose id, if asked for, is only their line, and rows of
-        which one of the cells is empty; but an image or a text may be, beside all of INPUTS or beside the other of the two, and a text
-        beside the digest of an image."""
+        which one of the cells is empty; but inputs may be, beside all the others, or beside the digests of those that have files."""
         found: dict[Hashable, list[int]] = defaultdict(list)
+        content, inputs, by_bytes = self.content, self.content[:-1], self.bytes_content[:-1]
+        count = len(inputs)
+        digests = [place for place, name in enumerate(by_bytes) if name.startswith(DIGEST)]
         for row in rows:
             key = tuple(self.columns[name][row] for name in names)
-            if names[: len(INPUTS)] == INPUTS:
-                tells = all(key[len(INPUTS) :])
-            elif names == INPUTS[:2]:  # a sample may lack one of them
+            if names[: count + 1] == content:
+                tells = all(key[count + 1 :])
+            elif names == inputs:  # a sample may lack one of them
                 tells = any(key)
-            elif names[:2] == BYTES[:2]:
-                tells = bool(key[0]) and all(key[2:])
+            elif names[:count] == by_bytes:
+                tells = all(key[place] for place in digests) and all(key[count:])
             else:
                 tells = all(key)
             if tells and not ("id" in names and self.is_line(row)):
@@ -161,26 +185,31 @@ class Record:
         then, since = self.columns["split"], now.columns["split"]
         # A training sample that data.train_samples left out has no split here.
         moved = [row for here, row in pairs if since[row] not in (None, then[here] or "train")]
-        digests, digests_now = self.columns["digest"], now.columns["digest"]
-        renamed = {row for here, row in pairs if digests[here] and digests[here] == digests_now[row]}
-        paths = unlike("image")
+        other, renamed, changed = [], [], []
+        for name in self.inputs:
+            digests, digests_now = self.columns[f"{DIGEST}{name}"], now.columns[f"{DIGEST}{name}"]
+            same_file = {row for here, row in pairs if digests[here] and digests[here] == digests_now[row]}
+            paths = unlike(f"{CELL}{name}")
+            other.append(([row for row in paths if row not in same_file], now, f"of another {name}"))
+            renamed.append(([row for row in paths if row in same_file], now, f"of the same {name} under another path"))
+            files = [row for row in unlike(f"{DIGEST}{name}") if now.columns["split"][row]] if images else []
+            changed.append((files, now, f"of a changed {name} file"))
         changes = [
             (new, now, "new"),
             (gone, self, "gone"),
-            ([row for row in paths if row not in renamed], now, "of another image"),
-            *((unlike(name), now, f"of another {name}") for name in INPUTS[1:]),
-            ([row for row in unlike("digest") if now.columns["split"][row]] if images else [], now, "of a changed image file"),
+            *other,
+            (unlike("label"), now, "of another label"),
+            *changed,
             (moved, now, "in another split"),
         ]
         sentences = [counted(rows, of, what) for rows, of, what in changes if rows]
         order = [here for here, _ in pairs]
         if not sentences and order != sorted(order):
             sentences.append("the rows are in another order")
-        samples, others, paths = bool(sentences), unlike("other"), [row for row in paths if row in renamed]
-        if paths:
-            sentences.append(counted(paths, now, "of the same image under another path"))
+        samples, others = bool(sentences), unlike("other")
+        sentences += [counted(rows, of, what) for rows, of, what in renamed if rows]
         if others:
-            sentences.append(counted(others, now, "changed in columns other than image, text and label"))
+            sentences.append(counted(others, now, f"changed in columns other than {', '.join(self.inputs)} and label"))
         return Difference(sentences, samples, bool(others))
 
 

@@ -1,8 +1,9 @@
-"""Encoders: an image or a text to Features."""
+"""Encoders: an image, a text or a row of a table to Features."""
 
 from fusion.encoders.base import Encoder
+from fusion.encoders.table_columns import TableColumns
 from fusion.encoders.timm_image import TimmImage
 from fusion.encoders.transformers_text import TransformersText
-from fusion.inputs import Images, Texts
+from fusion.inputs import Columns, Images, Texts
 
-__all__ = ["Encoder", "Images", "Texts", "TimmImage", "TransformersText"]
+__all__ = ["Columns", "Encoder", "Images", "TableColumns", "Texts", "TimmImage", "TransformersText"]

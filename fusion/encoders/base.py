@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ Reading = Literal["embeddings", "levels", "tokens", "pooled"]
 class Encoder(nn.Module, ABC):
     """Turns one modality's input into Features.
 
+    `takes` is the input that it reads.
     `dim` is the width of `forward`'s features, `embed_dim` that of `embed`'s. A frozen encoder stays in eval mode, gets no
     gradient and keeps no activations. Only `forward` must work: where an encoder has no embeddings or no levels, what asks for them, and
     for their widths, raises UserError.
     """
 
+    takes: ClassVar[type]  # Images, Texts, Columns
     dim: int
     embed_dim: int
     frozen: bool = False

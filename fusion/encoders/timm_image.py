@@ -18,7 +18,7 @@ from torch.nn.functional import layer_norm
 
 from fusion.encoders.base import Encoder, drop_unused, fill_absent
 from fusion.errors import UserError, nearest
-from fusion.features import Features
+from fusion.features import Features, masked_mean
 from fusion.inputs import Images
 
 # What comes before the first block, by the names that timm's families give it; the first row whose first member the model has is run.
@@ -59,6 +59,8 @@ class TimmImage(Encoder):
 
     mean: Tensor
     std: Tensor
+
+    takes = Images
 
     def __init__(
         self,
@@ -348,9 +350,35 @@ def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def features_of(encoded: Encoded, images: Images) -> Features:
-    """With the samples' presence; pictures that several samples show stay shared."""
+    """With the samples' presence; pictures that several samples show stay shared, unless a sample shows several."""
+    if images.shown is not None:
+        return features_of_several(encoded, images)
     mask = images.present[:, None].expand(-1, encoded.tokens.shape[1])
     return Features(encoded.tokens, mask, encoded.pooled, images.picture, images.everyone)
+
+
+def features_of_several(encoded: Encoded, images: Images) -> Features:
+    """The tokens (B, P * N, D) of each sample's pictures one after another, to which the place of the picture is added, and their mean
+    pooled features."""
+    shown, picture = images.shown, images.picture
+    assert shown is not None
+    assert picture is not None
+    (count, places), (_, patches, dim) = shown.shape, encoded.tokens.shape
+    tokens = encoded.tokens.index_select(0, picture.flatten()).view(count, places, patches, dim)
+    tokens = tokens + picture_places(places, dim).to(tokens)[:, None]
+    pooled = masked_mean(encoded.pooled.index_select(0, picture.flatten()).view(count, places, -1), shown)
+    mask = shown[:, :, None].expand(-1, -1, patches).flatten(1)
+    return Features(tokens.flatten(1, 2), mask, pooled, full=images.everyone)
+
+
+def picture_places(places: int, dim: int) -> Tensor:
+    """(P, D) cosines by which the first picture's tokens differ from the second's; nothing is added to those of the first.
+
+    >>> picture_places(2, 4)[0].tolist()
+    [0.0, 0.0, 0.0, 0.0]
+    """
+    frequencies = torch.logspace(0, -2, dim)
+    return torch.cos(torch.arange(places)[:, None] * frequencies) - 1
 
 
 def place_2d(y: Tensor) -> Tensor:

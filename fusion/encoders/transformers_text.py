@@ -47,6 +47,8 @@ class TransformersText(Encoder):
     Raises UserError for decoders, unknown model types, configs that can't be built, and weights that are not available or do not fit.
     """
 
+    takes = Texts
+
     def __init__(
         self,
         name_or_path: str | None = None,

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from fusion.data import ImageTextData
+from fusion.data import FusionData
 from fusion.data.sampler import accumulation
 from fusion.errors import UserError, construction
 from fusion.lightning_private import LateCLI
@@ -43,7 +43,7 @@ class FusionCLI(LateCLI):
     def __init__(self, arguments: Sequence[str]) -> None:
         super().__init__(
             Engine,
-            ImageTextData,
+            FusionData,
             save_config_callback=None,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
@@ -96,7 +96,7 @@ class FusionCLI(LateCLI):
     def instantiate_classes(self) -> None:
         """Not at parsing: see `make`."""
 
-    def make(self, callbacks: list[Any]) -> tuple[Engine, ImageTextData, Trainer]:
+    def make(self, callbacks: list[Any]) -> tuple[Engine, FusionData, Trainer]:
         """The objects. Raises UserError for values that they refuse."""
         self.trainer_defaults["callbacks"] = callbacks
         with self.constructors():
@@ -109,7 +109,7 @@ class FusionCLI(LateCLI):
             self.trainer.accumulate_grad_batches = accumulate(self.config, self.datamodule, devices)
         return self.model, self.datamodule, self.trainer
 
-    def model_and_data(self) -> tuple[Engine, ImageTextData]:
+    def model_and_data(self) -> tuple[Engine, FusionData]:
         """Without a trainer, whose devices need not be here."""
         with self.constructors():
             made = self.parser.instantiate(self.config)
@@ -171,7 +171,7 @@ def own_ddp(asked: Any) -> DDP | None:
     return DDP(find_unused_parameters=asked.strategy.endswith("true")) if type(chosen) is DDPStrategy else None
 
 
-def accumulate(config: Any, data: ImageTextData, devices: int) -> int:
+def accumulate(config: Any, data: FusionData, devices: int) -> int:
     """The accumulated batches of an update: as given, or as data.device_batch_size asks. Raises UserError where both are given."""
     given = config.trainer.accumulate_grad_batches
     if data.device_batch_size is None:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 import yaml
 
-from fusion.data import ImageTextData
+from fusion.data import FusionData
+from fusion.data.processor import Processor
 from fusion.data.record import Record
 from fusion.data.table import listed
 from fusion.errors import UserError
@@ -82,11 +82,11 @@ def to_go_on_from(checkpoint: Path) -> dict[str, Any]:
     return held
 
 
-def refuse_other_data(folder: Path, checkpoint: Path, then: dict[str, Any], data: ImageTextData) -> None:
+def refuse_other_data(folder: Path, checkpoint: Path, then: dict[str, Any], data: FusionData) -> None:
     """A resumed run keeps its data: classes, tokenizer, image sizes, rows and image files. Raises UserError that says what differs; what
     differs without harm is noted in the ledger. then: what the checkpoint holds of the task.
     """
-    different = processor_differences(then["processor"], data.processor.state())
+    different = processor_differences(then["processor"], data.processor)
     record = Record.read(folder)
     if record is not None and record.digest() == then["samples"]:
         rows = record.difference(data.record)
@@ -105,9 +105,10 @@ def refuse_other_data(folder: Path, checkpoint: Path, then: dict[str, Any], data
         )
 
 
-def processor_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def processor_differences(then: dict[str, Any], processor: Processor) -> list[str]:
     """How samples become tensors, and what the outputs mean, where it differs."""
-    found = []
+    found: list[str] = []
+    now = processor.state()
     names, before = (state["task"]["learnt"].get("names", []) for state in (now, then))
     if names != before:
         gone = [name for name in before if name not in names]
@@ -116,11 +117,12 @@ def processor_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str
         found.append(f"{len(names)} classes where there were {len(before)} ({', '.join(named)})")
     elif then["task"]["learnt"] != now["task"]["learnt"]:
         found.append(f"targets are {now['task']['learnt']} where they were {then['task']['learnt']}")
-    if then["tokenizer"] != now["tokenizer"]:
-        sizes = [s and tokenizers.Tokenizer.from_str(s["backend"]).get_vocab_size() for s in (now["tokenizer"], then["tokenizer"])]
-        found.append(f"the tokenizer is another one ({sizes[0]} tokens, {sizes[1]} before)")
-    if then["image"] != now["image"]:
-        found.append(f"images are made {now['image']} where they were made {then['image']}")
+    if [*then["inputs"]] != [*now["inputs"]]:
+        found.append(f"its inputs are {', '.join(now['inputs'])} where they were {', '.join(then['inputs'])}")
+    for name, kind in processor.inputs.items():
+        state = then["inputs"].get(name)
+        if state is not None and state["class"] == now["inputs"][name]["class"]:
+            found += kind.differences(state["learnt"])
     return found
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from fusion.data.module import ImageTextData
+from fusion.data.module import FusionData
 from fusion.errors import UserError, nearest
 from fusion.lightning_private import look_after_validation, looks_at_epoch_end, syncs_batchnorm
 from fusion.training.distributed.ddp import DDP
@@ -38,7 +38,7 @@ def validates(trainer: Trainer, splits: dict[str, Any]) -> bool:
     return "val" in splits and trainer.limit_val_batches != 0
 
 
-def check_before_training(trainer: Trainer, engine: Engine, data: ImageTextData) -> None:
+def check_before_training(trainer: Trainer, engine: Engine, data: FusionData) -> None:
     """Raises UserError for what would end the training later, or change it against its plan."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, instead in REJECTED.items():
@@ -62,7 +62,7 @@ def check_before_training(trainer: Trainer, engine: Engine, data: ImageTextData)
     check_monitors(trainer, engine, data.splits)
 
 
-def check_limits(trainer: Trainer, data: ImageTextData) -> None:
+def check_limits(trainer: Trainer, data: FusionData) -> None:
     """Raises UserError for a share of the batches below one batch, and for a validation after more batches than an epoch has."""
     world = trainer.num_devices * trainer.num_nodes
     batches = {split: data.batch_count(split, world, trainer.accumulate_grad_batches) for split in data.splits}

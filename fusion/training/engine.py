@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from fusion.data.module import ImageTextData
+from fusion.data.module import FusionData
 from fusion.data.processor import Processor
 from fusion.data.samples import Batch
 from fusion.encoders import Encoder
@@ -49,9 +49,10 @@ class Engine(LightningModule):
     Args:
         image: makes the image encoder.
         text: makes the text encoder.
+        encoders: makes the encoders of inputs by their names in data.inputs, beside image and text or instead of them.
         task: what is asked of a sample; Classification if none.
         head: makes the head that joins them; it gets the encoders' widths and the number of outputs when these are known.
-        modalities: which to use, in the head's order; with one alone the head is Unimodal.
+        modalities: which inputs to use, in the head's order, all that have an encoder if none; with one alone the head is Unimodal.
         optimizer: makes the optimiser; its weight decay is left out for biases, norms, gates, embeddings and positions.
         schedule: the learning rate over the updates; constant if none.
         rates: by part (image, text, head), how fast it learns beside the others.
@@ -68,9 +69,10 @@ class Engine(LightningModule):
         self,
         image: Callable[[], Encoder] | None = None,
         text: Callable[[], Encoder] | None = None,
+        encoders: dict[str, Callable[[], Encoder]] | None = None,
         task: Task | None = None,
         head: Callable[[dict[str, int], int], FusionHead] = CrossAttention,
-        modalities: Sequence[str] = ("image", "text"),
+        modalities: Sequence[str] | None = None,
         optimizer: OptimizerCallable = ADAMW,
         schedule: Schedule | None = None,
         rates: dict[str, Rate] | None = None,
@@ -83,14 +85,22 @@ class Engine(LightningModule):
         allow_unused: bool = False,
     ) -> None:
         super().__init__()
-        factories = {"image": image, "text": text}
+        factories: dict[str, Callable[[], Encoder] | None] = {"image": image, "text": text}
+        for name in encoders or {}:
+            if factories.get(name) is not None:
+                raise UserError(f"model.{name} and model.encoders.{name} both name an encoder of '{name}'; leave out one of them")
+            if name == "head":
+                raise UserError("model.encoders: no input can be called 'head', which is a part of the model")
+        factories |= encoders or {}
+        if modalities is None:
+            modalities = [name for name, make in factories.items() if make is not None] if encoders else ["image", "text"]
         for name in modalities:
             if name not in factories:
                 raise UserError(f"model.modalities: unknown modality '{name}'. {nearest(name, factories)}")
             if factories[name] is None:
                 raise UserError(f"model.modalities asks for '{name}', but model.{name} names no encoder")
         if not modalities or len(set(modalities)) < len(modalities):
-            raise UserError(f"model.modalities is {list(modalities)}; expected image, text or both, each once")
+            raise UserError(f"model.modalities is {list(modalities)}; expected some of {', '.join(factories)}, each once")
         self.task = task or Classification()
         self.modalities = list(modalities)
         self.factories: dict[str, Callable[[], Encoder]] = {name: factories[name] for name in modalities}  # type: ignore[misc]
@@ -122,7 +132,7 @@ class Engine(LightningModule):
 
     # Built when the data is known.
 
-    def build(self, data: ImageTextData) -> FusionModel:
+    def build(self, data: FusionData) -> FusionModel:
         """Load the data for the encoders, then make the head for the outputs that it asks for. Done once."""
         if self.model is None:
             with construction():
@@ -236,7 +246,7 @@ class Engine(LightningModule):
         self.means.clear()
         if self.balance is not None:
             self.balance.end_epoch(self)
-        data: ImageTextData = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: FusionData = self.trainer.datamodule  # type: ignore[attr-defined]
         if data.first_pass_ends(self.trainer.current_epoch):
             data.set_losses(self.sample_losses("train")["fused"].double().cpu().numpy())
 
@@ -253,7 +263,7 @@ class Engine(LightningModule):
         them, at most so many; in evaluation mode, without augmentation, the same on all ranks. NaN where a sample has none.
         """
         assert self.model is not None
-        data: ImageTextData = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: FusionData = self.trainer.datamodule  # type: ignore[attr-defined]
         count = len(data.splits[split].samples)
         count = count if most is None else min(count, most)
         training = self.training

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fusion.data.kinds import TextInput
 from fusion.data.processor import Processor
 from fusion.data.table import listed
 from fusion.encoders import TransformersText
@@ -97,11 +98,14 @@ class MovedRows:
 def rows_that_moved(model: FusionModel, before: Processor, now: Processor) -> list[MovedRows]:
     """What `before` has other than `now`: tokens of the text encoder's embeddings, classes of the head's outputs."""
     found = []
-    if before.tokenizer is not None and now.tokenizer is not None:
-        there, here = (p.tokenizer.backend.get_vocab() for p in (before, now))  # type: ignore[union-attr]
+    for name, kind in now.inputs.items():
+        other = before.inputs.get(name)
+        if not (isinstance(kind, TextInput) and isinstance(other, TextInput)):
+            continue
+        there, here = (one.tokenizer.backend.get_vocab() for one in (other, kind))
         if there != here:
-            weight = cast(TransformersText, model.encoders["text"]).embedding.weight
-            names = {name for name, p in model.named_parameters() if p is weight}
+            weight = cast(TransformersText, model.encoders[name]).embedding.weight
+            names = {parameter for parameter, p in model.named_parameters() if p is weight}
             found.append(moved_rows("tokens", names, set(), there, here))
     if before.task.names != now.task.names and len(before.task.names) > 1:
         rows, whole = weights_of_classes(model)

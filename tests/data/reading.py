@@ -1,10 +1,13 @@
 """What the tests of manifests share: a file written, and read with its issues and notes."""
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion.data import FusionData
 from fusion.data.format import Format
+from fusion.data.kinds import Kind
 from fusion.data.ledger import Ledger
 from fusion.data.table import Columns, Table, read_table
 from fusion.tasks import Classification
@@ -22,7 +25,11 @@ def read_all(
 ) -> tuple[Table, list[tuple[int | None, str]], list[str]]:
     """The table, (row, reason) of each sample that was dropped, and the notes."""
     ledger = Ledger("drop")
-    table = read_table(
-        path, columns or Columns(), modalities, task=Classification() if need_label else None, ledger=ledger, format=Format(**format)
-    )
+    columns, task = columns or Columns(), Classification() if need_label else None
+    table = read_table(path, columns, usual_inputs(columns, modalities), task=task, ledger=ledger, format=Format(**format))
     return table, [(issue.row, issue.reason) for issue in ledger.issues], ledger.notes
+
+
+def usual_inputs(columns: Columns, names: Sequence[str]) -> dict[str, Kind]:
+    """The inputs of these names, of an image and a text, as data makes them."""
+    return FusionData(manifest="none", columns=columns).kinds(names)

@@ -132,7 +132,7 @@ def test_a_value_in_python_has_the_text_it_has_in_a_file(value, text):
 def test_a_class_and_a_word_that_look_like_missing_are_kept_and_noted(tmp_path):
     path = written(tmp_path, "image,text,label\na,nan,Nan\nb,NA,NaN\n,t,x\n")
     table, issues, notes = read_all(path, ("image", "text"))
-    assert (table.texts, table.labels, issues) == (["nan", "NA", "t"], ["Nan", "NaN", "x"], [])
+    assert (table.inputs["text"], table.labels, issues) == (["nan", "NA", "t"], ["Nan", "NaN", "x"], [])
     assert any('--data.format.missing=\'["NA","nan"]\'' in note for note in notes)
     assert any("1 cells of column 'label'" in note for note in notes)
 

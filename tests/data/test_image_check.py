@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from fusion.data.image_check import check_images, shared_file
-from fusion.data.processor import ImageSpec
-from fusion.data.samples import ImageStore
+from fusion.data.images import ImageSpec
+from fusion.data.kinds.image import ImageStore
 from fusion.errors import UserError
 
 

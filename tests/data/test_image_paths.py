@@ -38,7 +38,7 @@ def test_a_path_is_corrected_where_only_the_corrected_file_exists_and_that_is_no
     cell = cell.replace("FOLDER", str(folder))
     table, issues, notes = table_of(folder, cell)
     assert issues == []
-    assert Path(table.images[0]).samefile(folder / file)
+    assert Path(table.inputs["image"][0]).samefile(folder / file)
     (note,) = notes
     assert what in note
     assert "2" in note
@@ -48,7 +48,7 @@ def test_a_path_is_corrected_where_only_the_corrected_file_exists_and_that_is_no
 def test_the_path_as_written_wins_if_that_file_exists(folder, name):
     (folder / name).touch()
     table, issues, notes = table_of(folder, name)
-    assert (table.images, issues, notes) == ([str(folder / name)], [], [])
+    assert (table.inputs["image"], issues, notes) == ([str(folder / name)], [], [])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_the_path_as_written_wins_if_that_file_exists(folder, name):
 )
 def test_a_path_that_leads_nowhere_is_dropped_with_what_was_seen(folder, cell, words):
     table, issues, _ = table_of(folder, "a.png", cell)
-    assert table.images == [str(folder / "a.png")]
+    assert table.inputs["image"] == [str(folder / "a.png")]
     ((row, reason),) = issues
     assert row == 3
     assert reason.startswith("image missing: ")

@@ -4,13 +4,16 @@ import csv
 
 import pytest
 
-from fusion.data import ImageTextData
+from fusion.data import FusionData
 from fusion.data.format import Format
+from fusion.data.kinds import TextInput
 from fusion.data.ledger import Ledger
 from fusion.data.manifests import read_manifests
 from fusion.data.table import Columns
 from fusion.errors import UserError
 from fusion.tasks import Classification
+
+TEXT = {"text": TextInput()}
 
 
 @pytest.fixture
@@ -31,14 +34,14 @@ def file(tmp_path):
 
 def read(main, val=None, test=None, ledger=None):
     return read_manifests(
-        main, {"val": val, "test": test}, Columns(), ["text"], Classification(), format=Format(), ledger=ledger or Ledger("drop")
+        main, {"val": val, "test": test}, Columns(), TEXT, Classification(), format=Format(), ledger=ledger or Ledger("drop")
     )
 
 
 def splits_of(**options):
-    data = ImageTextData(**options)
-    table = data.split_table(("text",), Classification())
-    rows = list(zip(table.texts, table.splits, strict=True))
+    data = FusionData(**options)
+    table = data.split_table(TEXT, Classification())
+    rows = list(zip(table.inputs["text"], table.splits, strict=True))
     return data, {split: {text for text, s in rows if s == split} for split in ("train", "val", "test")}
 
 
@@ -69,7 +72,7 @@ def test_rows_of_another_split_in_a_file_of_its_own_are_refused(file):
 def test_rows_are_chosen_by_any_column(file):
     main = file("m.csv", ["train", "dev", "test"] * 10)
     for where, count in (({"split": "val"}, 10), ({"text": "m.csv text 3"}, 1), ({"label": ["a"], "split": ["train", "test"]}, 10)):
-        assert len(ImageTextData(manifest=main, where=where, val=0, test=0).table(("text",), Classification())) == count
+        assert len(FusionData(manifest=main, where=where, val=0, test=0).table(TEXT, Classification())) == count
 
 
 def test_one_file_for_validation_and_test_is_both_and_is_reported(file):
@@ -78,8 +81,8 @@ def test_one_file_for_validation_and_test_is_both_and_is_reported(file):
     assert found["val"] == found["test"] == {f"dev.csv text {i}" for i in range(8)}
     assert len(found["train"]) == 30
     assert "is given for val and for test" in data.ledger.notes[0]
-    data.refuse_leaks(data.split_table(("text",), Classification()))
-    assert data.shared_pairs["test", "val"] == 8
+    data.refuse_leaks(data.split_table(TEXT, Classification()))
+    assert data.shared_inputs["test", "val"] == 8
 
 
 def test_the_training_file_as_validation_is_used_and_reported(file):
@@ -106,24 +109,24 @@ def test_files_of_one_name_in_two_folders_have_ids_of_their_own(file, tmp_path):
 
 
 def test_a_training_row_whose_group_is_held_out_in_another_file_is_a_leak_not_moved(file):
-    data = ImageTextData(manifest=file("m.csv", [""] * 8, group="g"), val_manifest=file("v.csv", [""] * 4, group="g"), test=0)
+    data = FusionData(manifest=file("m.csv", [""] * 8, group="g"), val_manifest=file("v.csv", [""] * 4, group="g"), test=0)
     with pytest.raises(UserError, match=r"1 groups are in train and in another split \(the first: 'g0' in train, val\).* Mend the files"):
-        data.refuse_leaks(data.split_table(("text",), Classification()))
+        data.refuse_leaks(data.split_table(TEXT, Classification()))
 
 
 def test_a_leak_between_given_splits_is_told_before_others_are_carved(file, tmp_path):
     rows = "".join(f"t{i},{'xy'[i % 2]},{'train' if i < 10 else 'test'},g{i % 10}\n" for i in range(20))
     (tmp_path / "m.csv").write_text(f"text,label,split,group\n{rows}")
     with pytest.raises(UserError, match="10 groups are in train and in another split"):
-        ImageTextData(manifest=str(tmp_path / "m.csv")).split_table(("text",), Classification())
+        FusionData(manifest=str(tmp_path / "m.csv")).split_table(TEXT, Classification())
 
 
 def test_a_file_read_in_another_encoding_that_would_be_utf8_is_noted(tmp_path):
     notes = {}
     for name, encoding in ("one", "cp1252"), ("other", "utf-8"):
         (tmp_path / f"{name}.csv").write_text("text,label\ngr\u00f6\u00dfe,x\nb,y\n", encoding=encoding)
-        data = ImageTextData(manifest=str(tmp_path / f"{name}.csv"), format=Format(encoding="cp1252"))
-        data.table(("text",), Classification())
+        data = FusionData(manifest=str(tmp_path / f"{name}.csv"), format=Format(encoding="cp1252"))
+        data.table(TEXT, Classification())
         notes[name] = data.ledger.notes
     assert not notes["one"]
     assert "other.csv is read as cp1252, but is valid UTF-8" in notes["other"][0]

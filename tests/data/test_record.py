@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusion.data.kinds import ImageInput, TextInput
 from fusion.data.record import Record
 from fusion.data.table import Table
 
@@ -15,8 +16,8 @@ def record(rows, digests=None, ids=None):
     images, texts, labels, splits, notes = (list(column) for column in zip(*rows, strict=True))
     lines = list(range(2, len(rows) + 2))
     table = Table(
-        images=[f"/data/{cell}.png" if cell else None for cell in images],
-        texts=[cell or None for cell in texts],
+        kinds={"image": ImageInput(), "text": TextInput()},
+        inputs={"image": [f"/data/{cell}.png" if cell else None for cell in images], "text": [cell or None for cell in texts]},
         labels=labels,
         splits=splits,
         ids=ids or list(map(str, lines)),
@@ -25,7 +26,7 @@ def record(rows, digests=None, ids=None):
         files=["/data/m.csv"] * len(rows),
         extra={"note": notes},
     )
-    return Record.of(table, digests or {})
+    return Record.of(table, {"image": digests or {}})
 
 
 @given(st.lists(ROW, min_size=1, max_size=8))

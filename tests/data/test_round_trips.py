@@ -79,7 +79,7 @@ def test_a_table_of_pandas_is_read_back_the_same_from_every_format(tmp_path_fact
     for name, options in write(frame, folder).items():
         table, issues, _ = read_all(folder / name, need_label=False, **options)
         assert [reason for _, reason in issues] == ["no text"] * (len(frame) - len(kept)), name
-        assert table.texts == [expected(values["text"][i]) for i in kept], name
+        assert table.inputs["text"] == [expected(values["text"][i]) for i in kept], name
         assert table.labels == [expected_name(values["label"][i]) for i in kept], name
         assert table.groups == [expected_name(values["group"][i]) for i in kept], name
         assert table.extra == {"note": [expected(values["note"][i]) for i in kept]}, name

@@ -5,9 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fusion.data.processor import ImageSpec
+from fusion.data.images import ImageSpec
+from fusion.data.kinds.image import ImageStore, ShownImages
+from fusion.data.kinds.text import TextStore
 from fusion.data.sampler import PLACEHOLDER, Draw
-from fusion.data.samples import ImageStore, Samples, as_is
+from fusion.data.samples import Samples, as_is
 from fusion.data.tokenizer import Tokenizer
 
 SPEC = ImageSpec((8, 8))
@@ -35,7 +37,7 @@ def store(request, paths):
 
 def made(store, augment=None):
     tokenizer = Tokenizer.train([text for text in TEXTS if text], vocab_size=60, max_length=8)
-    return Samples(target=np.arange(6), images=(store, ROW_OF), texts=(tokenizer.encode(TEXTS), tokenizer.pad_id), augment=augment)
+    return Samples(np.arange(6), {"image": ShownImages(store, ROW_OF, augment), "text": TextStore(tokenizer, tokenizer.encode(TEXTS))})
 
 
 def batch_of(samples, indices, seed=0):
@@ -141,7 +143,7 @@ def test_augmentation_is_the_same_in_a_worker_as_in_the_main_process(store):
 
 
 def test_samples_of_one_picture_make_a_block_and_those_without_stand_alone(paths):
-    samples = Samples(target=np.arange(7), images=(ImageStore(paths, SPEC), np.array([2, 0, 2, -1, 3, 0, -1])))
+    samples = Samples(np.arange(7), {"image": ShownImages(ImageStore(paths, SPEC), np.array([2, 0, 2, -1, 3, 0, -1]))})
     blocks = samples.blocks()
     assert blocks[0] == blocks[2]
     assert blocks[1] == blocks[5]
@@ -149,4 +151,4 @@ def test_samples_of_one_picture_make_a_block_and_those_without_stand_alone(paths
 
 
 def test_without_images_every_sample_is_a_block_of_its_own():
-    assert sorted(Samples(target=np.arange(4)).blocks().tolist()) == [0, 1, 2, 3]
+    assert sorted(Samples(np.arange(4), {}).blocks().tolist()) == [0, 1, 2, 3]

@@ -22,7 +22,7 @@ def refusal(path, **options):
 def test_lines_of_a_tsv_with_one_bare_quote_each_stay_two_samples(tmp_path):
     path = written(tmp_path, 'id\ttext\tlabel\na\t"5 inch\tx\nb\tpipe"\ty\nc\t6" board\tz\n', "m.tsv")
     table, issues, notes = read_all(path)
-    assert (table.texts, table.labels, issues) == (['"5 inch', 'pipe"', '6" board'], ["x", "y", "z"], [])
+    assert (table.inputs["text"], table.labels, issues) == (['"5 inch', 'pipe"', '6" board'], ["x", "y", "z"], [])
     assert len(notes) == 1
     assert "row 2 has" in notes[0]
 
@@ -30,18 +30,23 @@ def test_lines_of_a_tsv_with_one_bare_quote_each_stay_two_samples(tmp_path):
 def test_cells_of_a_tsv_that_look_enclosed_are_noted_with_the_option_that_reads_them(tmp_path):
     path = written(tmp_path, 'text\tlabel\n"a ""q"" b"\tx\nplain\ty\n"two\nlines"\tz\n"tab\there"\tw\n', "m.tsv")
     table, issues, notes = read_all(path)
-    assert table.texts[:2] == ['"a ""q"" b"', "plain"]
+    assert table.inputs["text"][:2] == ['"a ""q"" b"', "plain"]
     assert [row for row, _ in issues] == [4, 6]
     assert all("--data.format.quotes=true" in reason for _, reason in issues[1:])
     assert "--data.format.quotes=true" in notes[0]
     table, issues, notes = read_all(path, quotes=True)
-    assert (table.texts, table.labels, issues, notes) == (['a "q" b', "plain", "two\nlines", "tab\there"], ["x", "y", "z", "w"], [], [])
+    assert (table.inputs["text"], table.labels, issues, notes) == (
+        ['a "q" b', "plain", "two\nlines", "tab\there"],
+        ["x", "y", "z", "w"],
+        [],
+        [],
+    )
 
 
 def test_quotes_around_the_names_of_a_tsv_show_that_they_enclose_its_cells(tmp_path):
     path = written(tmp_path, '"text"\t"label"\n"two\twords"\t"x"\n', "m.tsv")
     table, issues, notes = read_all(path)
-    assert (table.texts, table.labels, issues) == (["two\twords"], ["x"], [])
+    assert (table.inputs["text"], table.labels, issues) == (["two\twords"], ["x"], [])
     assert "--data.format.quotes=false" in notes[0]
     assert "no column 'text'" in refusal(path, quotes=False)
 
@@ -63,7 +68,7 @@ def test_a_cell_that_swallowed_a_row_is_noted_by_its_row_and_the_sample_kept(tmp
 def test_a_separator_that_the_header_alone_shows_is_recognised_and_noted(tmp_path, separator, name):
     content = "image;text;label\na;one, two;x\n".replace(";", separator) if separator != "," else "image,text,label\na,one two,x\n"
     table, issues, notes = read_all(written(tmp_path, content, name, compressed=name.endswith("gz")))
-    assert (table.texts, issues) == (["one two" if separator == "," else "one, two"], [])
+    assert (table.inputs["text"], issues) == (["one two" if separator == "," else "one, two"], [])
     (note,) = notes
     assert "separated by" in note
 
@@ -77,7 +82,7 @@ def test_a_header_that_leaves_doubt_is_not_guessed_but_the_options_are_named(tmp
 
 def test_a_separator_may_be_given_also_a_tab_as_a_shell_writes_it(tmp_path):
     assert read_all(written(tmp_path, "text^label\nt^x\n"), separator="^")[0].labels == ["x"]
-    assert read_all(written(tmp_path, "text\tlabel,b\nt\tx\n"), columns=None, separator="\\t", need_label=False)[0].texts == ["t"]
+    assert read_all(written(tmp_path, "text\tlabel,b\nt\tx\n"), columns=None, separator="\\t", need_label=False)[0].inputs["text"] == ["t"]
 
 
 @pytest.mark.parametrize("wrong", [{"separator": ";;"}, {"separator": '"'}, {"separator": ""}, {"encoding": "utf-9"}, {"encoding": "hex"}])
@@ -97,7 +102,7 @@ def test_another_encoding_is_never_guessed_and_read_if_named(tmp_path, name, enc
     path = written(tmp_path, content, name, encoding=encoding)
     option = f"--data.format.encoding={encoding if encoding.startswith('utf') else 'cp1252'}"
     assert option in refusal(path)
-    assert read_all(path, encoding=encoding)[0].texts == ["café"]
+    assert read_all(path, encoding=encoding)[0].inputs["text"] == ["café"]
 
 
 def test_an_encoding_that_is_wrong_for_the_file_is_refused_or_costs_the_row(tmp_path):
@@ -113,13 +118,13 @@ def test_a_header_in_another_encoding_names_the_option(tmp_path):
 @pytest.mark.parametrize("name", ["m.csv.gz", "m.csv", "M.CSV.GZ"])
 def test_a_compressed_file_is_read_by_its_first_bytes(tmp_path, name):
     table, issues, _ = read_all(written(tmp_path, "text,label\none,x\n", name, compressed=True))
-    assert (table.texts, issues) == (["one"], [])
+    assert (table.inputs["text"], issues) == (["one"], [])
 
 
 def test_the_other_text_formats_may_be_compressed_and_a_gz_name_may_be_wrong(tmp_path):
-    assert read_all(written(tmp_path, "text\tlabel\none\tx\n", "m.tsv.gz", compressed=True))[0].texts == ["one"]
-    assert read_all(written(tmp_path, '{"text": "one", "label": "x"}\n', "m.jsonl.gz", compressed=True))[0].texts == ["one"]
-    assert read_all(written(tmp_path, "text,label\none,x\n", "m.csv.gz"))[0].texts == ["one"]
+    assert read_all(written(tmp_path, "text\tlabel\none\tx\n", "m.tsv.gz", compressed=True))[0].inputs["text"] == ["one"]
+    assert read_all(written(tmp_path, '{"text": "one", "label": "x"}\n', "m.jsonl.gz", compressed=True))[0].inputs["text"] == ["one"]
+    assert read_all(written(tmp_path, "text,label\none,x\n", "m.csv.gz"))[0].inputs["text"] == ["one"]
 
 
 def test_a_compressed_file_cut_short_or_corrupt_is_refused(tmp_path):
@@ -139,7 +144,7 @@ def test_a_workbook_named_csv_is_refused_by_what_it_is(tmp_path):
 def test_blank_lines_before_the_header_are_skipped(tmp_path):
     (tmp_path / "m.csv").write_text("   \n\nid,text,label\na,one,x\nb,two,y\n")
     table, _, _ = read_all(tmp_path / "m.csv")
-    assert table.texts == ["one", "two"]
+    assert table.inputs["text"] == ["one", "two"]
 
 
 def test_one_spelling_of_missing_needs_no_list():

@@ -8,13 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion.data import Columns, ImageTextData
+from fusion.data import Columns, FusionData
+from fusion.data.kinds import TextInput
 from fusion.data.module import wanted_cells
 from fusion.data.splits import draw_alike
 from fusion.encoders import TransformersText
 from fusion.errors import UserError
 from fusion.settings.parser import FusionCLI
 from fusion.tasks import Classification
+
+TEXT = {"text": TextInput()}
 
 
 @pytest.fixture
@@ -31,11 +34,11 @@ def manifest(tmp_path):
 
 
 def table_of(manifest, **options):
-    return ImageTextData(str(manifest), val=0.2, **options).split_table(("text",), Classification())
+    return FusionData(str(manifest), val=0.2, **options).split_table(TEXT, Classification())
 
 
 def texts_of(table, split):
-    return [text for text, of in zip(table.texts, table.splits, strict=True) if of == split]
+    return [text for text, of in zip(table.inputs["text"], table.splits, strict=True) if of == split]
 
 
 @given(st.lists(st.sampled_from("aaaabbbc"), min_size=1, max_size=60), st.integers(1, 80), st.integers(0, 1000))
@@ -76,7 +79,7 @@ def test_fewer_training_samples_leave_val_and_test_as_they_are(manifest):
 
 
 def test_samples_left_out_are_recorded_without_split_and_loaded_nowhere(manifest):
-    data = ImageTextData(str(manifest), val=0.2, train_samples=16)
+    data = FusionData(str(manifest), val=0.2, train_samples=16)
     data.load(
         {"text": TransformersText(config={"model_type": "bert", "hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1})},
         Classification(),
@@ -121,8 +124,8 @@ def test_rows_are_chosen_by_the_manifests_own_names_and_by_inputs_that_the_model
     columns = Columns(image="picture", text="question", label="answer")
     for where, count in ({"question": "q1?"}, 20), ({"picture": ["imgs/1.png", "imgs/2.png"]}, 16), ({"answer": "x"}, 20):
         for modalities in ("text",), ("image",), ("image", "text"):
-            data = ImageTextData(manifest=str(tmp_path / "m.csv"), columns=columns, where=where)
-            assert len(data.table(modalities, Classification())) == count
+            data = FusionData(manifest=str(tmp_path / "m.csv"), columns=columns, where=where)
+            assert len(data.table(data.kinds(modalities), Classification())) == count
 
 
 def test_values_of_the_command_line_arrive_as_they_are_written():

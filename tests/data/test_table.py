@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reading import usual_inputs
 
 from fusion.data import text_file
 from fusion.data.format import Format
@@ -29,7 +30,13 @@ QUOTES = Format(quotes=True)
 def read(path, modalities=BOTH, *, columns=None, need_label=True, split=None, ledger=None, format=None):
     columns, ledger = columns or Columns(), ledger or Ledger("drop")
     return read_table(
-        path, columns, modalities, task=Classification() if need_label else None, ledger=ledger, split=split, format=format or Format()
+        path,
+        columns,
+        usual_inputs(columns, modalities),
+        task=Classification() if need_label else None,
+        ledger=ledger,
+        split=split,
+        format=format or Format(),
     )
 
 
@@ -59,8 +66,8 @@ def refusal(path, modalities=BOTH, **options):
 def test_every_column_arrives_in_its_place(tmp_path):
     path = manifest(tmp_path, "kind,group,image,text,label,split,id\nk,g,a/b.png,what?,yes,train,one\n,,/abs/c.png,who?,no,,two\n")
     found = read(path)
-    assert found.images == [os.path.join(tmp_path, "a/b.png"), "/abs/c.png"]
-    assert found.texts == ["what?", "who?"]
+    assert found.inputs["image"] == [os.path.join(tmp_path, "a/b.png"), "/abs/c.png"]
+    assert found.inputs["text"] == ["what?", "who?"]
     assert found.labels == ["yes", "no"]
     assert found.splits == ["train", None]
     assert found.ids == ["one", "two"]
@@ -73,7 +80,7 @@ def test_every_column_arrives_in_its_place(tmp_path):
 def test_image_paths_are_absolute_even_for_a_manifest_named_from_here(tmp_path, monkeypatch):
     manifest(tmp_path, HEADER + "a.png,t,x\n")
     monkeypatch.chdir(tmp_path)
-    assert read("m.csv").images == [os.path.join(os.getcwd(), "a.png")]
+    assert read("m.csv").inputs["image"] == [os.path.join(os.getcwd(), "a.png")]
 
 
 def test_all_formats_give_the_same_table(tmp_path):
@@ -92,7 +99,7 @@ def test_all_formats_give_the_same_table(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
     tables = {name: read(tmp_path / name, format=QUOTES) for name in ("m.csv", "m.tsv", "m.jsonl", "m.NDJSON", "m.parquet")}
     for name, found in tables.items():
-        for column in ("images", "texts", "labels", "splits", "ids", "groups", "extra"):
+        for column in ("inputs", "labels", "splits", "ids", "groups", "extra"):
             assert getattr(found, column) == getattr(tables["m.csv"], column), (name, column)
     assert {name: found.rows for name, found in tables.items()} == {
         "m.csv": [2, 4], "m.tsv": [2, 4], "m.jsonl": [1, 2], "m.NDJSON": [1, 2], "m.parquet": [1, 2],
@@ -110,7 +117,7 @@ def test_any_text_survives_the_way_through_csv(tmp_path_factory, rows):
             csv.writer(file, delimiter=delimiter).writerows([["text", "label", "note"], *([text, "x", note] for text, note in rows)])
         found, issues = with_issues(folder / name, ("text",), format=QUOTES)
         assert issues == []
-        assert found.texts == [text for text, _ in rows]
+        assert found.inputs["text"] == [text for text, _ in rows]
         assert found.extra["note"] == [note for _, note in rows]
 
 
@@ -119,49 +126,49 @@ def test_any_text_survives_the_way_through_json_lines(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("jsonl") / "m.jsonl"
     path.write_text("\n".join(json.dumps({"text": t, "label": "x", "note": n}) for t, n in rows), encoding="utf-8")
     found = read(path, ("text",))
-    assert found.texts == [text for text, _ in rows]
+    assert found.inputs["text"] == [text for text, _ in rows]
     assert found.extra["note"] == [note for _, note in rows]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
-    assert read(manifest(tmp_path, b"\xef\xbb\xbf" + (HEADER + "a,t,x\n").encode())).texts == ["t"]
-    assert read(manifest(tmp_path, b"\xef\xbb\xbf" + b'{"text": "t", "label": "x"}', "m.jsonl"), ("text",)).texts == ["t"]
+    assert read(manifest(tmp_path, b"\xef\xbb\xbf" + (HEADER + "a,t,x\n").encode())).inputs["text"] == ["t"]
+    assert read(manifest(tmp_path, b"\xef\xbb\xbf" + b'{"text": "t", "label": "x"}', "m.jsonl"), ("text",)).inputs["text"] == ["t"]
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_any_line_ending_will_do_and_blank_lines_are_no_rows(tmp_path, newline):
     path = manifest(tmp_path, newline.join(["", "image,text,label", "a,t,x", "", "  ", "b,u,y", ""]))
     found, issues = with_issues(path)
-    assert found.texts == ["t", "u"]
+    assert found.inputs["text"] == ["t", "u"]
     assert found.rows == [3, 6]
     assert issues == []
 
 
 def test_rows_are_the_lines_where_they_begin_though_cells_hold_line_breaks(tmp_path):
     found = read(manifest(tmp_path, HEADER + 'a,"one\ntwo\nthree",x\nb,u,y\n'))
-    assert found.texts == ["one\ntwo\nthree", "u"]
+    assert found.inputs["text"] == ["one\ntwo\nthree", "u"]
     assert found.rows == [2, 5]
 
 
 def test_a_cell_may_be_longer_than_the_csv_module_allows_by_default(tmp_path):
     long = "word " * 60_000
-    assert read(manifest(tmp_path, HEADER + f"a,{long},x\n")).texts == [long]
+    assert read(manifest(tmp_path, HEADER + f"a,{long},x\n")).inputs["text"] == [long]
 
 
 def test_nul_bytes_do_not_crash(tmp_path):
-    assert read(manifest(tmp_path, HEADER + "a,t\0t,x\n")).texts == ["t\0t"]
+    assert read(manifest(tmp_path, HEADER + "a,t\0t,x\n")).inputs["text"] == ["t\0t"]
 
 
 def test_names_of_columns_may_have_blanks_around_and_one_may_be_empty(tmp_path):
     found = read(manifest(tmp_path, ", image , text,label\n0,a,t,x\n"))
-    assert found.texts == ["t"]
+    assert found.inputs["text"] == ["t"]
     assert found.extra == {}
 
 
 def test_renamed_columns_are_read_and_one_column_may_have_two_roles(tmp_path):
     path = manifest(tmp_path, "img,question,answer\na.png,t,x\n")
     found = read(path, columns=Columns(image="img", text="question", label="answer", group="img"))
-    assert (found.images, found.texts, found.labels, found.groups) == ([str(tmp_path / "a.png")], ["t"], ["x"], ["a.png"])
+    assert (found.inputs["image"], found.inputs["text"], found.labels, found.groups) == ([str(tmp_path / "a.png")], ["t"], ["x"], ["a.png"])
 
 
 # Missing modalities and labels.
@@ -169,17 +176,17 @@ def test_renamed_columns_are_read_and_one_column_may_have_two_roles(tmp_path):
 
 def test_an_empty_cell_means_that_the_sample_lacks_the_modality(tmp_path):
     found, issues = with_issues(manifest(tmp_path, HEADER + ",t,x\n  ,t,x\na,,x\na, \t,x\n"))
-    assert [image is None for image in found.images] == [True, True, False, False]
-    assert found.texts == ["t", "t", None, None]
+    assert [image is None for image in found.inputs["image"]] == [True, True, False, False]
+    assert found.inputs["text"] == ["t", "t", None, None]
     assert issues == []
 
 
 def test_null_and_nan_mean_it_too_in_json_and_parquet(tmp_path):
     path = manifest(tmp_path, '{"image": null, "text": "t", "label": "x"}\n{"image": "a", "text": NaN, "label": "x"}\n', "m.jsonl")
-    assert [image is None for image in read(path).images] == [True, False]
-    assert read(path).texts == ["t", None]
+    assert [image is None for image in read(path).inputs["image"]] == [True, False]
+    assert read(path).inputs["text"] == ["t", None]
     pq.write_table(pa.table({"image": [None, "a"], "text": ["t", None], "label": ["x", "y"]}), tmp_path / "m.parquet")
-    assert read(tmp_path / "m.parquet").texts == ["t", None]
+    assert read(tmp_path / "m.parquet").inputs["text"] == ["t", None]
 
 
 def test_a_sample_without_any_wanted_modality_goes_to_the_ledger(tmp_path):
@@ -189,12 +196,12 @@ def test_a_sample_without_any_wanted_modality_goes_to_the_ledger(tmp_path):
     assert with_issues(path, ("image",))[1] == [(2, "one", "no image"), (4, "three", "no image")]
 
 
-@pytest.mark.parametrize(("wanted", "other"), [("text", "images"), ("image", "texts")])
+@pytest.mark.parametrize(("wanted", "other"), [("text", "image"), ("image", "text")])
 def test_a_modality_that_is_not_wanted_is_neither_needed_nor_read(tmp_path, wanted, other):
-    assert getattr(read(manifest(tmp_path, f"{wanted},label\nt,x\n"), (wanted,)), other) == [None]
+    assert list(read(manifest(tmp_path, f"{wanted},label\nt,x\n"), (wanted,)).inputs) == [wanted]
     found = read(manifest(tmp_path, HEADER + "a,t,x\n"), (wanted,))
-    assert getattr(found, other) == [None]
-    assert found.extra == {other.removesuffix("s"): ["a" if other == "images" else "t"]}  # as any column of the file: to choose rows by
+    assert list(found.inputs) == [wanted]
+    assert found.extra == {other: ["a" if other == "image" else "t"]}  # as any column of the file: to choose rows by
 
 
 @pytest.mark.parametrize(
@@ -248,7 +255,7 @@ def test_parquet_categories_times_and_int_columns_with_nulls_are_read(tmp_path):
     )
     pq.write_table(table, tmp_path / "m.parquet")
     found = read(tmp_path / "m.parquet", ("text",), need_label=False)
-    assert (found.texts, found.labels) == (["t", "u"], ["1", None])
+    assert (found.inputs["text"], found.labels) == (["t", "u"], ["1", None])
     assert found.extra == {"when": ["1970-01-01 00:00:00.000000001", "1970-01-01 00:00:01.500000001"]}
 
 
@@ -265,7 +272,7 @@ def test_folders_named_like_partitions_add_no_columns(tmp_path):
 def test_one_undecodable_row_does_not_cost_the_file(tmp_path):
     path = manifest(tmp_path, b"image,text,label,id\na,caf\xe9,x,one\nb,caf\xc3\xa9,y,two\n")
     found, issues = with_issues(path)
-    assert found.texts == ["café"]
+    assert found.inputs["text"] == ["café"]
     assert issues == [(2, "one", f"not UTF-8 (byte 0xe9 in column text{CP1252})")]
 
 
@@ -275,41 +282,41 @@ def test_an_undecodable_line_of_json_and_a_cell_of_parquet_are_named_alike(tmp_p
     broken = pa.Array.from_buffers(pa.string(), 2, [None, pa.array([0, 4, 5], pa.int32()).buffers()[1], pa.py_buffer(b"caf\xe9t")])
     pq.write_table(pa.table({"text": broken, "label": ["x", "x"]}), tmp_path / "m.parquet")
     found, issues = with_issues(tmp_path / "m.parquet", ("text",))
-    assert found.texts == ["t"]
+    assert found.inputs["text"] == ["t"]
     assert issues == [(1, "1", "not UTF-8 (byte 0xe9 in column text)")]
 
 
 def test_a_lone_surrogate_in_json_goes_to_the_ledger_and_a_pair_is_read(tmp_path):
     path = manifest(tmp_path, '{"text": "\\ud83d\\ude00", "label": "x"}\n{"text": "\\uD83D", "label": "x"}\n', "m.jsonl")
     found, issues = with_issues(path, ("text",))
-    assert found.texts == ["😀"]
+    assert found.inputs["text"] == ["😀"]
     assert issues == [(2, "2", "not UTF-8 (lone surrogate U+D83D in column text)")]
 
 
 def test_rows_with_too_many_or_too_few_cells_go_to_the_ledger(tmp_path):
     found, issues = with_issues(manifest(tmp_path, HEADER + "a,t,x\na,t\na,t,x,y,z\nb,u,y\n"))
-    assert found.texts == ["t", "u"]
+    assert found.inputs["text"] == ["t", "u"]
     assert issues == [(3, "", "wrong number of cells (2 cells, expected 3)"), (4, "", "wrong number of cells (5 cells, expected 3)")]
 
 
 @pytest.mark.parametrize("tail", ["", 'd,"quoted, too",w\n'])
 def test_a_quote_that_is_never_closed_costs_only_its_own_row(tmp_path, tail):
     found, issues = with_issues(manifest(tmp_path, HEADER + 'a,t,x\nb,"oops,y\nc,"two\nlines",z\n' + tail))
-    assert found.texts == ["t", "two\nlines", *(["quoted, too"] if tail else [])]
+    assert found.inputs["text"] == ["t", "two\nlines", *(["quoted, too"] if tail else [])]
     assert found.rows[:2] == [2, 4]
     assert [(row, reason.partition(" (")[0]) for row, _, reason in issues] == [(3, "quotes are not closed or not doubled")]
 
 
 def test_backslashes_before_quotes_are_refused_rather_than_read_wrongly(tmp_path):
     found, issues = with_issues(manifest(tmp_path, HEADER + 'a,"he said \\"hi\\" to me",x\nb,t,y\n'))
-    assert found.texts == ["t"]
+    assert found.inputs["text"] == ["t"]
     assert [row for row, _, _ in issues] == [2]
 
 
 def test_lines_that_are_no_json_objects_go_to_the_ledger(tmp_path):
     bad = ["{", '["a"]', "7", "[" * 100_000, '{"text": ' + "1" * 5000 + "}", '{"text": ["t"], "label": "x", "id": "b"}']
     found, issues = with_issues(manifest(tmp_path, "\n".join(['{"text": "t", "label": "x"}', *bad]), "m.jsonl"), ("text",))
-    assert found.texts == ["t"]
+    assert found.inputs["text"] == ["t"]
     assert [row for row, _, _ in issues] == [2, 3, 4, 5, 6, 7]
     assert issues[0][2].startswith("not JSON (")
     assert issues[1][2] == issues[2][2] == "not a JSON object"
@@ -429,9 +436,32 @@ def test_to_predict_nothing_but_the_inputs_is_needed(tmp_path):
     assert found.labels == [None]
 
 
-def test_pictures_inside_a_parquet_file_are_refused_by_their_type(tmp_path):
-    pq.write_table(pa.table({"image": [{"bytes": b"x", "path": "a"}], "text": ["t"], "label": ["x"]}), tmp_path / "m.parquet")
-    assert "struct<bytes: binary, path: string> in column 'image', expected text (paths)" in refusal(tmp_path / "m.parquet")
+def test_structs_that_are_no_pictures_are_refused_by_their_type(tmp_path):
+    pq.write_table(pa.table({"image": [{"pixels": b"x", "path": "a"}], "text": ["t"], "label": ["x"]}), tmp_path / "m.parquet")
+    assert "struct<pixels: binary, path: string> in column 'image', expected text (paths)" in refusal(tmp_path / "m.parquet")
+
+
+def test_pictures_inside_a_parquet_file_and_lists_of_pictures_are_read(tmp_path):
+    several = [[{"bytes": b"x", "path": "a"}, {"bytes": None, "path": "b.png"}], [{"bytes": None, "path": "c.png"}], [], None]
+    for name, cells in {
+        "lists": several,
+        "bytes": [b"x", b"y", None, b"x"],
+        "structs": [one[0] if one else None for one in several],
+    }.items():
+        pq.write_table(pa.table({"image": cells, "text": list("tuvw"), "label": list("xyxy")}), tmp_path / f"{name}.parquet")
+    path = str(tmp_path) + os.sep
+    assert read(tmp_path / "lists.parquet").inputs["image"] == [(b"x", f"{path}b.png"), f"{path}c.png", None, None]
+    assert read(tmp_path / "bytes.parquet").inputs["image"] == [b"x", b"y", None, b"x"]
+    assert read(tmp_path / "structs.parquet").inputs["image"] == [b"x", f"{path}c.png", None, None]
+
+
+def test_several_pictures_of_a_text_file_are_a_json_list(tmp_path):
+    nine = json.dumps([f"{i}.png" for i in range(9)]).replace('"', '""')
+    rows = ['"[""a.png"", ""b.png""]",t,x', "c.png,t,x", '"[""d.png""]",t,x', f'"{nine}",t,x']
+    found, issues = with_issues(manifest(tmp_path, HEADER + "\n".join(rows) + "\n"))
+    path = str(tmp_path) + os.sep
+    assert found.inputs["image"] == [(f"{path}a.png", f"{path}b.png"), f"{path}c.png", f"{path}d.png"]
+    assert issues == [(5, "5", "column image has 9 images, at most 8 are read")]
 
 
 # Ids and splits.
@@ -479,7 +509,7 @@ def test_take_and_concat_keep_all_columns_in_step(tmp_path):
     assert len(both) == 3
     assert both.extra == {"kind": ["k", "l", ""], "when": ["", "", "w"]}
     part = both.take([2, 0])
-    assert (part.texts, part.labels, part.rows) == (["v", "t"], ["z", "x"], [2, 2])
+    assert (part.inputs["text"], part.labels, part.rows) == (["v", "t"], ["z", "x"], [2, 2])
     assert part.files == [str(tmp_path / "two.csv"), str(tmp_path / "one.csv")]
     assert part.extra == {"kind": ["", "k"], "when": ["w", ""]}
     assert len(both) == 3

@@ -28,7 +28,7 @@ def test_short_texts_come_first(parts):
     seen = Seen()
     model, data, trainer = parts(*by("text_length", start=0.3, full_at=1.0), "--trainer.max_epochs=2", callbacks=[seen])
     trainer.fit(model, datamodule=data)
-    lengths = np.diff(data.splits["train"].samples.texts[0].offsets)
+    lengths = np.diff(data.splits["train"].samples.stores["text"].tokens.offsets)
     bound = np.sort(lengths)[int(np.ceil(0.3 * len(lengths))) - 1]
     assert lengths[seen.rows[0]].max() <= bound < lengths.max()
     assert lengths[[row for rows in seen.rows[-4:] for row in rows]].max() > bound

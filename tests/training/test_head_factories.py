@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_world import BERT, train
 
-from fusion.data import ImageTextData
+from fusion.data import FusionData
 from fusion.encoders import TimmImage, TransformersText
 from fusion.errors import UserError
 from fusion.heads import Gated, JointTransformer, LevelWeighted, LogitMean
@@ -30,7 +30,7 @@ def made(write_manifest, tmp_path):
 
     def make(head, **options):
         torch.manual_seed(0)
-        data = ImageTextData(str(write_manifest()), cache=str(tmp_path / "cache"), batch_size=16, num_workers=0)
+        data = FusionData(str(write_manifest()), cache=str(tmp_path / "cache"), batch_size=16, num_workers=0)
         image = partial(TimmImage, "test_vit", pretrained=False, image_size=32)
         return Engine(image=image, text=partial(TransformersText, config=BERT), head=head, **options), data
 
@@ -44,8 +44,8 @@ def test_a_run_whose_head_a_function_made_is_saved_and_predicts_as_it_was_traine
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     assert task.model.head.stage == stage
     table = data.splits["test"].table
-    found = Predictor.load(tmp_path / "run.ckpt", device="cpu").predict(table.images, table.texts)
-    expected = Predictor(task.model, task.processor).predict(table.images, table.texts)
+    found = Predictor.load(tmp_path / "run.ckpt", device="cpu").predict(table.inputs["image"], table.inputs["text"])
+    expected = Predictor(task.model, task.processor).predict(table.inputs["image"], table.inputs["text"])
     assert np.array_equal(found.probabilities, expected.probabilities)
 
 

@@ -12,7 +12,7 @@ def test_a_run_on_wide_images_predicts_what_it_scored(tiny, fit_here, shapes_row
     settings = [f"--model.image.init_args.{setting}" for setting in (f"name={image}", "image_size=[32, 96]", f"options={options}")]
     run = fit_here("--recipe", tiny(), *settings, "--trainer.max_epochs=1")
     predictor = Predictor.load(run.folder, device="cpu")
-    assert predictor.processor.image.size == (32, 96)
+    assert predictor.processor.inputs["image"].spec.size == (32, 96)
     assert predictor.model.encoders["image"].image_size == (32, 96)
     folder, rows = shapes_rows
     tested = [row for row in rows if row["split"] == "test"]

@@ -10,7 +10,7 @@ from tiny_world import BERT, train
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from fusion.data import ImageTextData
+from fusion.data import FusionData
 from fusion.encoders import TimmImage, TransformersText
 from fusion.errors import UserError
 from fusion.heads import Gated
@@ -51,7 +51,7 @@ def made(write_manifest, tmp_path):
     def make(folder, change=lambda i, row: row, *, max_length=64, adapters=None, freeze=None, **options):
         torch.manual_seed(0)
         manifest = str(write_manifest(change))
-        data = ImageTextData(manifest, cache=str(tmp_path / "cache"), batch_size=16, num_workers=0, max_length=max_length)
+        data = FusionData(manifest, cache=str(tmp_path / "cache"), batch_size=16, num_workers=0, max_length=max_length)
         image = partial(TimmImage, "test_vit", pretrained=False, image_size=32)
         text = partial(TransformersText, folder, **options) if folder else partial(TransformersText, **options)
         return Engine(image=image, text=text, head=partial(Gated, dim=8), adapters=adapters, freeze=freeze), data
@@ -63,8 +63,8 @@ def assert_same_predictions_from_a_checkpoint(trainer, task, data, tmp_path):
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     table = data.splits["test"].table
     predictor = Predictor.load(tmp_path / "run.ckpt", device="cpu")
-    expected = Predictor(task.model, task.processor).predict(table.images, table.texts)
-    assert np.array_equal(predictor.predict(table.images, table.texts).probabilities, expected.probabilities)
+    expected = Predictor(task.model, task.processor).predict(table.inputs["image"], table.inputs["text"])
+    assert np.array_equal(predictor.predict(table.inputs["image"], table.inputs["text"]).probabilities, expected.probabilities)
     return predictor
 
 
@@ -148,8 +148,8 @@ def test_a_tokenizer_without_a_padding_token_trains_as_padding_is_masked(text_fo
 def test_texts_are_cut_at_the_positions_that_the_model_has(text_folder, made):
     task, data = made(text_folder(), lambda i, row: row | {"text": "is there " * 40}, max_length=64)
     train(task, data)
-    assert data.processor.tokenizer.max_length == BERT["max_position_embeddings"] < 64
-    assert data.splits["train"].samples.texts[0].cut == len(data.splits["train"].table)
+    assert data.processor.inputs["text"].tokenizer.max_length == BERT["max_position_embeddings"] < 64
+    assert data.splits["train"].samples.stores["text"].tokens.cut == len(data.splits["train"].table)
 
 
 def test_the_plan_tells_the_share_of_unknown_tokens_of_each_split(text_folder, made, capsys):
@@ -164,5 +164,5 @@ def test_a_run_of_many_characters_keeps_to_its_vocabulary_and_tells_what_it_does
     character = np.random.default_rng(0).integers(0x4E00, 0x4E00 + 3000, (200, 20))
     task, data = made(None, lambda i, row: row | {"text": "".join(map(chr, character[i % 200]))}, config=BERT)
     train(task, data, callbacks=[Plan()])
-    assert data.processor.tokenizer.vocab_size <= BERT["vocab_size"]
+    assert data.processor.inputs["text"].tokenizer.vocab_size <= BERT["vocab_size"]
     assert "of the tokens are unknown to the tokenizer" in capsys.readouterr().out

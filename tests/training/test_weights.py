@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_world import BERT
 
+from fusion.data.kinds import TextInput
 from fusion.data.processor import Processor
 from fusion.data.tokenizer import Tokenizer
 from fusion.encoders import TransformersText
@@ -19,6 +20,13 @@ THERE = ["is it blue", "a green circle", "a square of red"]  # as many tokens, m
 
 def tokenizer_of(texts):
     return Tokenizer.train(texts, vocab_size=100, max_length=8)
+
+
+def processor_of(tokenizer, task):
+    text = TextInput()
+    if tokenizer is not None:
+        text.tokenizer = tokenizer
+    return Processor({} if tokenizer is None else {"text": text}, task)
 
 
 def knowing(classes):
@@ -58,7 +66,7 @@ def test_embeddings_are_carried_over_by_token(saved):
     here, there = tokenizer_of(HERE), tokenizer_of(THERE)
     before, now = model_of("ab", tokenizer=there), model_of("ab", tokenizer=here, seed=1)
     fresh = now.encoders["text"].embedding.weight.detach().clone()
-    told = load_weights(now, saved(before, Processor(None, there, knowing(["a", "b"]))), Processor(None, here, knowing(["a", "b"])))
+    told = load_weights(now, saved(before, processor_of(there, knowing(["a", "b"]))), processor_of(here, knowing(["a", "b"])))
     old, ids, new_ids = before.encoders["text"].embedding.weight, there.backend.get_vocab(), here.backend.get_vocab()
     both = ids.keys() & new_ids.keys()
     moved = [token for token in both if ids[token] != new_ids[token]]
@@ -78,7 +86,7 @@ def test_rows_of_classes_are_carried_over_by_name_in_every_head(saved, head):
     was, now_classes = ["blue", "green", "red"], ["apple", "green", "blue"]
     before, now = model_of(was, head), model_of(now_classes, head, seed=1)
     fresh = {name: value.clone() for name, value in now.state_dict().items()}
-    told = load_weights(now, saved(before, Processor(None, None, knowing(was))), Processor(None, None, knowing(now_classes)))
+    told = load_weights(now, saved(before, processor_of(None, knowing(was))), processor_of(None, knowing(now_classes)))
     assert "rows of 2 of 3 classes are carried over by name; 1 begin anew: apple" in told
     old, new = before.state_dict(), now.state_dict()
     layers = {module.weight: module for module in now.head.output_layers()}
@@ -98,8 +106,11 @@ def test_rows_of_classes_are_carried_over_by_name_in_every_head(saved, head):
 
 
 def test_classes_in_the_same_order_and_the_same_tokens_say_nothing_of_rows(saved):
-    processor = Processor(None, tokenizer_of(HERE), knowing(["a", "b"]))
-    before, now = model_of("ab", tokenizer=processor.tokenizer), model_of("ab", tokenizer=processor.tokenizer, seed=1)
+    processor = processor_of(tokenizer_of(HERE), knowing(["a", "b"]))
+    before, now = (
+        model_of("ab", tokenizer=processor.inputs["text"].tokenizer),
+        model_of("ab", tokenizer=processor.inputs["text"].tokenizer, seed=1),
+    )
     told = load_weights(now, saved(before, processor), processor)
     assert told.count("\n") == 0
     assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), now.state_dict().values(), strict=True))
@@ -108,4 +119,4 @@ def test_classes_in_the_same_order_and_the_same_tokens_say_nothing_of_rows(saved
 def test_a_file_of_weights_alone_says_that_it_names_no_tokens_or_classes(tmp_path):
     before, now = model_of("ab"), model_of("ab", seed=1)
     torch.save(before.state_dict(), tmp_path / "weights.pt")
-    assert "names neither tokens nor classes" in load_weights(now, tmp_path / "weights.pt", Processor(None, None, knowing(["a", "b"])))
+    assert "names neither tokens nor classes" in load_weights(now, tmp_path / "weights.pt", processor_of(None, knowing(["a", "b"])))

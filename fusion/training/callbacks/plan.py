@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from fusion.data.curriculum import LOSS
-from fusion.data.module import SPLITS, ImageTextData
+from fusion.data.module import SPLITS, FusionData
 from fusion.data.sampler import GlobalBatches
 from fusion.lightning_private import training_batches
 from fusion.training.distributed.ddp import DDP
@@ -26,7 +26,7 @@ class Plan(Callback):
             print("\n".join([*data_lines(trainer.datamodule), *model_lines(module), *training_lines(trainer, module)]), flush=True)  # type: ignore[attr-defined]
 
 
-def data_lines(data: ImageTextData) -> list[str]:
+def data_lines(data: FusionData) -> list[str]:
     lines = ["", "data"]
     for name in SPLITS:
         if name not in data.splits:
@@ -42,22 +42,19 @@ def data_lines(data: ImageTextData) -> list[str]:
     return lines
 
 
-def notes(data: ImageTextData, name: str) -> list[str]:
+def notes(data: FusionData, name: str) -> list[str]:
     """What is special about a split, in words."""
     split, found = data.splits[name], []
-    for modality, column in (("image", split.table.images), ("text", split.table.texts)):
+    for modality, column in split.table.inputs.items():
         missing = sum(cell is None for cell in column)
-        if missing and getattr(data.processor, "image" if modality == "image" else "tokenizer") is not None:
+        if missing:
             found.append(f"{missing:,} without {modality}")
-    if split.samples.texts and split.samples.texts[0].cut:
-        found.append(f"{split.samples.texts[0].cut:,} texts cut at {data.processor.tokenizer.max_length} tokens")  # type: ignore[union-attr]
-    if split.samples.texts and split.samples.texts[0].unknown >= NOTABLE:
-        found.append(f"{split.samples.texts[0].unknown:.1%} of the tokens are unknown to the tokenizer")
+    found += [note for store in split.samples.stores.values() for note in store.notes]
     if split.unseen:
         found.append(f"{split.unseen:,} ({split.unseen / len(split.table):.1%}) have labels that train never shows: always misses")
-    for (one, other), count in data.shared_pairs.items():
+    for (one, other), count in data.shared_inputs.items():
         if one == name and count:
-            found.append(f"{count:,} (image, text) pairs also occur in {other}")
+            found.append(f"{count:,} ({', '.join(split.table.inputs)}) pairs also occur in {other}")
     return found
 
 
@@ -105,24 +102,26 @@ def training_lines(trainer: Trainer, module: Engine) -> list[str]:
     ]
 
 
-def statistics_lines(module: Engine, data: ImageTextData, batches: GlobalBatches) -> list[str]:
+def statistics_lines(module: Engine, data: FusionData, batches: GlobalBatches) -> list[str]:
     """That batch normalisation has few pictures to take its statistics of, where it has."""
     assert module.model is not None
-    encoder: Any = module.model.encoders["image"] if "image" in module.modalities else None
-    images = data.splits["train"].samples.images
-    if images is None or not getattr(encoder, "has_batch_statistics", False) or encoder.frozen or encoder.has_synced_statistics:
-        return []
-    shown = images[1][images[1] >= 0]
-    samples = batches.batch_size / (batches.world * batches.accumulate) * len(shown) / len(images[1])
-    # Samples that share a picture stand next to each other, or anywhere.
-    pictures = samples * len(np.unique(shown)) / len(shown) if data.shuffle == "images" and len(shown) else samples
-    if pictures >= FEW_PICTURES:
-        return []
-    synced = ", or --trainer.sync_batchnorm=true on GPUs" if isinstance(module.trainer.strategy, DDP) else ""
-    return [
-        f"  note: batch normalisation sees about {max(1, round(pictures))} pictures a device at a time; statistics of so few are noise: "
-        f"fewer devices, a larger data.batch_size{synced}"
-    ]
+    found = []
+    for name, store in data.splits["train"].samples.stores.items():
+        encoder: Any = module.model.encoders[name]
+        rows = store.distinct()
+        if rows is None or not getattr(encoder, "has_batch_statistics", False) or encoder.frozen or encoder.has_synced_statistics:
+            continue
+        shown = rows[rows >= 0]
+        samples = batches.batch_size / (batches.world * batches.accumulate) * len(shown) / len(rows)
+        # Samples that share a picture stand next to each other, or anywhere.
+        pictures = samples * len(np.unique(shown)) / len(shown) if data.shuffle == "images" and len(shown) else samples
+        if pictures < FEW_PICTURES:
+            synced = ", or --trainer.sync_batchnorm=true on GPUs" if isinstance(module.trainer.strategy, DDP) else ""
+            found.append(
+                f"  note: batch normalisation sees about {max(1, round(pictures))} pictures a device at a time; statistics of so few are "
+                f"noise: fewer devices, a larger data.batch_size{synced}"
+            )
+    return found
 
 
 def schedule_lines(module: Engine) -> list[str]:
@@ -141,7 +140,7 @@ def schedule_lines(module: Engine) -> list[str]:
     ]
 
 
-def curriculum_lines(data: ImageTextData, horizon: int) -> list[str]:
+def curriculum_lines(data: FusionData, horizon: int) -> list[str]:
     c = data.curriculum
     if c is None:
         return []

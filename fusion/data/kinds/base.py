@@ -1,0 +1,180 @@
+"""The contract that every kind of input keeps."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+
+from fusion.encoders import Encoder
+from fusion.errors import UserError
+
+
+@dataclass
+class Reading:
+    """A manifest that is being read: its file; the row of each sample; spellings of a missing cell. What is found goes into bad (reasons by
+    position) and notes (sentences)."""
+
+    path: str
+    rows: Sequence[int]
+    nulls: Collection[str] = ()
+    bad: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Checking:
+    """How inputs are checked and kept. shared: other processes of this machine do the same. leftovers: files that are to be removed when
+    the run ends."""
+
+    memory_gib: float
+    cache: Path
+    shared: bool = False
+    leftovers: list[Path] = field(default_factory=list)
+
+
+class Defaults(Protocol):
+    """Settings of the data that an input may leave to it: see FusionData."""
+
+    resize: Any
+    augment: Any
+    max_megapixels: float
+    max_length: int
+
+
+class Store(Protocol):
+    """The inputs of one split, ready to be made into batches.
+
+    in_memory: whether a batch needs no file. random: whether it depends on the seed. notes: what is special about them, in words.
+    """
+
+    in_memory: bool
+    random: bool
+    notes: list[str]
+
+    def batch(self, samples: np.ndarray, seed: int) -> Any:
+        """The encoder's input for these samples."""
+
+    def plain(self) -> "Store":
+        """The same without augmentation."""
+
+    def sizes(self) -> np.ndarray | None:
+        """(n,) how long each is, for a curriculum by length; None where that has no meaning."""
+
+    def distinct(self) -> np.ndarray | None:
+        """(n,) a number for each sample, alike where the input is, -1 where there is none; None where sharing saves nothing."""
+
+
+class Kind(ABC):
+    """One named input of a sample: which columns of the manifest it is, and how it becomes what an encoder takes.
+
+    A cell is what one sample has, as `read` gives it: hashable, None for none.
+
+    noun: what it is, in messages. takes: the input of encoders that it makes. option: what sets its columns on the command line.
+    """
+
+    noun: ClassVar[str]
+    takes: ClassVar[type]
+    option: str = ""
+    init_args: dict[str, Any]
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        kind = super().__new__(cls)
+        kind.init_args = dict(zip(list(inspect.signature(cls.__init__).parameters)[1:], args, strict=False)) | options
+        return kind
+
+    def complete(self, defaults: "Defaults") -> None:  # noqa: B027 (an input need not have any)
+        """Take the settings of the data for those that this input doesn't give."""
+
+    # From the manifest.
+
+    @property
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """The columns that it reads."""
+
+    @property
+    def rich_columns(self) -> list[str]:
+        """Those of them whose cells may be lists, bytes, or structs of both."""
+        return []
+
+    @abstractmethod
+    def read(self, columns: Mapping[str, list[Any]], reading: Reading) -> list[Any]:
+        """The cells, one a sample, from the columns that are there."""
+
+    def check(self, cells: Sequence[Any], encoder: Encoder, checking: Checking) -> dict[int, str]:
+        """Look at what the cells name, for an encoder; gives by position why one can't be used."""
+        return {}
+
+    @abstractmethod
+    def learn(self, cells: Sequence[Any], encoder: Encoder) -> None:
+        """Learn from the training split's cells, and tell the encoder what it needs to know. Raises UserError where they don't fit."""
+
+    @abstractmethod
+    def store(self, cells: Sequence[Any], *, training: bool) -> Store:
+        """The samples of a split; of the training split augmented."""
+
+    # For the run's record and its evidence.
+
+    def local(self, cell: Any, folder: str) -> str | None:
+        """A cell as text, which names no place outside the manifest's folder that could be moved with it."""
+        return cell
+
+    def digest(self, cell: Any) -> str:
+        """Of the files that a cell names, as they were checked; "" where there is none."""
+        return ""
+
+    def digests_now(self, cells: Iterable[Any]) -> dict[Any, str]:
+        """Of the files that these cells name, as they are now, without those that can't be read."""
+        return {}
+
+    def identity(self, cell: Any) -> Hashable:
+        """Equal where two samples have the same input."""
+        return cell
+
+    # From raw values.
+
+    @abstractmethod
+    def raw(self, values: Any, name: str) -> list[Any]:
+        """Cells from what a Python program holds: a list, an array, a column. Raises UserError for what is none."""
+
+    @abstractmethod
+    def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Any:
+        """The encoder's input of these cells; those that can't be read go to `unreadable`, and their rows then mean nothing."""
+
+    # State, as plain data.
+
+    @abstractmethod
+    def learnt(self) -> dict[str, Any]:
+        """What `check` and `learn` settled, as plain data."""
+
+    @abstractmethod
+    def set_learnt(self, learnt: dict[str, Any]) -> None:
+        """Take what `learnt` gave."""
+
+    def differences(self, then: dict[str, Any]) -> Iterator[str]:
+        """What is settled otherwise than in `then`, in words."""
+        if then != self.learnt():
+            yield f"its {self.noun}s are read otherwise"
+
+    def state(self) -> dict[str, Any]:
+        """Plain data from which `from_state` makes the same kind of input."""
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "init": self.init_args, "learnt": self.learnt()}
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> "Kind":
+        """Raises UserError for a class that can't be imported, or is no kind of input."""
+        module, _, name = state["class"].rpartition(".")
+        try:
+            cls = getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"the checkpoint needs {state['class']}, which can't be imported here ({error})") from error
+        if not (isinstance(cls, type) and issubclass(cls, Kind)):
+            raise UserError(f"the checkpoint names {state['class']} as a kind of input, which it is not")
+        kind = cls(**state["init"])
+        kind.set_learnt(state["learnt"])
+        return kind

@@ -1,0 +1,238 @@
+"""Columns of a table: numbers, dates and categories."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fusion.data.cell_text import as_texts
+from fusion.data.kinds.base import Checking, Kind, Reading, Store
+from fusion.data.raw_columns import text_column
+from fusion.encoders import Columns, Encoder, TableColumns
+from fusion.errors import UserError
+
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+MOSTLY = 0.9  # share of a column's cells that are numbers, or dates, from which on the others are taken for mistakes
+LEVELS = 1000  # of quantiles
+EXTREME = 1e-3  # share of the least and the greatest: scaled numbers end at about 3.1 deviations
+DAY_S = 86_400
+UNKNOWN = 0  # of categories
+
+Column = Literal["number", "date", "category"]
+
+
+class TableInput(Kind):
+    """Columns of the manifest, each of which becomes a token: numbers, dates as numbers, categories. An empty cell is missing.
+
+    A column of which nine in ten cells are numbers (or dates, as 2024-01-31 with or without a time) is one of numbers (dates), and its
+    other cells are reported; any other is one of categories, of which those that train lacks share a bucket of their own.
+
+    Args:
+        columns: of the manifest, in the order of their tokens.
+        categories: those of them whose numbers are names (a postal code).
+        scaling: "quantile" maps train's quantiles to a normal distribution, which outliers leave alone; "standard" takes train's mean and
+            deviation.
+    """
+
+    noun = "table"
+    takes = Columns
+
+    def __init__(
+        self, columns: Sequence[str], categories: Sequence[str] = (), scaling: Literal["quantile", "standard"] = "quantile"
+    ) -> None:
+        names = [columns] if isinstance(columns, str) else list(columns)
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"a table's columns are {names}; expected at least one, each once")
+        unknown = [name for name in categories if name not in names]
+        if unknown:
+            raise UserError(f"a table's categories name '{unknown[0]}', which is not among its columns: {', '.join(names)}")
+        if scaling not in ("quantile", "standard"):
+            raise UserError(f"a table's scaling is '{scaling}'; expected quantile or standard")
+        self.names, self.categories, self.scaling = names, list(categories), scaling
+        self.kinds: dict[str, Column] = {}
+        self.scales: dict[str, list[float]] = {}  # of numbers: quantiles, or mean and deviation
+        self.known: dict[str, dict[str, int]] = {}  # of categories: their numbers from 1 on
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.names)
+
+    def read(self, columns: Mapping[str, list[Any]], reading: Reading) -> list[Any]:
+        texts = [as_texts(name, columns[name], reading.nulls, reading.bad) for name in self.names]
+        stripped = [[cell.strip() or None if cell else None for cell in column] for column in texts]
+        return [row if any(cell is not None for cell in row) else None for row in zip(*stripped, strict=True)]
+
+    def check(self, cells: Sequence[Any], encoder: Encoder, checking: Checking) -> dict[int, str]:
+        bad: dict[int, str] = {}
+        for place, name in enumerate(self.names):
+            column = [None if row is None else row[place] for row in cells]
+            self.kinds[name] = "category" if name in self.categories else kind_of(column)
+            if self.kinds[name] != "category":
+                for i, cell in enumerate(column):
+                    if cell is not None and math.isnan(number_of(cell, self.kinds[name])):
+                        bad.setdefault(i, f"column {name} has {cell[:40]!r}, expected a {self.kinds[name]}")
+        return bad
+
+    def learn(self, cells: Sequence[Any], encoder: Encoder) -> None:
+        if not isinstance(encoder, TableColumns):
+            raise TypeError(f"expected a TableColumns for the table, got {type(encoder).__name__}")
+        for place, name in enumerate(self.names):
+            column = [row[place] for row in cells if row is not None and row[place] is not None]
+            if self.kinds[name] == "category":
+                counts = Counter(column)
+                self.known[name] = {category: i for i, category in enumerate(sorted(counts), UNKNOWN + 1)}
+            else:
+                self.scales[name] = scale_of(np.array([number_of(cell, self.kinds[name]) for cell in column]), self.scaling)
+        encoder.fit_columns(len(self.scales), [len(known) + 1 for known in self.known.values()])
+
+    def arrays(self, cells: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Scaled numbers (n, F) float32, NaN for missing ones, and categories (n, G) int64, -1 for missing ones."""
+        numbers = np.full((len(cells), len(self.scales)), np.nan, dtype=np.float64)
+        categories = np.full((len(cells), len(self.known)), -1, dtype=np.int64)
+        places = {name: place for place, name in enumerate(self.names)}
+        for f, (name, scale) in enumerate(self.scales.items()):
+            there = [i for i, row in enumerate(cells) if row is not None and row[places[name]] is not None]
+            found = np.array([number_of(cells[i][places[name]], self.kinds[name]) for i in there])
+            numbers[there, f] = scaled(found, scale, self.scaling)
+        for g, (name, known) in enumerate(self.known.items()):
+            for i, row in enumerate(cells):
+                if row is not None and row[places[name]] is not None:
+                    categories[i, g] = known.get(row[places[name]], UNKNOWN)
+        return numbers.astype(np.float32), categories
+
+    def store(self, cells: Sequence[Any], *, training: bool) -> Store:
+        numbers, categories = self.arrays(cells)
+        unknown = (categories == UNKNOWN).any(axis=1).sum()
+        return TableStore(numbers, categories, [f"{unknown:,} have a category that train lacks"] if unknown else [])
+
+    def local(self, cell: Any, folder: str) -> str | None:
+        return None if cell is None else "\x1f".join("" if one is None else one for one in cell)
+
+    def raw(self, values: Any, name: str) -> list[Any]:
+        """From a mapping of columns, a data frame or an Arrow table with this table's columns."""
+        have = list(getattr(values, "column_names", None) or getattr(values, "columns", None) or getattr(values, "keys", list)())
+        lacking = [column for column in self.names if column not in have]
+        if lacking:
+            raise UserError(f"{name} lacks column '{lacking[0]}'; expected a mapping or a table with {', '.join(self.names)}")
+        columns = [text_column(values[column], column) for column in self.names]
+        if len({len(column) for column in columns}) > 1:
+            raise UserError(f"the columns of {name} have different lengths: {', '.join(str(len(column)) for column in columns)}")
+        rows = list(zip(*[[cell.strip() or None if cell else None for cell in column] for column in columns], strict=True))
+        for i, row in enumerate(rows):
+            for column, cell in zip(self.names, row, strict=True):
+                if cell is not None and self.kinds[column] != "category" and math.isnan(number_of(cell, self.kinds[column])):
+                    raise UserError(f"sample {i}: column {column} has {cell[:40]!r}, expected a {self.kinds[column]}")
+        return [row if any(cell is not None for cell in row) else None for row in rows]
+
+    def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Columns:
+        known = list(cells)
+        for i, row in enumerate(cells):
+            for column, cell in zip(self.names, row or (), strict=False):
+                if cell is not None and self.kinds[column] != "category" and math.isnan(number_of(cell, self.kinds[column])):
+                    unreadable.setdefault(i, UserError(f"column {column} has {cell[:40]!r}, expected a {self.kinds[column]}"))
+                    known[i] = None
+        return TableStore(*self.arrays(known), []).batch(np.arange(len(cells)), 0)
+
+    def learnt(self) -> dict[str, Any]:
+        known = {name: list(categories) for name, categories in self.known.items()}
+        return {"kinds": dict(self.kinds), "scales": dict(self.scales), "known": known}
+
+    def set_learnt(self, learnt: dict[str, Any]) -> None:
+        self.kinds, self.scales = dict(learnt["kinds"]), dict(learnt["scales"])
+        self.known = {name: {one: i for i, one in enumerate(names, UNKNOWN + 1)} for name, names in learnt["known"].items()}
+
+    def differences(self, then: dict[str, Any]) -> Iterator[str]:
+        now = self.learnt()
+        for name in self.names:
+            if any(then[part].get(name) != now[part].get(name) for part in now):
+                yield f"column '{name}' has other values in train"
+
+
+class TableStore:
+    """The rows of one split: numbers (n, F), NaN for missing ones; categories (n, G), -1 for missing ones."""
+
+    in_memory, random = True, False
+
+    def __init__(self, numbers: np.ndarray, categories: np.ndarray, notes: list[str]) -> None:
+        self.numbers, self.categories, self.notes = numbers, categories, notes
+
+    def batch(self, samples: np.ndarray, seed: int) -> Columns:
+        numbers, categories = self.numbers[samples], self.categories[samples]
+        mask = np.concatenate([~np.isnan(numbers), categories >= 0], axis=1)
+        return Columns(
+            torch.from_numpy(np.nan_to_num(numbers)),
+            torch.from_numpy(categories.clip(min=UNKNOWN)),
+            torch.from_numpy(mask),
+            bool(mask.all()),
+        )
+
+    def plain(self) -> "TableStore":
+        return self
+
+    def sizes(self) -> np.ndarray | None:
+        return None
+
+    def distinct(self) -> np.ndarray | None:
+        return None
+
+
+def kind_of(cells: Sequence[str | None]) -> Column:
+    """What a column holds, by most of its cells.
+
+    >>> kind_of(["1", "2.5", None, "-3e4"]), kind_of(["2024-01-31", "2024-02-01 10:00:00"]), kind_of(["red", "1"]), kind_of([None])
+    ('number', 'date', 'category', 'category')
+    """
+    there = Counter(cell for cell in cells if cell is not None)
+    kinds: tuple[Column, ...] = ("number", "date")
+    for kind in kinds:
+        fitting = sum(count for cell, count in there.items() if not math.isnan(number_of(cell, kind)))
+        if there and fitting >= MOSTLY * there.total():
+            return kind
+    return "category"
+
+
+def number_of(cell: str, kind: Column) -> float:
+    """A number, or a date in days since 1970; NaN for what is none."""
+    if kind == "number":
+        found = float(cell) if NUMBER.fullmatch(cell) else math.nan
+        return found if math.isfinite(found) else math.nan
+    try:
+        moment = datetime.fromisoformat(cell) if len(cell) >= 8 and cell[:4].isdigit() else None
+    except ValueError:
+        return math.nan
+    if moment is None:
+        return math.nan
+    return (moment.replace(tzinfo=None) - (moment.utcoffset() or timedelta(0)) - datetime(1970, 1, 1)).total_seconds() / DAY_S
+
+
+def scale_of(numbers: np.ndarray, scaling: str) -> list[float]:
+    """What `scaled` needs to know of the training numbers."""
+    if not len(numbers):
+        return []
+    if scaling == "standard":
+        return [float(numbers.mean()), float(numbers.std())]
+    return np.quantile(numbers, np.linspace(0, 1, min(LEVELS, len(numbers)))).tolist()
+
+
+def scaled(numbers: np.ndarray, scale: Sequence[float], scaling: str) -> np.ndarray:
+    """Numbers by train's scale, around 0.
+
+    >>> scaled(np.array([1.0, 3.0, 99.0]), scale_of(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), "quantile"), "quantile").round(2).tolist()
+    [-3.09, 0.0, 3.09]
+    """
+    if not scale:
+        return np.zeros_like(numbers)
+    if scaling == "standard":
+        mean, deviation = scale
+        return (numbers - mean) / (deviation or 1.0)
+    quantiles, levels = np.array(scale), np.linspace(0, 1, len(scale))
+    if quantiles[0] == quantiles[-1]:
+        return np.sign(numbers - quantiles[0])
+    # From both ends, so that a value that fills several levels comes to their middle.
+    share = (np.interp(numbers, quantiles, levels) + 1 - np.interp(-numbers, -quantiles[::-1], levels)) / 2
+    return torch.special.ndtri(torch.from_numpy(share.clip(EXTREME, 1 - EXTREME))).numpy()

@@ -1,0 +1,115 @@
+"""Texts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from fusion.data.cell_text import as_texts
+from fusion.data.kinds.base import Defaults, Kind, Reading, Store
+from fusion.data.raw_columns import text_column
+from fusion.data.tokenizer import Tokenizer, TokenStore, batch_texts
+from fusion.encoders import Encoder, Texts, TransformersText
+from fusion.errors import UserError
+
+NULLS = frozenset({"nan", "NaN", "NA", "N/A", "#N/A", "<NA>", "NaT", "None", "null", "NULL"})  # how programs write a missing value as text
+MAX_LENGTH = 64  # tokens
+NOTABLE = 0.001  # share of unknown tokens
+
+
+class TextInput(Kind):
+    """A text. An empty cell, or one of blanks, is no text.
+
+    Args:
+        column: of the manifest.
+        max_length: most tokens; longer texts are cut, counted and reported. None: data.max_length.
+    """
+
+    noun = "text"
+    takes = Texts
+    tokenizer: Tokenizer
+
+    def __init__(self, column: str = "text", max_length: int | None = None) -> None:
+        self.column, self.max_length = column, max_length
+
+    def complete(self, defaults: Defaults) -> None:
+        self.max_length = self.max_length or defaults.max_length
+
+    @property
+    def columns(self) -> list[str]:
+        return [self.column]
+
+    def read(self, columns: Mapping[str, list[Any]], reading: Reading) -> list[Any]:
+        texts = as_texts(self.column, columns[self.column], reading.nulls, reading.bad)
+        texts = [cell if cell and not cell.isspace() else None for cell in texts]
+        reading.notes += notes_of_nulls(reading.path, self.column, texts)
+        return texts
+
+    def learn(self, cells: Sequence[Any], encoder: Encoder) -> None:
+        if not isinstance(encoder, TransformersText):
+            raise TypeError(f"expected a TransformersText for the texts, got {type(encoder).__name__}")
+        asked = self.max_length or MAX_LENGTH
+        max_length = min(asked, encoder.longest or asked)
+        if encoder.from_scratch:
+            texts = [text for text in cells if text]
+            self.tokenizer = Tokenizer.train(texts, vocab_size=encoder.vocab_size, max_length=max_length)
+            encoder.fit_vocabulary(self.tokenizer.vocab_size)
+        else:
+            self.tokenizer = Tokenizer.pretrained(str(encoder.name_or_path), max_length=max_length)
+            encoder.cover_vocabulary(self.tokenizer.id_limit)
+
+    def store(self, cells: Sequence[Any], *, training: bool) -> Store:
+        return TextStore(self.tokenizer, self.tokenizer.encode(cells))
+
+    def raw(self, values: Any, name: str) -> list[Any]:
+        return text_column(values, name)
+
+    def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Texts:
+        return batch_texts(self.tokenizer, cells)
+
+    def learnt(self) -> dict[str, Any]:
+        return {"tokenizer": self.tokenizer.state()}
+
+    def set_learnt(self, learnt: dict[str, Any]) -> None:
+        self.tokenizer = Tokenizer.from_state(learnt["tokenizer"])
+
+    def differences(self, then: dict[str, Any]) -> Iterator[str]:
+        if then["tokenizer"] != self.tokenizer.state():
+            before = tokenizers.Tokenizer.from_str(then["tokenizer"]["backend"]).get_vocab_size()
+            yield f"the tokenizer is another one ({self.tokenizer.vocab_size} tokens, {before} before)"
+
+
+class TextStore:
+    """The texts of one split, tokenized."""
+
+    in_memory, random = True, False
+
+    def __init__(self, tokenizer: Tokenizer, tokens: TokenStore) -> None:
+        self.pad_id, self.tokens = tokenizer.pad_id, tokens
+        self.notes = []
+        if tokens.cut:
+            self.notes.append(f"{tokens.cut:,} texts cut at {tokenizer.max_length} tokens")
+        if tokens.unknown >= NOTABLE:
+            self.notes.append(f"{tokens.unknown:.1%} of the tokens are unknown to the tokenizer")
+
+    def batch(self, samples: np.ndarray, seed: int) -> Texts:
+        return self.tokens.batch(samples, self.pad_id)
+
+    def plain(self) -> "TextStore":
+        return self
+
+    def sizes(self) -> np.ndarray | None:
+        return np.diff(self.tokens.offsets).astype(np.float64)
+
+    def distinct(self) -> np.ndarray | None:
+        return None
+
+
+def notes_of_nulls(path: str, column: str, cells: Sequence[str | None]) -> list[str]:
+    """Cells that look like what a program writes for a missing value. They are read as text, for they may be meant: a class, a word."""
+    found = [cell for cell in cells if cell in NULLS]
+    if not found:
+        return []
+    option = ",".join(f'"{spelling}"' for spelling in sorted(set(found)))
+    return [f"{path}: {len(found):,} cells of column '{column}' are {option}, read as text; else: --data.format.missing='[{option}]'"]
