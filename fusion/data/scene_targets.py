@@ -1,21 +1,21 @@
-"""Questions about scenes whose answers are sets of labels, or numbers: the embedded sets of the other tasks."""
+"""Questions about scenes whose answers are sets of labels, or numbers, or need a table: the embedded sets of the other tasks and inputs."""
 
 import csv
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from fusion.data.prepare import Preparer
-from fusion.data.scenes import COLOURS, SHAPES, SIDE, Scenes, area, draw_scenes, render
+from fusion.data.scenes import COLOURS, SHAPES, SIDE, SIZES, Scenes, area, draw_scenes, render
 from fusion.data.shapes import image_of
 from fusion.errors import UserError
 from fusion.evaluation.bounds import bounds
-from fusion.tasks import MultiLabel, Regression, Task
+from fusion.tasks import Classification, MultiLabel, Regression, Task
 
 VERSION = 1  # of the generator: raise it when the same options would give other bytes
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
@@ -26,11 +26,14 @@ class SceneTargets(Preparer):
 
     labels: "which colours do the crosses have?", "which shapes are red?": a set of labels with ; between them, often empty.
     number: "how much of the picture is red?", "how much do the crosses cover?": percent of the pixels.
+    table: "is there a red one like this?", where two more columns say what: its shape, and its side in pixels. Of two such questions about
+    a colour one is answered yes, the other names a shape and a side of another colour in the picture: without the picture, the text or the
+    table there is nothing but chance. questions_per_scene counts the pairs, at most 5.
 
     Neither the picture nor the question alone tells the answer; how much each could, the card counts.
 
     Args:
-        target: "labels" (for the task MultiLabel) or "number" (for Regression).
+        target: "labels" (for the task MultiLabel), "number" (for Regression), or "table" (for Classification, with a TableInput).
         scenes: how many.
         questions_per_scene: about each, 1 to 10, all different.
         seed: the same seed gives the same bytes.
@@ -42,15 +45,15 @@ class SceneTargets(Preparer):
 
     def __init__(
         self,
-        target: Literal["labels", "number"],
+        target: Literal["labels", "number", "table"],
         scenes: int = 4000,
         questions_per_scene: int = 6,
         seed: int = 0,
         val: float = 0.1,
         test: float = 0.15,
     ) -> None:
-        if target not in ("labels", "number"):
-            raise UserError(f"scenes: target is '{target}'; expected labels or number")
+        if target not in ("labels", "number", "table"):
+            raise UserError(f"scenes: target is '{target}'; expected labels, number or table")
         if scenes < 20 or not 1 <= questions_per_scene <= len(SHAPES) + len(COLOURS) or seed < 0:
             raise UserError(
                 f"scenes: {scenes} scenes, {questions_per_scene} questions per scene, seed {seed}; expected at least 20, 1 to "
@@ -82,17 +85,56 @@ class SceneTargets(Preparer):
         (folder / "images").mkdir(parents=True)
         for number, picture in enumerate(render(scenes)):
             Image.fromarray(picture).save(folder / image_of(number), compress_level=1)
-        asked = label_questions(scenes) if options["target"] == "labels" else number_questions(scenes)
-        texts = list(asked)
-        rows: list[tuple[int, str, str, str]] = []
-        for scene in range(count):
-            for q in rng.permutation(len(texts))[: int(str(options["questions_per_scene"]))].tolist():
-                rows.append((scene, texts[q], asked[texts[q]][scene], str(split_of[scene])))
+        per_scene = int(str(options["questions_per_scene"]))
+        if options["target"] == "table":
+            rows = pairs_like(scenes, per_scene, rng)
+        else:
+            asked = label_questions(scenes) if options["target"] == "labels" else number_questions(scenes)
+            texts = list(asked)
+            drawn = ((scene, texts[q]) for scene in range(count) for q in rng.permutation(len(texts))[:per_scene].tolist())
+            rows = [Question(scene, text, asked[text][scene]) for scene, text in drawn]
         with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["image", "text", "label", "split", "id", "group"])
-            writer.writerows([image_of(scene), text, label, split, i, scene] for i, (scene, text, label, split) in enumerate(rows))
-        return card(rows, MultiLabel() if options["target"] == "labels" else Regression())
+            more = ["shape", "side"] if options["target"] == "table" else []
+            writer.writerow(["image", "text", "label", "split", "id", "group", *more])
+            for i, row in enumerate(rows):
+                writer.writerow([image_of(row.scene), row.text, row.label, split_of[row.scene], i, row.scene, *row.facts])
+        tasks: dict[object, Task] = {"labels": MultiLabel(), "number": Regression()}
+        tested = [row for row in rows if split_of[row.scene] == "test"]
+        return card(len(rows), tested, tasks.get(options["target"]) or Classification())
+
+
+class Question(NamedTuple):
+    """About a scene, with its answer and, where it needs one, its row of a table."""
+
+    scene: int
+    text: str
+    label: str
+    facts: tuple[str, ...] = ()
+
+
+def pairs_like(scenes: Scenes, per_scene: int, rng: np.random.Generator) -> list[Question]:
+    """Pairs of questions about a colour, of which one is answered yes and one no."""
+    rows = []
+    colours, shapes, sides = list(COLOURS), list(SHAPES), [2 * half + 1 for half in SIZES.values()]
+    for s in range(len(scenes)):
+        there = np.flatnonzero(scenes.there[s]).tolist()
+        look = {k: (int(scenes.shape[s, k]), int(scenes.size[s, k])) for k in there}
+        of_colour: dict[int, set[tuple[int, int]]] = {}
+        for k in there:
+            of_colour.setdefault(int(scenes.colour[s, k]), set()).add(look[k])
+        asked = 0
+        for k in rng.permutation(there).tolist():
+            colour = int(scenes.colour[s, k])
+            others = sorted(set(look.values()) - of_colour[colour])
+            if asked == per_scene or not others:
+                continue
+            asked += 1
+            other = others[int(rng.integers(len(others)))]
+            for (shape, size), label in ((look[k], "yes"), (other, "no")):
+                facts = (shapes[shape], str(sides[size]))
+                rows.append(Question(s, f"is there a {colours[colour]} one like this?", label, facts))
+    return rows
 
 
 def label_questions(scenes: Scenes) -> dict[str, list[str]]:
@@ -123,10 +165,15 @@ def number_questions(scenes: Scenes) -> dict[str, list[str]]:
     return asked | {f"how much of the picture is {colour}?": covered(scenes.colour == i) for i, colour in enumerate(COLOURS)}
 
 
-def card(rows: Sequence[tuple[int, str, str, str]], task: Task) -> str:
-    """What was made, and what one answer, the image alone and the text alone could score on the test questions at best."""
-    tested = [row for row in rows if row[3] == "test"]
-    cells = [label for _, _, label, _ in tested]
-    best = bounds(task, {"image": [scene for scene, *_ in tested], "text": [text for _, text, _, _ in tested]}, cells)
+def card(count: int, tested: Sequence[Question], task: Task) -> str:
+    """What was made, and what one answer, and parts of the inputs alone, could score on the test questions at best."""
+    parts: dict[str, list[Hashable]] = {"image": [row.scene for row in tested], "text": [row.text for row in tested]}
+    if tested and tested[0].facts:
+        parts |= {
+            "image and text": [(row.scene, row.text) for row in tested],
+            "image and table": [(row.scene, row.facts) for row in tested],
+            "text and table": [(row.text, row.facts) for row in tested],
+        }
+    best = bounds(task, parts, [row.label for row in tested])
     told = ", ".join(f"{name} {value:.4f}" for name, value in best.items())
-    return f"scenes: {len(rows):,} questions. Bounds of {task.bounded} on test from one answer, the image alone, the text alone: {told}"
+    return f"scenes: {count:,} questions. Bounds of {task.bounded} on test from one answer, and from parts of the inputs alone: {told}"

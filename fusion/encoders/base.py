@@ -106,7 +106,7 @@ def drop_unused(
     for name, child in list(module.named_modules()):
         own = {f"{name}.{key}" for key, _ in child.named_parameters()}
         inside_dropped = any(name.startswith(f"{above}.") for above in dropped)
-        if "." in name and own and own <= unused and not inside_dropped:
+        if name and own and own <= unused and not inside_dropped:
             module.set_submodule(name, nn.Identity())
             dropped.append(name)
     module.train(training)

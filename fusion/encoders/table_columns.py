@@ -56,7 +56,7 @@ class TableColumns(Encoder):
                 "heads divide, a depth of 0 or more, and a dropout from 0 to below 1"
             )
         self.dim = self.embed_dim = dim
-        self.options = {"dim": dim, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio, "dropout": dropout}
+        self.options: dict[str, Any] = {"dim": dim, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio, "dropout": dropout}
         self.blocks = nn.ModuleList(Block(dim, heads, round(mlp_ratio * dim), dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.checkpointed = False
@@ -73,7 +73,7 @@ class TableColumns(Encoder):
 
     def forward(self, x: Columns) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
-            return self.features(self.norm(self.through(x, len(self.blocks))[-1]), x)
+            return self.features(self.norm(self.through(x, self.depth)[-1]), x)
 
     def embed(self, x: Columns) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
@@ -104,7 +104,7 @@ class TableColumns(Encoder):
 
     @property
     def depth(self) -> int:
-        return len(self.blocks)
+        return self.options["depth"]
 
     def level_dims(self, depths: Sequence[int]) -> list[int]:
         if not self.depth:
@@ -126,7 +126,7 @@ class TableColumns(Encoder):
 
     def example(self) -> Columns:
         numbers, cardinalities = self.counts
-        device = self.norm.weight.device
+        device = self.tokens.bias.device  # the norm goes where a head reads no tokens of the last block
         mask = torch.ones(1, numbers + len(cardinalities), dtype=torch.bool, device=device)
         categories = torch.zeros(1, len(cardinalities), dtype=torch.int64, device=device)
         return Columns(torch.ones(1, numbers, device=device), categories, mask)

@@ -16,9 +16,10 @@ class CrossAttention(FusionHead):
         x_a <- x_a + SelfAttention(x_a);   x_a <- x_a + g * Attention(x_a, x_b);   x_a <- x_a + g' * FeedForward(x_a)
         y = GELU(W norm([mean(x_1); ...; mean(x_M)]))
 
-    `direction` says who reads whom: "text_to_image" (the text's tokens ask, the image's answer), "image_to_text", or "both"
-    (every modality reads all the others, each from the state before the layer). A modality that only answers enters y by the mean
-    of its projected tokens, so that a sample lacking the one that asks is still seen. `tanh_gate` starts g = g' = 0 (Flamingo).
+    `direction` says which tokens are queries, and of which modality keys and values are: "text_to_image", "image_to_text", "text_to_all"
+    (all the others), or "both" (every modality reads all the others, each from the state before the layer). A modality that gives keys
+    alone enters y by the mean of its projected tokens, so that a sample lacking the one that gives queries is still seen. `tanh_gate`
+    starts g = g' = 0 (Flamingo).
 
     Source: Tan and Bansal (2019), "LXMERT: Learning Cross-Modality Encoder Representations from Transformers"; there each layer reads the
     other modality before itself, and both directions share the weights of that reading.
@@ -97,14 +98,15 @@ def mean(features: Features) -> Tensor:
 
 
 def who_reads_whom(direction: str, names: list[str]) -> dict[str, list[str]]:
-    """For each modality that asks, those that answer.
+    """For each modality of queries, those of its keys.
 
-    >>> who_reads_whom("text_to_image", ["text", "image"])
-    {'text': ['image']}
+    >>> who_reads_whom("text_to_image", ["text", "image"]), who_reads_whom("text_to_all", ["text", "image", "facts"])
+    ({'text': ['image']}, {'text': ['image', 'facts']})
     """
     if direction == "both":
         return {name: [other for other in names if other != name] for name in names}
     ways = {f"{a}_to_{b}": {a: [b]} for a in names for b in names if a != b}
+    ways |= {f"{a}_to_all": {a: [b for b in names if b != a]} for a in names}
     if direction not in ways:
         raise ValueError(f"CrossAttention: unknown direction '{direction}'; expected both, {', '.join(ways)}")
     return ways[direction]

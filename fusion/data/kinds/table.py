@@ -115,7 +115,10 @@ class TableInput(Kind):
 
     def raw(self, values: Any, name: str) -> list[Any]:
         """From a mapping of columns, a data frame or an Arrow table with this table's columns."""
-        have = list(getattr(values, "column_names", None) or getattr(values, "columns", None) or getattr(values, "keys", list)())
+        have = next((list(getattr(values, by)) for by in ("column_names", "columns") if hasattr(values, by)), None)
+        if have is None and not isinstance(values, Mapping):
+            raise UserError(f"{name} is a {type(values).__name__}; expected a mapping or a table with columns {', '.join(self.names)}")
+        have = list(values) if have is None else have
         lacking = [column for column in self.names if column not in have]
         if lacking:
             raise UserError(f"{name} lacks column '{lacking[0]}'; expected a mapping or a table with {', '.join(self.names)}")
@@ -216,7 +219,10 @@ def scale_of(numbers: np.ndarray, scaling: str) -> list[float]:
         return []
     if scaling == "standard":
         return [float(numbers.mean()), float(numbers.std())]
-    return np.quantile(numbers, np.linspace(0, 1, min(LEVELS, len(numbers)))).tolist()
+    # Numbers that do occur: between two of them rounding would make ties look different.
+    return (
+        np.sort(numbers).tolist() if len(numbers) <= LEVELS else np.quantile(numbers, np.linspace(0, 1, LEVELS), method="nearest").tolist()
+    )
 
 
 def scaled(numbers: np.ndarray, scale: Sequence[float], scaling: str) -> np.ndarray:

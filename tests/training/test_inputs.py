@@ -1,0 +1,213 @@
+"""Runs over inputs of other numbers and kinds than an image and a text: trained by recipe, continued, predicted, also without some."""
+
+import csv
+import json
+
+import numpy as np
+import pandas
+import pytest
+import torch
+import yaml
+from tiny_world import BERT, ROUNDING, SHORT, assert_same_end, furthest_weights
+
+import fusion
+from fusion.cli.evaluate import evaluate
+from fusion.cli.predict import predict
+from fusion.errors import UserError
+from fusion.session import fit
+from fusion.training.callbacks.signals import SaveInTime
+
+IMAGE = {"class_path": "fusion.encoders.TimmImage", "init_args": {"name": "test_vit", "pretrained": False, "image_size": 32}}
+TEXT = {"class_path": "fusion.encoders.TransformersText", "init_args": {"config": BERT}}
+TABLE = {"class_path": "fusion.encoders.TableColumns", "init_args": {"dim": 16, "heads": 2}}
+
+
+def kind(name, **options):
+    return {"class_path": f"fusion.data.kinds.{name}", "init_args": options}
+
+
+# By name: data.inputs, model.encoders.
+SETS = {
+    "image, text and table": (
+        {
+            "photo": kind("ImageInput", column="image"),
+            "question": kind("TextInput", column="text"),
+            "facts": kind("TableInput", columns=["length", "kind", "day"]),
+        },
+        {"photo": IMAGE, "question": TEXT, "facts": TABLE},
+    ),
+    "text and text": (
+        {"question": kind("TextInput", column="text"), "about": kind("TextInput", column="about", max_length=6)},
+        {"question": TEXT, "about": TEXT},
+    ),
+    "three pictures and text": (
+        {"photos": kind("ImageInput", column="photos"), "question": kind("TextInput", column="text")},
+        {"photos": IMAGE, "question": TEXT},
+    ),
+}
+every_set = pytest.mark.parametrize("inputs", SETS)
+
+
+@pytest.fixture
+def of_inputs(tiny, write_manifest, shapes_rows, tmp_path):
+    """The recipe of the tiny world with named inputs, over a manifest that has columns for all of them, some cells empty."""
+    folder, rows = shapes_rows
+    pictures = sorted({str(folder / row["image"]) for row in rows})
+
+    def change(i, row):
+        several = [row["image"], *(pictures[(7 * i + k) % len(pictures)] for k in range(1, 1 + i % 3))]
+        return row | {
+            "length": str(len(row["text"]) * 1.5) if i % 6 else "",
+            "kind": row["text"].split()[0],
+            "day": f"2024-01-{1 + i % 28:02}",
+            "about": f"{row['label']} maybe" if i % 4 != 2 else "",
+            "photos": json.dumps(several) if i % 4 != 2 else "",
+            "image": row["image"] if i % 7 else "",
+            "text": row["text"] if i % 8 else "",
+        }
+
+    def write(name):
+        settings = yaml.safe_load(tiny(manifest=write_manifest(change)).read_text())
+        settings["data"]["inputs"], settings["model"]["encoders"] = SETS[name]
+        del settings["model"]["image"], settings["model"]["text"]
+        path = tmp_path / "inputs.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    return write
+
+
+def cells_of(name, rows):
+    """What Python would give for the inputs of a set."""
+    if name == "image, text and table":
+        frame = pandas.DataFrame(rows)[["length", "kind", "day"]].replace("", None)
+        return {"photo": [r["image"] or None for r in rows], "question": [r["text"] for r in rows], "facts": frame}
+    if name == "text and text":
+        return {"question": [r["text"] for r in rows], "about": [r["about"] for r in rows]}
+    return {"photos": [json.loads(r["photos"]) if r["photos"] else None for r in rows], "question": [r["text"] for r in rows]}
+
+
+@every_set
+def test_inputs_train_by_recipe_alone_and_answer_alike_from_files_and_from_python(of_inputs, fit_here, tmp_path, capsys, inputs):
+    run = fit_here("--recipe", of_inputs(inputs))
+    assert run.status == 0
+    plan = capsys.readouterr().out
+    names = list(SETS[inputs][0])
+    assert all(f"without {name}" in plan for name in names if name != "facts")
+    assert evaluate(["--run", str(run.folder)]) == 0
+    evaluated = json.loads((run.folder / "evaluation-test.json").read_text())["all"]
+    assert evaluated["accuracy"] == pytest.approx(run.results()["test"]["accuracy"])
+    assert predict(["--run", str(run.folder), "--manifest", str(tmp_path / "manifest.csv"), "--out", str(tmp_path / "p.csv")]) == 0
+    with open(tmp_path / "p.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    with open(tmp_path / "manifest.csv", newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    predictor = fusion.load(str(run.folder))
+    found = predictor.predict(**cells_of(inputs, [rows[row["id"]] for row in written]))
+    assert found.answers == [row["prediction"] for row in written]
+    for name in names:
+        assert [str(there).lower() for there in found.present[name]] == [row[f"present_{name}"] for row in written]
+        assert 0 < found.present[name].sum() <= len(written)
+
+
+@every_set
+def test_a_run_over_inputs_goes_on_to_the_bit_and_ranks_agree(of_inputs, fit_here, fit_on_two, monkeypatch, inputs):
+    recipe = of_inputs(inputs)
+    options = ["--recipe", recipe, "--model.modality_dropout=0.3"]
+    whole = fit_here(*options, runs="whole")
+
+    def ask(self, trainer, module, *rest, to_the_end=SaveInTime.on_train_batch_end):
+        if module.updates == 5:
+            self.asked = 75
+        to_the_end(self, trainer, module, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SaveInTime, "on_train_batch_end", ask)
+        stopped = fit_here(*options, runs="stopped")
+    assert stopped.status == 75
+    assert_same_end(fit_here("--resume", stopped.folder), whole)
+    one, (two, _) = fit_here("--recipe", recipe, runs="one"), fit_on_two(recipe, runs="two")
+    assert furthest_weights(one, two) < ROUNDING
+
+
+@every_set
+def test_an_input_that_a_sample_lacks_changes_nothing_by_what_stands_there(of_inputs, fit_here, inputs):
+    """A sample without an input gives what a batch gives in which others have it, and what is padded there has no say."""
+    run = fit_here("--recipe", of_inputs(inputs), *SHORT)
+    predictor = fusion.load(str(run.folder))
+    with open(run.folder.parents[2] / "manifest.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    given = cells_of(inputs, rows[:20])
+    for name, cells in given.items():
+        if name == "facts":
+            continue
+        others = [other for other in given if other != name]
+        complete = [i for i in range(20) if all(predictor.processor.inputs[o].raw(given[o], o)[i] is not None for o in others)]
+        i = complete[0]
+        alone = {o: given[o][i : i + 1] if o != "facts" else given[o].iloc[i : i + 1] for o in others}
+        without = {name: [None if k == i else cell for k, cell in enumerate(cells)]} | {o: given[o] for o in others}
+        both = [predictor.predict(**alone).values[0], predictor.predict(**without, batch_size=20).values[i]]
+        assert np.allclose(*both, atol=1e-5)
+
+
+def test_bad_cells_of_a_table_are_listed_and_unknown_categories_noted(of_inputs, fit_here, tmp_path, capsys):
+    recipe = of_inputs("image, text and table")
+    path = tmp_path / "manifest.csv"
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[1]["length"] = "long"
+    rows[2]["day"] = "yesterday"
+    test = next(row for row in rows if row["split"] == "test")
+    test["kind"] = "never"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    run = fit_here("--recipe", recipe, *SHORT)
+    with open(run.folder / "data_issues.csv", newline="") as file:
+        reasons = [row["reason"] for row in csv.DictReader(file)]
+    assert reasons == ["column length has 'long', expected a number", "column day has 'yesterday', expected a date"]
+    assert "1 have a category that train lacks" in capsys.readouterr().out
+    with pytest.raises(UserError, match="sample 0: column length has 'long', expected a number"):
+        fusion.load(str(run.folder)).predict(facts={"length": ["long"], "kind": ["is"], "day": [None]})
+    with pytest.raises(UserError, match="facts lacks column 'day'"):
+        fusion.load(str(run.folder)).predict(facts={"length": [1.0], "kind": ["is"]})
+
+
+def facts_of(settings):
+    return settings["data"]["inputs"]["facts"]["init_args"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["data"]["inputs"].pop("photo"), r"encoder 'photo', but data\.inputs has none of that name"),
+        (lambda s: s["model"]["encoders"].update(photo=TEXT), r"'photo' \(TransformersText\) takes Texts, but its input is a ImageInput"),
+        (
+            lambda s: s["data"]["inputs"]["facts"]["init_args"].update(columns=["lenght"]),
+            r"no column 'lenght' for the facts. Did you mean length",
+        ),
+        (lambda s: s["data"]["inputs"]["facts"]["init_args"].update(columns=[]), "at least one"),
+        (lambda s: s["model"]["encoders"].update(head=TEXT), "no input can be called 'head'"),
+        (lambda s: s["model"].update(image=IMAGE, encoders={"image": IMAGE}), "both name an encoder of 'image'"),
+        (lambda s: s["model"].update(head={"class_path": "FiLM"}), "FiLM fuses 2 modalities"),
+    ],
+)
+def test_recipes_whose_inputs_and_encoders_do_not_fit_are_rejected(of_inputs, change, message):
+    recipe = of_inputs("image, text and table")
+    settings = yaml.safe_load(recipe.read_text())
+    change(settings)
+    recipe.write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=message):
+        fit(["--recipe", str(recipe), *SHORT])
+
+
+def test_the_order_of_a_samples_pictures_is_seen_by_heads_of_tokens(of_inputs, fit_here):
+    run = fit_here("--recipe", of_inputs("three pictures and text"), "--model.head=CrossAttention", *SHORT)
+    predictor = fusion.load(str(run.folder))
+    with open(run.folder.parents[2] / "manifest.csv", newline="") as file:
+        pictures = next(json.loads(row["photos"]) for row in csv.DictReader(file) if row["photos"].count(".png") == 3)
+    found = predictor.predict(photos=[pictures, pictures[::-1], pictures[:1], [pictures[0], None]], question=["red?"] * 4).values
+    assert not np.allclose(found[0], found[1], atol=1e-6)
+    assert np.allclose(found[2], found[3], atol=1e-6)
+    assert torch.isfinite(torch.from_numpy(found)).all()
