@@ -1,26 +1,57 @@
 """Console output: printed once however many ranks there are, a sign of life from what takes long, and small tables."""
 
+import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from lightning.pytorch.utilities import rank_zero_only
-
+LOG = logging.getLogger("fusion")
 EVERY_S = 30.0
 printed_at = 0.0
 
 
 def is_rank_zero() -> bool:
     """Whether this process is the first of its group; known from the environment, before there is a group."""
-    return getattr(rank_zero_only, "rank", None) in (None, 0)
+    known = sys.modules.get("lightning.fabric.utilities.rank_zero")  # a predictor needs no Lightning
+    if known is not None:
+        return getattr(known.rank_zero_only, "rank", None) in (None, 0)
+    return next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0") == "0"
 
 
 def print_rank_zero(text: str) -> None:
+    """Through the logger "fusion", which the commands print (see `printing`); by the first process of a group alone."""
     global printed_at
     printed_at = time.monotonic()
     if is_rank_zero():
-        print(text, flush=True)
+        LOG.info(text)
+
+
+class Printed(logging.Handler):
+    """Log records as plain lines of the standard output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Around a command: what is logged is printed. A program that calls us listens to the logger "fusion" instead."""
+    if any(isinstance(handler, Printed) for handler in LOG.handlers):
+        yield
+        return
+    handler, level, propagate = Printed(), LOG.level, LOG.propagate
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(level)
+        LOG.propagate = propagate
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from torch import Tensor
 
@@ -20,9 +19,8 @@ from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError
 from fusion.heads import FusionHead
 from fusion.model import FusionModel
+from fusion.runs.bundle import MODEL, is_bundle, of_checkpoint, read_bundle
 from fusion.runs.checkpoint_files import read_checkpoint
-
-FORMAT = 6
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 
@@ -71,24 +69,21 @@ class Predictor:
 
         Needs no other file, and no hub. Raises UserError for a run that isn't there, and for files that hold more than plain data.
         """
-        path, note = checkpoint_of(run, checkpoint)
+        path, note = model_of(run, checkpoint)
         if note:
             warnings.warn(note, stacklevel=2)
-        held = read_checkpoint(path)
-        about = held.get("fusion") if isinstance(held, dict) else None
-        if about is None or "format" not in about:
-            raise UserError(f"{path} is not a checkpoint of fusion")
-        if about["format"] != FORMAT:
-            raise UserError(
-                f"{path} has format {about['format']}, this version of fusion reads {FORMAT}: predict with the version that trained it, or "
-                "train anew (--init_from takes its weights)"
-            )
+        return cls.from_file(path, device=device)
+
+    @classmethod
+    def from_file(cls, path: Path, *, device: str | torch.device | None = None) -> "Predictor":
+        """From a model's folder (model.json, model.safetensors), or a checkpoint file."""
+        about, weights = read_bundle(path) if path.is_dir() else of_checkpoint(read_checkpoint(path), path)
         processor = Processor.from_state(about["processor"])
         encoders = {name: rebuilt(spec, Encoder)(**spec["init"]) for name, spec in about["encoders"].items()}
         head = partial(rebuilt(about["head"], FusionHead), **about["head"]["init"])
         model = FusionModel.build(encoders, head, processor.task.out_dim)
         add_adapters(model.encoders, about["adapters"])
-        model.load_state_dict({key.removeprefix("model."): value for key, value in held["state_dict"].items() if key.startswith("model.")})
+        model.load_state_dict(weights)
         return cls(model, processor, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
@@ -161,7 +156,7 @@ class Predictor:
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """What the task scores (B, K) and presence by modality of a batch of tensors."""
-        ordered = {name: move_data_to_device(inputs[name], self.device) for name in self.modalities}
+        ordered = {name: on_device(inputs[name], self.device) for name in self.modalities}
         values = self.processor.task.values(self.model(ordered).output).cpu()
         return values, {name: x.present for name, x in inputs.items()}
 
@@ -173,21 +168,29 @@ class Predictor:
         return Predictions(task.answers(values.numpy()), task.in_units(values.numpy()), list(task.names), present)
 
 
-def checkpoint_of(run: str | Path, which: str) -> tuple[Path, str]:
-    """The checkpoint file of a run folder, or the file itself; and a note, "" if all is as asked: where nothing was validated, the last
-    stands in for the best.
+def model_of(run: str | Path, which: str) -> tuple[Path, str]:
+    """The model of a run folder: of its best checkpoint the folder `model`, else a checkpoint; or what is named itself (a model's folder, a
+    checkpoint file). And a note, "" if all is as asked: where nothing was validated, the last checkpoint stands in for the best.
     """
     path = Path(run).expanduser()
-    if path.is_file():
+    if path.is_file() or is_bundle(path):
         return path, ""
     if not path.is_dir():
         raise UserError(f"there is no run {path}")
     there = sorted(p.stem for p in (path / "checkpoints").glob("*.ckpt"))
+    note = ""
     if which == "best" and which not in there and "last" in there:
-        return path / "checkpoints" / "last.ckpt", f"{run} has no best checkpoint, since it wasn't validated; its last one is used"
+        which, note = "last", f"{run} has no best checkpoint, since it wasn't validated; its last one is used"
+    if (which == "best" or note) and is_bundle(path / MODEL):
+        return path / MODEL, note
     if which not in there:
         raise UserError(f"{path} has no checkpoint '{which}'; it has {', '.join(there) or 'none: is it a run folder?'}")
-    return path / "checkpoints" / f"{which}.ckpt", ""
+    return path / "checkpoints" / f"{which}.ckpt", note
+
+
+def on_device(inputs: Any, device: torch.device) -> Any:
+    """An encoder's input with its tensors there."""
+    return type(inputs)(*(value.to(device) if isinstance(value, Tensor) else value for value in inputs))
 
 
 def rebuilt(spec: dict[str, Any], base: type) -> Any:

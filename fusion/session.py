@@ -1,14 +1,16 @@
-"""fusion fit: train a model by recipe, or continue a run."""
+"""A training from its settings to a scored run folder: what the command and the Python door do."""
 
 import json
 import logging
 import math
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,14 +20,15 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from fusion.console import aligned, is_rank_zero, print_rank_zero, signs_of_life
+from fusion.console import aligned, is_rank_zero, print_rank_zero, printing, signs_of_life
 from fusion.data import FusionData
 from fusion.data.table import Table
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
 from fusion.evaluation.bounds import bounds, repeated
 from fusion.exit import leave
-from fusion.predictor import checkpoint_of
-from fusion.runs.checkpoint_files import newest_whole
+from fusion.predictor import model_of
+from fusion.runs.bundle import MODEL, of_checkpoint, write_bundle
+from fusion.runs.checkpoint_files import newest_whole, read_checkpoint
 from fusion.settings.parser import FusionCLI, words
 from fusion.settings.resume import has_checkpoint, refuse_difference, refuse_other_data, refuse_past_end, resumed_run, to_go_on_from
 from fusion.tasks import Task
@@ -34,15 +37,29 @@ from fusion.training.callbacks.checkpoints import BestAndLast
 from fusion.training.callbacks.guards import Guard
 from fusion.training.callbacks.plan import Plan
 from fusion.training.callbacks.progress import EpochLines
-from fusion.training.callbacks.run_folder import RunFolder, new_run_folder
+from fusion.training.callbacks.run_folder import METRICS, RunFolder, new_run_folder, read_metrics
 from fusion.training.callbacks.signals import AgreeFirst, Interrupted, SaveInTime, SeedEachStep
 from fusion.training.checks import check_before_training, validates
 from fusion.training.distributed.lost_ranks import lost_a_rank
 from fusion.training.weights import load_weights
 
 
+class Outcome(NamedTuple):
+    """How a training ended: with the status of its command, in which run folder (None on other ranks than the first), and what was said."""
+
+    status: int
+    folder: Path | None
+    message: str = ""
+
+
 def fit(arguments: Sequence[str]) -> int:
-    """Run the command; gives the exit status."""
+    """The command; gives its exit status."""
+    with printing():
+        return train(arguments).status
+
+
+def train(arguments: Sequence[str]) -> Outcome:
+    """Train as the command's arguments say, or go on with a run, and score it. Raises UserError for what can't be meant."""
     quiet()
     cli, resumed = settled(arguments)
     recipe = cli.resolved()
@@ -78,7 +95,7 @@ def fit(arguments: Sequence[str]) -> int:
         if resumed is None and cli.config.init_from:
             file = Path(cli.config.init_from).expanduser()
             if file.is_dir():
-                file, note = checkpoint_of(file, "best")
+                file, note = model_of(file, "best")
                 if note:
                     print_rank_zero(f"note: {note}")
             print_rank_zero(load_weights(model.model, file, data.processor))
@@ -86,18 +103,19 @@ def fit(arguments: Sequence[str]) -> int:
         if folder is not None and resumed is None:
             folder.rmdir()
         raise
+    if folder is not None:
+        shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a run that goes on: what it holds is in best.ckpt
     try:
         trainer.fit(model, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
         finish(trainer, model, data, checkpoint, run)
     except Interrupted as stopped:
-        print_rank_zero(f"\nInterrupted after {model.updates:,} updates and saved. To go on:\n  {command('fit')} --resume {run.folder}")
-        return stopped.status
+        return said(stopped.status, run, f"Interrupted after {model.updates:,} updates and saved. To go on:\n  {go_on(run)}")
     except SystemExit as stopped:  # how Lightning ends at a signal that comes outside training, as while the best checkpoint is scored
-        print_rank_zero(f"\nInterrupted. From its last checkpoint the run goes on by:\n  {command('fit')} --resume {run.folder}")
         status = REQUEUE if isinstance(stopped, SIGTERMException) else INTERRUPTED
+        ended = said(status, run, f"Interrupted. From its last checkpoint the run goes on by:\n  {go_on(run)}")
         if dist.is_initialized():  # the other ranks may know nothing of it
             leave(status, together=False)
-        return status
+        return ended
     except MisconfigurationException as error:  # Lightning's own UserError
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     except RuntimeError as error:
@@ -108,10 +126,20 @@ def fit(arguments: Sequence[str]) -> int:
         lost = f"rank {trainer.global_rank} {'lost' if dist.is_initialized() else 'could not reach'} another rank"
         then = "Before its first checkpoint: start the run anew"
         if run.folder is not None and has_checkpoint(run.folder):
-            then = f"From its last checkpoint the run goes on by:\n  {command('fit')} --resume {run.folder}"
-        print(f"error: {lost} ({str(error).splitlines()[0]}). {then}", file=sys.stderr)
-        return LOST_RANK
-    return 0
+            then = f"From its last checkpoint the run goes on by:\n  {go_on(run)}"
+        message = f"{lost} ({str(error).splitlines()[0]}). {then}"
+        print(f"error: {message}", file=sys.stderr)
+        return Outcome(LOST_RANK, run.folder, message)
+    return Outcome(0, run.folder)
+
+
+def said(status: int, run: RunFolder, message: str) -> Outcome:
+    print_rank_zero(f"\n{message}")
+    return Outcome(status, run.folder, message)
+
+
+def go_on(run: RunFolder) -> str:
+    return f"{command('fit')} --resume {run.folder}"
 
 
 def settled(arguments: Sequence[str]) -> tuple[FusionCLI, Path | None]:
@@ -178,9 +206,10 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
             cells = [f"{bound:.4f}" if score == task.bounded else "" for score in task.headline.values()]
             lines.append([title_of(task, name), *cells, of_all])
     if trainer.is_global_zero and run.folder is not None:
-        (run.folder / "results.json").write_text(
-            json.dumps({"test": finite(scores), "updates": updates}, indent=2) + "\n", encoding="utf-8"
-        )
+        results = {"test": finite(scores), "val": validated(run.folder, model.task), "updates": updates}
+        (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if best is not None and trainer.is_global_zero and run.folder is not None:
+        write_bundle(run.folder / MODEL, *of_checkpoint(read_checkpoint(best), Path(best)))
     print_rank_zero("\n" + aligned(lines) if lines else "\nno test samples: nothing scored")
     print_rank_zero(f"\nrun folder  {run.folder}")
     if best is None:
@@ -207,6 +236,16 @@ def title_of(task: Task, bound: str) -> str:
     if bound == task.baseline:
         return "majority class" if task.one_of_classes else f"{bound} for all"
     return f"{'upper' if task.mode == 'max' else 'lower'} bound ({bound} only)"
+
+
+def validated(folder: Path, task: Task) -> dict[str, float]:
+    """The scores of the best validation, as they were logged; none where nothing was."""
+    path, monitor = folder / METRICS, f"val/{task.monitor}"
+    rows = [row for row in read_metrics(path) if monitor in row] if path.is_file() else []
+    if not rows:
+        return {}
+    best = (max if task.mode == "max" else min)(rows, key=lambda row: float(row[monitor]))
+    return finite({name.removeprefix("val/"): float(value) for name, value in best.items() if name.startswith("val/")})
 
 
 def finite(scores: Mapping[str, float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 
+from fusion.console import printing
 from fusion.errors import INTERRUPTED, UNHEARD, USER_MISTAKE, UserError, message_of, nearest
 from fusion.exit import leave
 
@@ -41,7 +42,8 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"unknown command '{name}'. {nearest(name, COMMANDS)}")
         # Imported here, so that help and mistakes don't wait for torch.
         command: Callable[[list[str]], int] = getattr(import_module(f"fusion.cli.{name}"), name)
-        status = command(words)
+        with printing():
+            status = command(words)
         together = True
     except UserError as error:
         print(f"error: {message_of(error)}", file=sys.stderr)

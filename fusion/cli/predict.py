@@ -9,12 +9,12 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from fusion.cli.options import Options, above_zero
-from fusion.cli.reading import HELP, inputs_for, reading_of, reading_options, settings_of
-from fusion.cli.rows import load_for, predict_rows, print_issues, rows_of
 from fusion.data.ledger import Ledger
 from fusion.data.table import Table
 from fusion.errors import UserError
 from fusion.predictor import Predictions
+from fusion.scoring import load_for, predict_rows, print_issues, rows_of
+from fusion.settings.reading import HELP, inputs_for, reading_of, reading_options, settings_of
 from fusion.tasks import Task
 from fusion.training.callbacks.run_folder import OWN_FILES
 

@@ -1,12 +1,36 @@
 """Data: from a manifest to batches."""
 
-from fusion.data.curriculum import Curriculum
-from fusion.data.format import Format
-from fusion.data.module import FusionData
-from fusion.data.prepare import Preparer, Script
-from fusion.data.samples import Batch
-from fusion.data.scene_targets import SceneTargets
-from fusion.data.shapes import Shapes
-from fusion.data.table import Columns
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusion.data.curriculum import Curriculum
+    from fusion.data.format import Format
+    from fusion.data.module import FusionData
+    from fusion.data.prepare import Preparer, Script
+    from fusion.data.samples import Batch
+    from fusion.data.scene_targets import SceneTargets
+    from fusion.data.shapes import Shapes
+    from fusion.data.table import Columns
+
+# Imported when they are asked for: a predictor reads raw values without Lightning, and without the module of training data.
+PLACES = {
+    "Batch": "samples",
+    "Columns": "table",
+    "Curriculum": "curriculum",
+    "Format": "format",
+    "FusionData": "module",
+    "Preparer": "prepare",
+    "SceneTargets": "scene_targets",
+    "Script": "prepare",
+    "Shapes": "shapes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)
+
 
 __all__ = ["Batch", "Columns", "Curriculum", "Format", "FusionData", "Preparer", "SceneTargets", "Script", "Shapes"]

@@ -150,7 +150,8 @@ class MultiLabel(Task):
     def cell_of(self, answer: Any) -> Any:
         """Such that a manifest with it is read to the same labels."""
         joined = self.separator.join(answer)
-        return joined if self.labels(joined) == answer else json.dumps(answer, ensure_ascii=False)
+        plain = self.check(joined) is None and self.labels(joined) == answer
+        return joined if plain else json.dumps(answer, ensure_ascii=False)
 
     def strict(self, cells: Sequence[str | None]) -> Sequence[Hashable]:
         return [frozenset(self.labels(cell)) for cell in cells]

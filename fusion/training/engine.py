@@ -23,6 +23,7 @@ from fusion.errors import UserError, construction, nearest
 from fusion.heads import CrossAttention, FusionHead, FusionOutput, Unimodal
 from fusion.lightning_private import batches_that_stepped, logs_now
 from fusion.model import FusionModel, check_part, factory_parts, head_spec, predicts_alone, with_unimodal
+from fusion.runs.bundle import FORMAT
 from fusion.tasks import Classification, Task
 from fusion.training.balance import Balance
 from fusion.training.distributed.collectives import summed
@@ -36,7 +37,6 @@ from fusion.training.optim.muon import Muon
 from fusion.training.optim.precision import reject_trained_float16, scaler_of
 from fusion.training.optim.schedules import Constant, Schedule
 
-FORMAT = 6
 ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
 
 

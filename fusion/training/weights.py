@@ -18,6 +18,7 @@ from fusion.data.table import listed
 from fusion.encoders import TransformersText
 from fusion.errors import UserError
 from fusion.model import FusionModel, make_head
+from fusion.runs.bundle import is_bundle, read_bundle
 from fusion.runs.checkpoint_files import find_damage
 
 MOST_NAMES = 5
@@ -135,6 +136,9 @@ def weights_of_classes(model: FusionModel) -> tuple[set[str], set[str]]:
 
 def weights_of(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The weights in a file, by the names that a FusionModel gives them; and what a run's checkpoint says of its model."""
+    if is_bundle(path):
+        found_about, found_weights = read_bundle(path)
+        return found_weights, found_about
     if not path.is_file():
         raise UserError(f"--init_from={path}: there is no such file")
     try:

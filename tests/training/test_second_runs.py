@@ -230,7 +230,7 @@ def test_an_image_that_goes_bad_during_training_ends_it_in_one_line_with_its_pat
 
 def test_a_run_gives_its_best_weights_to_another(run, tiny, table, fit_here, capsys):
     fit_here("--recipe", tiny(manifest=table.path), "--trainer.max_epochs=1", f"--init_from={run}")
-    assert f"started from {run / 'checkpoints' / 'best.ckpt'}: " in capsys.readouterr().out
+    assert f"started from {run / 'model'}: " in capsys.readouterr().out
 
 
 # Resuming.

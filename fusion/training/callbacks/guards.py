@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from fusion.console import print_rank_zero
 from fusion.errors import UserError
 from fusion.model import part_of, plain_name
 from fusion.training.callbacks.run_folder import RunFolder
@@ -69,7 +70,7 @@ class Guard(Callback):
                 "--model.allow_unused=true (with DDP also --trainer.strategy=ddp_find_unused_parameters_true)"
             )
         if trainer.is_global_zero:
-            print(f"warning: {told}", flush=True)
+            print_rank_zero(f"warning: {told}")
 
     def stop(self, trainer: Trainer, engine: Engine, why: str = "") -> None:
         """Say what is not finite and where it began; raises UserError on every rank."""

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from fusion.console import print_rank_zero
 from fusion.data.curriculum import LOSS
 from fusion.data.module import SPLITS, FusionData
 from fusion.data.sampler import GlobalBatches
@@ -23,7 +24,7 @@ class Plan(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero and isinstance(module, Engine):
-            print("\n".join([*data_lines(trainer.datamodule), *model_lines(module), *training_lines(trainer, module)]), flush=True)  # type: ignore[attr-defined]
+            print_rank_zero("\n".join([*data_lines(trainer.datamodule), *model_lines(module), *training_lines(trainer, module)]))  # type: ignore[attr-defined]
 
 
 def data_lines(data: FusionData) -> list[str]:

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from fusion.console import SignOfLife
+from fusion.console import SignOfLife, print_rank_zero
 from fusion.training.engine import Engine
 
 
@@ -39,7 +39,7 @@ class EpochLines(Callback):
         if self.due(trainer):
             rate = self.samples / (time.monotonic() - self.began)
             done = f"batch {batch_idx + 1:,} of {int(trainer.num_training_batches):,}"
-            print(f"epoch {epoch_of(trainer)}  {done}  loss {float(outputs['loss']):.4f}  {rate:,.0f} samples/s", flush=True)
+            print_rank_zero(f"epoch {epoch_of(trainer)}  {done}  loss {float(outputs['loss']):.4f}  {rate:,.0f} samples/s")
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
@@ -53,7 +53,7 @@ class EpochLines(Callback):
 
     def told(self, trainer: Trainer, what: str, batch_idx: int, batches: Any) -> None:
         if self.due(trainer):
-            print(f"{what}  batch {batch_idx + 1:,} of {int(sum(batches)):,}", flush=True)
+            print_rank_zero(f"{what}  batch {batch_idx + 1:,} of {int(sum(batches)):,}")
 
     def due(self, trainer: Trainer) -> bool:
         """Whether a line within an epoch is to be printed."""
@@ -73,7 +73,7 @@ class EpochLines(Callback):
         shown = {"loss": "train/loss", "val loss": "val/loss", f"val {best_by}": f"val/{best_by}"}
         parts = [f"{key} {float(scores[name]):.4f}" for key, name in shown.items() if name in scores]
         rate = self.samples / max(self.training_s or time.monotonic() - self.began, 1e-9)
-        print(f"epoch {epoch_of(trainer)}  " + "  ".join([*parts, f"{rate:,.0f} samples/s"]), flush=True)
+        print_rank_zero(f"epoch {epoch_of(trainer)}  " + "  ".join([*parts, f"{rate:,.0f} samples/s"]))
         self.sign.reset()
 
 
