@@ -55,6 +55,17 @@ def printing() -> Iterator[None]:
 
 
 @contextmanager
+def silent() -> Iterator[None]:
+    """Around a training whose lines nobody asked for."""
+    level = LOG.level
+    LOG.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        LOG.setLevel(level)
+
+
+@contextmanager
 def signs_of_life(doing: str, every_s: float = EVERY_S) -> Iterator[None]:
     """Around what takes long and can't say how far it is: a line whenever nothing has been printed for `every_s` seconds.
 

@@ -47,9 +47,17 @@ class FusionModel(nn.Module):
         return cls(encoders, make_head(encoders, head, out_dim))
 
     def forward(self, inputs: Mapping[str, Any], kept: Mapping[str, Tensor] | None = None) -> FusionOutput:
-        """inputs: by modality, what its encoder takes (Images, Texts). Gives output (B, out_dim) and the predictions by modality.
+        """`fuse` of `encode`: output (B, out_dim) and the predictions by modality.
 
-        kept: by modality, (B,) bool, False for samples whose modality is to count as missing.
+        inputs: by name, what its encoder takes (Images, Texts, Columns). kept: by name, (B,) bool, False for samples whose input is to
+        count as missing.
+        """
+        return self.fuse(self.encode(inputs, kept))
+
+    def encode(self, inputs: Mapping[str, Any], kept: Mapping[str, Tensor] | None = None) -> dict[str, Features | list[Features]]:
+        """By name, the features that the head reads of each input; a list, one for each depth, where it reads levels.
+
+        inputs, kept: as for `forward`.
         """
         features: dict[str, Features | list[Features]] = {}
         for name, encoder in self.encoders.items():
@@ -58,6 +66,10 @@ class FusionModel(nn.Module):
             if kept is not None:
                 read = [hidden(f, kept[name]) for f in read] if isinstance(read, list) else hidden(read, kept[name])
             features[name] = read
+        return features
+
+    def fuse(self, features: Mapping[str, Features | list[Features]]) -> FusionOutput:
+        """The head's output of what `encode` gave: of features that were kept, a head is trained and compared without its encoders."""
         return checkpoint(self.head, features, use_reentrant=False) if self.recompute_head and self.training else self.head(features)
 
     def parts(self) -> dict[str, nn.Module]:

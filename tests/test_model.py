@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusion.encoders import Encoder, Images, Texts, TimmImage, TransformersText
+from fusion.encoders import Columns, Encoder, Images, TableColumns, Texts, TimmImage, TransformersText
 from fusion.errors import UserError
 from fusion.heads import Concat, FusionHead, Gated, LevelWeighted, Unimodal, attention_maps
 from fusion.heads.registry import HEADS as EVERY_HEAD
@@ -225,3 +225,17 @@ def test_a_graph_of_pooled_nodes_asks_the_encoders_for_no_tokens() -> None:
     assert model.head.stage == "pooled"
     assert EVERY_HEAD["AdaptiveGraph"].stage == "tokens"
     assert model(inputs()).output.isfinite().all()
+
+
+@pytest.mark.parametrize("head", ["Gated", "CrossAttention", "LevelWeighted", "JointTransformer"])
+def test_forward_is_encode_and_fuse(head):
+    torch.manual_seed(0)
+    encoders = {name: TableColumns(dim=8, heads=2, depth=2, numbers=3) for name in ("one", "other", "third")}
+    model = FusionModel.build(encoders, HEADS[head], 4).eval()
+    mask = torch.tensor([[True] * 3, [False] * 3])
+    inputs = {name: Columns(torch.randn(2, 3), torch.zeros(2, 0, dtype=torch.int64), mask) for name in encoders}
+    features = model.encode(inputs)
+    assert list(features) == ["one", "other", "third"]
+    assert torch.equal(model.fuse(features).output, model(inputs).output)
+    kept = {name: torch.tensor([name != "one", True]) for name in encoders}
+    assert not torch.equal(model.fuse(model.encode(inputs, kept)).output[0], model(inputs).output[0])

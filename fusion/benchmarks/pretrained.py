@@ -1,25 +1,21 @@
 """fusion benchmark pretrained: every head on shares of the training data, with several seeds: validation and test accuracy."""
 
 import csv
-import io
 import json
 import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from hashlib import blake2b
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from fusion.benchmarks.ranks import column
-from fusion.console import aligned
+from fusion.console import aligned, silent
 from fusion.errors import UserError, nearest
 from fusion.heads import available
-from fusion.session import fit
+from fusion.session import train
 from fusion.settings.parser import FusionCLI
-from fusion.training.callbacks.run_folder import read_metrics
 
 ALL = "all"
 BOUNDS = {"image": "upper bound (image only)", "text": "upper bound (text only)", "majority": "majority class"}
@@ -41,7 +37,7 @@ class Score(NamedTuple):
 
 
 def benchmark_pretrained(arguments: Sequence[str], pattern: str, seeds: int, shares: Sequence[str], kept: Path | None) -> int:
-    """Run `fit` with these arguments for every head that matches, seed and share of the training samples; print accuracies over the seeds.
+    """Train with these arguments for every head that matches, seed and share of the training samples; print accuracies over the seeds.
 
     shares: numbers of training samples, or "all". kept: a CSV file to which each run adds a line, and whose runs of
     the same recipe are not made again.
@@ -69,20 +65,18 @@ def benchmark_pretrained(arguments: Sequence[str], pattern: str, seeds: int, sha
 def score_of(arguments: Sequence[str], recipe: str, share: str, name: str, seed: int) -> Score:
     """Train once. Raises UserError where a run doesn't end, or has no validation or test samples to score."""
     options = [f"--model.head={name}", f"--seed_everything={seed}", *([] if share == ALL else [f"--data.train_samples={share}"])]
-    told = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
-        with redirect_stdout(told):
-            status = fit([*arguments, *options, f"--runs={folder}"])
-        if status:
-            raise UserError(f"the run {' '.join(options)} ended with status {status}: {told.getvalue().strip().splitlines()[-1]}")
-        run = next(Path(folder).glob("*/*"))
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        val = column(read_metrics(run / "metrics.csv"), "val/accuracy")
-    if not val or "accuracy" not in results["test"]:
+        with silent():
+            outcome = train([*arguments, *options, f"--runs={folder}"])
+        if outcome.status or outcome.folder is None:
+            raise UserError(f"the run {' '.join(options)} ended with status {outcome.status}: {outcome.message}")
+        results = json.loads((outcome.folder / "results.json").read_text(encoding="utf-8"))
+    val = results["val"].get("accuracy")
+    if val is None or "accuracy" not in results["test"]:
         raise UserError("the recipe's data has no validation or no test samples; both are reported")
     test = results["test"]
     return Score(
-        recipe, share, name, seed, max(val), test["accuracy"], results["updates"], *(test.get(f"ceiling_{of}", math.nan) for of in BOUNDS)
+        recipe, share, name, seed, val, test["accuracy"], results["updates"], *(test.get(f"ceiling_{of}", math.nan) for of in BOUNDS)
     )
 
 

@@ -24,8 +24,12 @@ class Curriculum:
 
     Source: Platanios et al. (2019), "Competence-based Curriculum Learning for Neural Machine Translation".
 
-    by: what is difficult: "text_length" (tokens), a column of the manifest with numbers, or "loss" of a first pass: the model's own, after
-    `first_pass` epochs on all samples. start, full_at: shares, above.
+    Args:
+        by: what tells the difficulty: "text_length" (tokens), a column of the manifest with numbers, or "loss", the model's own.
+        start: share of the samples that are in at first; above 0, up to 1.
+        full_at: share of the training's updates after which all samples are in; above 0, up to 1.
+        pacing: how the share grows between them, "linear" or "root", above.
+        first_pass: for "loss", number of epochs on all samples after which it is measured, at least 1.
     """
 
     by: str

@@ -28,7 +28,8 @@ class Preparer(ABC):
 class Script(Preparer):
     """A Python file with a function `prepare(root: Path, folder: Path) -> str`: turns a published layout into folder/manifest.csv.
 
-    path: the file; those of the repository stand under data/.
+    Args:
+        path: the file; those of the repository stand under data/.
     """
 
     def __init__(self, path: str) -> None:

@@ -29,12 +29,17 @@ LOTS = 24  # in about so many lots a question's uses are dealt out: more are slo
 class Shapes(Preparer):
     """Scenes of 3 to 5 coloured shapes in three sizes, 64x64 pixels, and questions of five kinds about them.
 
-    scenes: how many. questions_per_scene: about each, as nearly as the balance allows. kinds: some of existence, colour, counting,
-    position, comparison. seed: the same seed gives the same bytes. val, test: the shares of the scenes that go into these splits.
-
     Balanced exactly: within every split each question string has each of its answers equally often, so the best that can be scored from
     the text alone is the mean of 1 / number of answers; each scene's answers are varied, which keeps the image alone low. Every answer
     can be seen: shapes stand apart, what is pointed at is there once, no relation is asked that is a matter of a few pixels.
+
+    Args:
+        scenes: number of scenes, at least 20.
+        questions_per_scene: number of questions about each scene, as nearly as the balance allows; at least 1.
+        kinds: kinds of questions, some of existence, colour, counting, position, comparison.
+        seed: of the scenes and questions, at least 0; the same seed gives the same bytes.
+        val: share of the scenes that goes into the val split, above 0.
+        test: share of the scenes that goes into the test split, above 0; val and test together are below 1.
 
     Raises UserError for options that are unknown or clash, and for splits too small to balance.
 

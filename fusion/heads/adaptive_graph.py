@@ -20,9 +20,8 @@ class AdaptiveGraph(FusionHead):
         s_ij = cos(U h_i, U h_j) / t    or    v . GELU(P h_i + Q h_j)            A = softmax of s_i over the real nodes j, or over the top k
         h <- h + GELU(A norm(h) W)            y = [mean(h_1); ...; mean(h_M)]
 
-    (y through one more layer, GELU(W' norm(y)).) The adjacency A depends on the sample and is trained with the convolutions. `top_k` keeps
-    each node's k strongest edges to others, and the one to itself, and drops the rest; without it all count. `nodes` "pooled" makes one
-    node of each modality. t is learned. A sample without some nodes has a smaller graph.
+    (y through one more layer, GELU(W' norm(y)).) The adjacency A depends on the sample and is trained with the convolutions. t is learned.
+    A sample without some nodes has a smaller graph.
 
     Source: Kipf and Welling (2017), "Semi-Supervised Classification with Graph Convolutional Networks", over the learned adjacency of
     Chen et al. (2020), "Iterative Deep Graph Learning for Graph Neural Networks" (cosine) or Brody et al. (2022), "How Attentive are
@@ -30,6 +29,16 @@ class AdaptiveGraph(FusionHead):
     Reads: tokens (B, N_m, D_m), N = sum(N_m) nodes; or pooled features (B, D_m), N = M.
     Cost: sum(D_m) * dim + (depth + 1 + M) * dim^2 parameters ("mlp": depth + M, and 2 * dim * edge_dim); (depth + 1) * (N * dim^2 +
     N^2 * dim) multiply-adds ("mlp": depth, and N^2 * edge_dim) and N^2 edges per sample (N^2 * edge_dim values for "mlp").
+
+    Args:
+        dim: width of the nodes and of the fused features.
+        depth: number of graph convolutions.
+        nodes: "tokens" makes a node of each token, "pooled" one node of each modality.
+        adjacency: how s_ij is computed: by "cosine" similarity, or by a small "mlp".
+        top_k: each node keeps so many edges to others, the strongest, and the one to itself; the rest is dropped. None: all are kept.
+        edge_dim: hidden width of the "mlp"; not used by "cosine".
+        dropout: dropout probability on each convolution's output; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
     >>> head = AdaptiveGraph({"text": 8, "image": 16}, 3, dim=32, top_k=4)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape

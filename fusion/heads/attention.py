@@ -103,7 +103,7 @@ class FeedForward(nn.Sequential):
     """Two linear maps with a GELU between them, on each token by itself."""
 
     def __init__(self, dim: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
-        hidden = int(dim * mlp_ratio)
+        hidden = max(1, int(dim * mlp_ratio))
         super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout))
 
 

@@ -18,12 +18,21 @@ class Bottleneck(FusionHead):
     Whatever goes from one modality to another must pass the `bottlenecks` tokens z, layer by layer, which makes each modality condense
     what it has to say, and keeps the cost linear in the number of modalities. Every modality has a class token. The means are over the
     modalities that a sample has.
-    `fusion_layer`: the first layer that sees z; those before it are each modality's own.
 
     Source: Nagrani et al. (2021), "Attention Bottlenecks for Multimodal Fusion" (MBT).
     Reads: tokens (B, N_m, D_m).
     Cost: sum(D_m) * dim + 12 * M * depth * dim^2 parameters (mlp_ratio 4); for each modality and layer n * (12 * dim^2 + 2 * n * dim)
     multiply-adds, n = N_m + 1 + bottlenecks.
+
+    Args:
+        dim: width of the tokens and of the fused features.
+        depth: number of layers of each modality's transformer, at least 2.
+        num_heads: number of attention heads H, of which dim is a multiple.
+        bottlenecks: number of bottleneck tokens z.
+        fusion_layer: the first layer that sees z, from 0 to depth - 2; those before it are each modality's own.
+        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
     >>> head = Bottleneck({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape

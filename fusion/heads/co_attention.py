@@ -25,6 +25,14 @@ class CoAttention(FusionHead):
     Cost: (sum(D_m) + 2 * dim) * dim parameters, and for each modality and layer 24 * dim^2 (mlp_ratio 4); N_a * (22 * dim^2 + 2 * N_a *
     dim + 2 * N_b * dim) + 2 * N_b * dim^2 multiply-adds.
 
+    Args:
+        dim: width of the tokens and of the fused features.
+        depth: number of layers, each of which reads the other stream, then its own.
+        num_heads: number of attention heads H, of which dim is a multiple.
+        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        dropout: dropout probability on the outputs of attention (not on its weights), in the feed-forward layers and on the fused features.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+
     >>> import torch
     >>> head = CoAttention({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape

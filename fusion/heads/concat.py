@@ -21,6 +21,12 @@ class Concat(FusionHead):
     Reads: pooled features (B, D_m).
     Cost: sum(D_m) * dim parameters and multiply-adds per sample.
 
+    Args:
+        dim: width of the hidden layers and of the fused features.
+        depth: number of hidden layers.
+        dropout: dropout probability on each hidden layer's output; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+
     >>> head = Concat({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 49, 16)}).output.shape
     torch.Size([4, 3])

@@ -22,6 +22,10 @@ class ConfidenceWeighted(LateHead):
     Reads: pooled features (B, D_m).
     Cost: as LogitMean, and one parameter.
 
+    Args:
+        dim: hidden width of each modality's classifier; 0: no hidden layer.
+        dropout: dropout probability before the last layer of each classifier; from 0 to below 1.
+
     >>> head = ConfidenceWeighted({"text": 8, "image": 16}, 3)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape
     torch.Size([4, 3])

@@ -16,16 +16,26 @@ class CrossAttention(FusionHead):
         x_a <- x_a + SelfAttention(x_a);   x_a <- x_a + g * Attention(x_a, x_b);   x_a <- x_a + g' * FeedForward(x_a)
         y = GELU(W norm([mean(x_1); ...; mean(x_M)]))
 
-    `direction` says which tokens are queries, and of which modality keys and values are: "text_to_image", "image_to_text", "text_to_all"
-    (all the others), or "both" (every modality reads all the others, each from the state before the layer). A modality that gives keys
-    alone enters y by the mean of its projected tokens, so that a sample lacking the one that gives queries is still seen. `tanh_gate`
-    starts g = g' = 0 (Flamingo).
+    A modality that gives keys alone enters y by the mean of its projected tokens, so that a sample lacking the one that gives queries is
+    still seen.
 
     Source: Tan and Bansal (2019), "LXMERT: Learning Cross-Modality Encoder Representations from Transformers"; there each layer reads the
     other modality before itself, and both directions share the weights of that reading.
     Reads: tokens (B, N_m, D_m).
     Cost: (sum(D_m) + M * dim) * dim parameters, and for each direction and layer 16 * dim^2 (12 without self-attention; mlp_ratio 4); 2 *
     N_a * N_b * dim multiply-adds for reading the other modality: linear in its tokens.
+
+    Args:
+        dim: width of the tokens and of the fused features.
+        depth: number of layers.
+        num_heads: number of attention heads H, of which dim is a multiple.
+        direction: which modality gives queries, and which keys and values: "text_to_image", "image_to_text" (so for any two names),
+            "text_to_all" (all the others), or "both" (every modality reads all the others, each from the state before the layer).
+        self_attention: begin each layer with self-attention over the tokens that are queries.
+        tanh_gate: make g and g' tanh of learned numbers, which start at 0 (Flamingo); else both are 1.
+        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        dropout: dropout probability on the outputs of attention (not on its weights), in the feed-forward layers and on the fused features.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
     >>> head = CrossAttention({"text": 8, "image": 16}, 3, dim=32, direction="text_to_image")
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape

@@ -15,13 +15,18 @@ class Embrace(FusionHead):
 
         h_m = ReLU(W_m norm(x_m))        e_i = h_mi with m ~ Multinomial(p)        y = GELU(W e)
 
-    The lot is a regulariser by which the network learns to live with any share of each modality; p is uniform or given, renormalised
-    over the modalities that a sample has. In evaluation e is its expectation, sum_m p_m h_m, as with dropout: the same answer each time
-    (the paper draws there too).
+    The lot is a regulariser by which the network learns to live with any share of each modality; p is renormalised over the modalities that
+    a sample has. In evaluation e is its expectation, sum_m p_m h_m, as with dropout: the same answer each time (the paper draws there too).
 
     Source: Choi and Lee (2019), "EmbraceNet: A robust deep learning architecture for multimodal classification".
     Reads: pooled features (B, D_m).
     Cost: sum(D_m) * dim + dim^2 parameters and multiply-adds per sample.
+
+    Args:
+        dim: width to which each modality is projected, and of the fused features.
+        probabilities: p by modality, a positive number for each; normalised to sum to 1. None: uniform.
+        dropout: dropout probability on the drawn features e and on the fused features; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
     >>> head = Embrace({"text": 8, "image": 16}, 3, dim=32, probabilities={"text": 0.7, "image": 0.3})
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape

@@ -26,6 +26,12 @@ class FactorizedBilinear(FusionHead):
     Reads: pooled features (B, D_m).
     Cost: rank * dim * (D_1 + D_2) parameters and multiply-adds per sample.
 
+    Args:
+        dim: width of the fused features.
+        rank: rank R of each output feature's bilinear form, the number of products that are summed.
+        dropout: dropout probability on the products, before they are summed; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+
     >>> head = FactorizedBilinear({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape
     torch.Size([4, 3])

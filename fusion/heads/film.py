@@ -16,13 +16,20 @@ class FiLM(FusionHead):
         h = ReLU(A_i x)            x <- h + ReLU(gamma_i * norm(B_i h) + beta_i)            [gamma_i - 1; beta_i] = W_i c
         y = x after depth blocks
 
-    Feature-wise linear modulation: x is the modality named by `stream` (by default the image, or else the last), c the other. The norm has
-    no parameters of its own, as in the paper, since gamma and beta are its parameters; it is a layer norm, which doesn't mix samples. A
-    sample without c has gamma = 1, beta = 0; without x it starts from zeros. Two modalities.
+    Feature-wise linear modulation of x by c. The norm has no parameters of its own, as in the paper, since gamma and beta are its
+    parameters; it is a layer norm, which doesn't mix samples. A sample without c has gamma = 1, beta = 0; without x it starts from zeros.
+    Two modalities.
 
     Source: Perez et al. (2018), "FiLM: Visual Reasoning with a General Conditioning Layer".
     Reads: pooled features (B, D_m).
     Cost: depth * (2 * dim^2 + 2 * D_c * dim) + D_x * dim parameters and multiply-adds per sample.
+
+    Args:
+        dim: width of the blocks and of the fused features.
+        depth: number of blocks.
+        stream: the modality x that is modulated, by the other, c. None: the image, or else the last.
+        dropout: dropout probability on the fused features; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
     >>> head = FiLM({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 49, 16)}).output.shape

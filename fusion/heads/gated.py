@@ -21,6 +21,11 @@ class Gated(FusionHead):
     Reads: pooled features (B, D_m), D = sum(D_m).
     Cost: D * dim + M * D * dim parameters and multiply-adds per sample.
 
+    Args:
+        dim: width of the gates and of the fused features.
+        dropout: dropout probability on the fused features; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+
     >>> head = Gated({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape
     torch.Size([4, 3])

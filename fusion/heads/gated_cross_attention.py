@@ -17,14 +17,22 @@ class GatedCrossAttention(FusionHead):
         x <- x + tanh(g) * Attention(x, c); x <- x + tanh(g') * FeedForward(x); x <- Transformer layer(x)            g = g' = 0 at first
         y = norm(x)_class
 
-    x is the modality named by `stream` (by default the text, or else the first) with a class token before it, c the other. While the
-    gates are 0 the output is the stream's alone, so that a pretrained text encoder is not disturbed by an image it can't yet read. A
-    sample without the stream still has the class token to read c with. Two modalities.
+    x has a class token before it. While the gates are 0 the output is the stream's alone, so that a pretrained text encoder is not
+    disturbed by an image it can't yet read. A sample without the stream still has the class token to read c with. Two modalities.
 
     Source: Alayrac et al. (2022), "Flamingo: a Visual Language Model for Few-Shot Learning" (its gated xattn-dense layers).
     Reads: tokens (B, N_m, D_m), n = N_x + 1.
     Cost: sum(D_m) * dim + 24 * depth * dim^2 parameters (mlp_ratio 4); for each layer n * (22 * dim^2 + 2 * n * dim + 2 * N_c * dim) + 2 *
     N_c * dim^2 multiply-adds: linear in the tokens of c.
+
+    Args:
+        dim: width of the tokens and of the fused features.
+        depth: number of layers, each a gated reading of c and a transformer layer over x.
+        num_heads: number of attention heads H, of which dim is a multiple.
+        stream: the modality x that reads the other, c. None: the text, or else the first.
+        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
     >>> head = GatedCrossAttention({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape

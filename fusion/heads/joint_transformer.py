@@ -16,13 +16,21 @@ class JointTransformer(FusionHead):
 
         t_m = W_m norm(x_m) + position + type_m            y = norm(Transformer([class; t_1; ...; t_M]))_class
 
-    Modality-type embeddings, positions (sinusoidal, Vaswani et al., 2017, so for any length; `positions=False` where the tokens carry
-    their own), a class token of its own, pre-norm layers. It reads embeddings before any encoder layer; the encoders' bodies are then
-    not built.
+    Modality-type embeddings, positions (sinusoidal, Vaswani et al., 2017, so for any length), a class token of its own, pre-norm layers.
+    It reads embeddings before any encoder layer; the encoders' bodies are then not built.
 
     Source: Kim et al. (2021), "ViLT: Vision-and-Language Transformer Without Convolution or Region Supervision", after VisualBERT.
     Reads: tokens (B, N_m, D_m), N = 1 + sum(N_m).
     Cost: sum(D_m) * dim + 12 * depth * dim^2 parameters (mlp_ratio 4); depth * (12 * N * dim^2 + 2 * N^2 * dim) multiply-adds.
+
+    Args:
+        dim: width of the tokens and of the fused features.
+        depth: number of transformer layers.
+        num_heads: number of attention heads H, of which dim is a multiple.
+        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
+        positions: add sinusoidal positions to the tokens; False where the tokens carry their own.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
     >>> head = JointTransformer({"text": 8, "image": 16}, 3, dim=32, depth=2)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape

@@ -41,6 +41,10 @@ class LateHead(FusionHead, ABC):
 
 
 def classifier(width: int, out_dim: int, dim: int, dropout: float) -> nn.Sequential:
-    """LayerNorm, a hidden layer of width `dim` with GELU (none if 0), and a linear map to `out_dim`."""
+    """LayerNorm, a hidden layer of width `dim` with GELU (none if 0), and a linear map to `out_dim`. Raises ValueError for options that
+    can't be."""
+    if dim < 0:
+        raise ValueError(f"dim is {dim}; expected a width, or 0 for no hidden layer")
+    check_options("the classifier", dropout=dropout)
     hidden = [nn.Linear(width, dim), nn.GELU()] if dim else []
     return nn.Sequential(nn.LayerNorm(width), *hidden, nn.Dropout(dropout), nn.Linear(dim or width, out_dim))

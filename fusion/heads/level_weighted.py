@@ -18,12 +18,18 @@ class LevelWeighted(FusionHead):
 
     The weights over the depths of one modality are told by all modalities: a question decides how deep the image is read. A modality that
     a sample lacks fills its place with zeros.
-    dims gives for each modality the widths of its levels, from the shallowest, or one width; of these the head takes the last `depths`
-    (all, if there are fewer). `forward` takes for each modality the features of just those levels, as a list, or one.
+    dims gives for each modality the widths of its levels, from the shallowest, or one width; of these the head takes the last `depths`.
+    `forward` takes for each modality the features of just those levels, as a list, or one.
 
     Source: Peters et al. (2018), "Deep contextualized word representations" (ELMo's mix of layers), with weights that depend on the sample.
     Reads: pooled features (B, D_ml) of L levels of each modality.
     Cost: sum(D_ml) * dim + (M * L)^2 * dim + M * dim^2 parameters and multiply-adds per sample.
+
+    Args:
+        dim: width to which each level is projected, and of the fused features.
+        depths: number of levels L read of each encoder, the last ones; all, if there are fewer.
+        dropout: dropout probability on the fused features; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
     >>> head = LevelWeighted({"text": [8, 8], "image": [16, 32, 64]}, 3, dim=32)
     >>> text, image = [torch.randn(4, 7, 8)] * 2, [torch.randn(4, 49, width) for width in (16, 32, 64)]

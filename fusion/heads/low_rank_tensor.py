@@ -20,6 +20,12 @@ class LowRankTensor(FusionHead):
     Reads: pooled features (B, D_m).
     Cost: rank * dim * sum(D_m + 1) parameters and multiply-adds per sample.
 
+    Args:
+        rank: rank R of the weight tensor, the number of products that are summed.
+        dim: width of the fused features.
+        dropout: dropout probability on the fused features; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+
     >>> import torch
     >>> head = LowRankTensor({"text": 8, "image": 16}, 3, rank=4, dim=32)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape

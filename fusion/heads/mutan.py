@@ -22,6 +22,13 @@ class Mutan(FusionHead):
     Reads: pooled features (B, D_m).
     Cost: (D_1 + D_2) * embed + 2 * rank * embed * dim parameters and multiply-adds per sample.
 
+    Args:
+        embed: width to which each modality is projected, of h_m.
+        dim: width of the fused features.
+        rank: rank R of the core, the number of products that are summed.
+        dropout: dropout probability on the projected modalities h_m; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+
     >>> import torch
     >>> head = Mutan({"text": 8, "image": 16}, 3, embed=16, dim=32)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape

@@ -26,6 +26,15 @@ class Perceiver(FusionHead):
     Cost: sum(D_m) * dim + 24 * depth * dim^2 parameters (mlp_ratio 4); sum(N_m * D_m) * dim + depth * (2 * N * dim^2 + 2 * latents * N *
     dim) multiply-adds that depend on N.
 
+    Args:
+        dim: width of the tokens and latents, and of the fused features.
+        depth: how often the latents read the tokens, each time followed by a transformer layer over the latents.
+        latents: number of latents.
+        num_heads: number of attention heads H, of which dim is a multiple.
+        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+
     >>> head = Perceiver({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
     torch.Size([4, 3])

@@ -18,6 +18,10 @@ class ProductOfExperts(LateHead):
     Reads: pooled features (B, D_m).
     Cost: sum(D_m) * dim + M * dim * out_dim parameters and multiply-adds per sample.
 
+    Args:
+        dim: hidden width of each modality's classifier; 0: no hidden layer.
+        dropout: dropout probability before the last layer of each classifier; from 0 to below 1.
+
     >>> import torch
     >>> head = ProductOfExperts({"text": 8, "image": 16}, 3)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.exp().sum(dim=1).allclose(torch.ones(4))

@@ -22,6 +22,13 @@ class ResidualMLP(FusionHead):
     Reads: pooled features (B, D_m).
     Cost: sum(D_m) * dim + 2 * depth * mlp_ratio * dim^2 parameters and multiply-adds per sample.
 
+    Args:
+        dim: width of the joint vector, which the blocks refine to the fused features.
+        depth: number of residual blocks.
+        mlp_ratio: hidden width of the blocks, in dims; above 0.
+        dropout: dropout probability on each block's hidden layer and output; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+
     >>> head = ResidualMLP({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape
     torch.Size([4, 3])

@@ -16,14 +16,22 @@ class SqueezeExcite(FusionHead):
         p_m = sum_n a_mn x_mn            a_m = softmax_n(v_m . tanh(U_m x_mn + V_m z)) for m in `spatial`, else uniform
         y = GELU(A [p_1; ...; p_M])
 
-    The multimodal transfer module's recalibration, then spatial attention over the tokens of the modalities in `spatial` (by default
-    the image, or else the last), asked by the same summary. An absent modality says nothing to z and adds nothing to y.
+    The multimodal transfer module's recalibration, then spatial attention over the tokens of the modalities in `spatial`, asked by the
+    same summary. An absent modality says nothing to z and adds nothing to y.
 
     Source: Joze et al. (2020), "MMTM: Multimodal Transfer Module for CNN Fusion"; the spatial attention after Xu et al. (2015), "Show,
     Attend and Tell".
     Reads: tokens (B, N_m, D_m), D = sum(D_m).
     Cost: (2 * D * squeeze) + D * dim parameters and, for the spatial attention, (D_m + squeeze) * attend; N_m * D_m * attend
     multiply-adds: linear in the tokens.
+
+    Args:
+        dim: width of the fused features.
+        squeeze: width of the joint summary z.
+        attend: hidden width of the spatial attention.
+        spatial: modalities pooled by spatial attention; the others by their mean. None: the image, or else the last.
+        dropout: dropout probability on the fused features; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
     >>> head = SqueezeExcite({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape

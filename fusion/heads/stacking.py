@@ -17,12 +17,19 @@ class Stacking(LateHead):
 
     Trained in one piece, so the decisions need not be votes: what one modality says may turn the meaning of what another says, and XOR
     can be learnt. Logarithms, since the probabilities of many classes hardly differ at first: from them it learns nothing for hundreds
-    of updates. `by_modality` holds the decisions as logits; with `detach` the network learns from them and doesn't shape them,
-    and they need losses of their own. (Wolpert's decisions are on samples held out from those that made them; that is up to the caller.)
+    of updates. `by_modality` holds the decisions as logits. (Wolpert's decisions are on samples held out from those that made them; that
+    is up to the caller.)
 
     Source: Wolpert (1992), "Stacked Generalization".
     Reads: pooled features (B, D_m).
     Cost: sum(D_m) * dim + M * dim * out_dim for the decisions, (M * (out_dim + 1) + out_dim) * hidden for the network over them.
+
+    Args:
+        dim: hidden width of each modality's classifier; 0: no hidden layer.
+        hidden: hidden width of the network over the decisions.
+        detach: the network learns from the decisions and doesn't shape them; they then need losses of their own, such as those of
+            model.balance=UnimodalLosses.
+        dropout: dropout probability before the last layer of each classifier and of the network; from 0 to below 1.
 
     >>> head = Stacking({"text": 8, "image": 16}, 3)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape

@@ -24,6 +24,12 @@ class TensorFusion(FusionHead):
     Reads: pooled features (B, D_m).
     Cost: sum(D_m) * embed + (embed + 1)^M * dim parameters and multiply-adds per sample; at most 2^24 of the latter.
 
+    Args:
+        embed: width to which each modality is projected before the products.
+        dim: width of the fused features.
+        dropout: dropout probability on the products and on the fused features; from 0 to below 1.
+        unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+
     >>> head = TensorFusion({"text": 8, "image": 16}, 3, embed=8, dim=32)
     >>> head({"text": torch.randn(4, 8), "image": torch.randn(4, 16)}).output.shape
     torch.Size([4, 3])

@@ -16,6 +16,10 @@ class Unimodal(FusionHead):
 
     What trains when a model has one modality only. Reads pooled features (B, D). Cost: D * dim + dim * out_dim parameters.
 
+    Args:
+        dim: hidden width of the classifier; 0: no hidden layer.
+        dropout: dropout probability before the last layer.
+
     >>> import torch
     >>> Unimodal({"text": 8}, 3)({"text": torch.randn(4, 8)}).output.shape
     torch.Size([4, 3])

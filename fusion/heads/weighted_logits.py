@@ -22,6 +22,11 @@ class WeightedLogits(LateHead):
     Reads: pooled features (B, D_m).
     Cost: as LogitMean, and M parameters.
 
+    Args:
+        weights: by modality, a positive number for each; normalised to sum to 1 and not trained. None: learned, equal at first.
+        dim: hidden width of each modality's classifier; 0: no hidden layer.
+        dropout: dropout probability before the last layer of each classifier; from 0 to below 1.
+
     >>> head = WeightedLogits({"text": 8, "image": 16}, 3, weights={"text": 3.0, "image": 1.0})
     >>> [round(float(w), 2) for w in head.weights]
     [0.75, 0.25]

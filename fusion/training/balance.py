@@ -69,7 +69,8 @@ class Balance:
 class UnimodalLosses(Balance):
     """Each modality also has to predict alone: loss = L + sum_m weight_m L_m.
 
-    weight: of every modality, or by modality.
+    Args:
+        weight: weight of every modality's loss, or of each by modality; at least 0.
     """
 
     def __init__(self, weight: float | dict[str, float] = 1.0) -> None:
@@ -96,7 +97,10 @@ class OGMGE(Balance):
     the decisions are the parts of one linear layer over concatenated features; here they are the modalities' own predictions: those of
     a late head, else probes that learn beside the model on detached features, so that any head can be balanced.
 
-    alpha: how strongly. noise: the generalisation enhancement (GE). until_update: for so many updates, then no more; None for always.
+    Args:
+        alpha: how strongly gradients are slowed; 0 for not at all.
+        noise: add the noise, the generalisation enhancement (GE).
+        until_update: for so many updates, then no more. None: always.
     """
 
     detached = True
@@ -168,7 +172,8 @@ class MMPareto(Balance):
     Source: Wei and Hu (2024), "MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assistance", over each encoder's parameters
     as one vector. Costs a second backward pass through the encoders.
 
-    gamma: enlarges the gradient, whose noise is lost in the conflict.
+    Args:
+        gamma: factor above 0 that enlarges the gradient, whose noise is lost in the conflict.
     """
 
     def __init__(self, gamma: float = 1.5) -> None:
@@ -234,12 +239,15 @@ class GradientBlending(Balance):
 
         G_k = fall of its loss on val        O_k = growth of its gap, val less train        w_k = G_k / O_k^2, normalised to sum 1
 
-    each from one measurement to the next, `every` epochs apart, on val and on as many samples of train, in evaluation mode. Losses that
-    don't fall on val get no weight; where none falls, and until the second measurement, all weigh alike.
+    each from one measurement to the next, on val and on as many samples of train, in evaluation mode. Losses that don't fall on val get no
+    weight; where none falls, and until the second measurement, all weigh alike.
 
     Source: Wang et al. (2020), "What Makes Training Multi-Modal Classification Networks Hard?", online, along the joint training itself
     (there each super-epoch trains copies of the modalities apart). The weights look at val, so choose by another split, or by test, with
     care.
+
+    Args:
+        every: number of epochs from one measurement to the next, at least 1.
     """
 
     FUSED = "fused"

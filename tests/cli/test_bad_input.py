@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from small_runs import InProcess, Run
 
-from fusion.cli.evaluate import data_of
 from fusion.data import Columns, Format
 from fusion.settings.parser import FusionCLI
+from fusion.settings.reading import data_of
 
 OWN = [
     "--recipe=own",

@@ -8,6 +8,7 @@ from small_heads import COUNTS, DIMS, FUSING, OUT, batch_of, fusing, make, whole
 
 from fusion.benchmarks.heads import peak_bytes
 from fusion.features import Features, masked_mean
+from fusion.heads import Unimodal
 from fusion.heads.registry import HEADS
 
 
@@ -89,3 +90,16 @@ def test_training_memory_is_linear_in_the_tokens_of_either_modality_with_dropout
 def test_a_mean_over_thousands_of_tokens_does_not_overflow_fp16() -> None:
     tokens = torch.full((1, 8192, 4), 9.0, dtype=torch.float16)
     assert masked_mean(tokens, torch.ones(1, 8192, dtype=torch.bool)).tolist() == [[9.0] * 4]
+
+
+@pytest.mark.parametrize("name", ["LogitMean", "WeightedLogits", "ProductOfExperts", "ConfidenceWeighted", "Stacking", "Unimodal"])
+@pytest.mark.parametrize(("options", "words"), [({"dim": -1}, "dim is -1"), ({"dropout": 1.0}, "dropout is 1.0")])
+def test_classifiers_of_single_modalities_reject_what_can_t_be(name: str, options: dict, words: str) -> None:
+    dims = {"text": 8} if name == "Unimodal" else {"text": 8, "image": 8}
+    with pytest.raises(ValueError, match=words):
+        (HEADS | {"Unimodal": Unimodal})[name](dims, 3, **options)
+
+
+def test_a_tiny_feed_forward_layer_keeps_one_unit() -> None:
+    head = HEADS["CrossAttention"]({"text": 8, "image": 8}, 3, dim=8, mlp_ratio=0.01)
+    assert all(p.numel() for p in head.parameters())

@@ -111,9 +111,9 @@ def test_inputs_train_by_recipe_alone_and_answer_alike_from_files_and_from_pytho
 
 
 @every_set
-def test_a_run_over_inputs_goes_on_to_the_bit_and_ranks_agree(of_inputs, fit_here, fit_on_two, monkeypatch, inputs):
-    recipe = of_inputs(inputs)
-    options = ["--recipe", recipe, "--model.modality_dropout=0.3"]
+@pytest.mark.parametrize("precision", [[], ["--recipe=engine/amp", "--trainer.accelerator=cpu"]], ids=["fp32", "fp16"])
+def test_a_run_over_inputs_goes_on_to_the_bit(of_inputs, fit_here, monkeypatch, inputs, precision):
+    options = ["--recipe", of_inputs(inputs), *precision, "--model.modality_dropout=0.3"]
     whole = fit_here(*options, runs="whole")
 
     def ask(self, trainer, module, *rest, to_the_end=SaveInTime.on_train_batch_end):
@@ -126,6 +126,11 @@ def test_a_run_over_inputs_goes_on_to_the_bit_and_ranks_agree(of_inputs, fit_her
         stopped = fit_here(*options, runs="stopped")
     assert stopped.status == 75
     assert_same_end(fit_here("--resume", stopped.folder), whole)
+
+
+@every_set
+def test_two_ranks_train_what_one_does(of_inputs, fit_here, fit_on_two, inputs):
+    recipe = of_inputs(inputs)
     one, (two, _) = fit_here("--recipe", recipe, runs="one"), fit_on_two(recipe, runs="two")
     assert furthest_weights(one, two) < ROUNDING
 

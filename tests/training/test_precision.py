@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from fusion.errors import UserError
 from fusion.settings.parser import FusionCLI
 from fusion.training import Engine, Fp16
 
@@ -234,3 +235,9 @@ def test_bf16_on_a_processor_learns_what_float32_learns(parts, monkeypatch):
         losses.append(float(trainer.callback_metrics["train/loss_epoch"]))
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@pytest.mark.parametrize("options", [{"init_scale": 0.0}, {"growth_factor": 1.0}, {"backoff_factor": 1.0}, {"growth_interval": 0}])
+def test_scales_that_cannot_work_are_rejected(options):
+    with pytest.raises(UserError, match="Fp16: init_scale"):
+        Fp16(**options)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fusion.benchmarks.kills import unlike
 from fusion.cli.main import run as run_command
+from fusion.console import printing
 
 REPOSITORY = Path(__file__).parents[2]
 ROUNDING = 2e-5  # float32, summed in another order, over two epochs
@@ -38,10 +39,11 @@ BERT = {
 
 
 def train(task, data, updates=2, callbacks=(), **options):
-    """Trains for a few updates, with nothing printed or saved; gives the trainer."""
+    """Trains for a few updates, with nothing but the plan printed, and nothing saved; gives the trainer."""
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False)
     trainer = Trainer(accelerator="cpu", max_steps=updates, num_sanity_val_steps=0, callbacks=list(callbacks), **off, **options)
-    trainer.fit(task, datamodule=data)
+    with printing():
+        trainer.fit(task, datamodule=data)
     return trainer
 
 

@@ -27,11 +27,14 @@ class DDP(LeavesLostRanks, HookedDDP):
 
     (Lightning registers DDP's communication hooks on GPUs alone, in silence; here they work on both.)
 
-    compress: "none"; "fp16" or "bf16" halve the bytes; "sign" sends one bit a value (SignCompression). (PowerSGD, which torch has, is not
-    among them: one overflow leaves NaN in its error memory for good, which is kept by DDP's buckets and fits neither a thaw nor a
-    checkpoint.)
-    timeout_s: how long a rank waits for another before the run ends.
-    find_unused_parameters: needed where a parameter gets no gradient (model.allow_unused).
+    (PowerSGD, which torch has, is not among the compressions: one overflow leaves NaN in its error memory for good, which is kept by DDP's
+    buckets and fits neither a thaw nor a checkpoint.)
+
+    Args:
+        compress: how gradients are exchanged: "none" in full; "fp16" or "bf16" (GPUs only) halve the bytes; "sign" sends one bit a value
+            (SignCompression).
+        timeout_s: how long a rank waits for another before the run ends, in seconds; above 0.
+        find_unused_parameters: needed where a parameter gets no gradient (model.allow_unused).
     """
 
     def __init__(

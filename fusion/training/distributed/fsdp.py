@@ -23,7 +23,8 @@ class FSDP(LeavesLostRanks, WholeMesh):
     Precision: 32-true or bf16-mixed (fp16 with a gradient scaler is DDP's). With `model.compile` graphs end where shares are gathered: each
     block is compiled on its own, and the losses are those of the whole model compiled.
 
-    timeout_s: how long a rank waits for another before the run ends.
+    Args:
+        timeout_s: how long a rank waits for another before the run ends, in seconds; above 0.
     """
 
     def __init__(self, timeout_s: float = 1800.0) -> None:

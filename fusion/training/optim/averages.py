@@ -61,7 +61,8 @@ class EMA(Average):
 
     Buffers (statistics of batch normalisation) are averaged too.
 
-    decay: how much of the average an update leaves; it spans about 1 / (1 - decay) updates.
+    Args:
+        decay: how much of the average an update leaves, from 0 to below 1; it spans about 1 / (1 - decay) updates.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -79,7 +80,8 @@ class SWA(Average):
     Source: Izmailov et al. (2018), "Averaging Weights Leads to Wider Optima and Better Generalization". Lightning's own
     StochasticWeightAveraging takes over the schedule, counts epochs only, and leaves checkpoints without the average.
 
-    start: the share of the epochs after which averaging begins.
+    Args:
+        start: the share of the epochs after which averaging begins, from 0 to below 1.
     """
 
     def __init__(self, start: float = 0.75) -> None:

@@ -17,7 +17,8 @@ from fusion.model import FusionModel, check_part, part_of, plain_name
 class Freeze:
     """Hold a part of the model, or the parameters that a pattern matches.
 
-    until_update: the number of updates after which it learns; None for never.
+    Args:
+        until_update: the number of updates after which it learns, at least 1. None: never.
     """
 
     until_update: int | None = None

@@ -1,5 +1,6 @@
 """Which parameters learn how: groups for the optimiser, with rates by part and by layer, and without decay where it does harm."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,11 @@ from fusion.training.optim.schedules import Schedule
 class Rate:
     """How fast one part of the model learns.
 
-    factor: of the optimiser's learning rate. layer_decay: of an encoder, the last layer learns at the part's rate and each layer before
-    at this many times the rate of the one after it (Howard and Ruder, 2018; Clark et al., 2020). schedule: multiplies the run's own.
+    Args:
+        factor: of the optimiser's learning rate; at least 0.
+        layer_decay: of an encoder, the last layer learns at the part's rate and each layer before at this many times the rate of the one
+            after it (Howard and Ruder, 2018; Clark et al., 2020); above 0, up to 1.
+        schedule: multiplies the run's own. None: the run's own alone.
     """
 
     factor: float = 1.0
@@ -29,7 +33,7 @@ def check_rates(rates: Mapping[str, Rate], modalities: list[str]) -> None:
     """Raises UserError for a part that the model doesn't have, and for values that mean nothing."""
     for part, rate in rates.items():
         check_part("model.rates", part, modalities)
-        if rate.factor < 0 or not 0 < rate.layer_decay <= 1:
+        if not 0 <= rate.factor < math.inf or not 0 < rate.layer_decay <= 1:
             raise UserError(
                 f"model.rates.{part}: factor is {rate.factor}, layer_decay {rate.layer_decay}; expected at least 0, and above 0 up to 1"
             )

@@ -28,6 +28,13 @@ class Muon(Optimizer):
     Cost: for a matrix of R <= C, 20 R^2 C + 10 R^3 operations an update whatever the batch; for ViT-B and BERT-base together 3.2 TFLOP,
     which is 5 % of an update of 460 pairs of a picture and 64 tokens, and less above.
 
+    Args:
+        lr: learning rate, of hidden matrices and of AdamW's parameters alike.
+        weight_decay: decoupled weight decay, times the learning rate, of both.
+        momentum: mu of the hidden matrices, from 0 to below 1.
+        betas: AdamW's decay rates of the means of gradients and of their squares, from 0 to below 1.
+        eps: what AdamW adds to its denominator.
+
     >>> layer = torch.nn.Linear(8, 8)
     >>> optimizer = Muon(layer.parameters(), lr=0.01)
     >>> layer(torch.ones(2, 8)).square().sum().backward()
@@ -43,7 +50,8 @@ class Muon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
     ) -> None:
-        for name, value, most in (("momentum", momentum, 1), ("betas", max(betas), 1), ("lr", lr, math.inf)):
+        below_one = [("momentum", momentum, 1.0), *(("betas", beta, 1.0) for beta in betas)]
+        for name, value, most in [*below_one, ("lr", lr, math.inf), ("weight_decay", weight_decay, math.inf), ("eps", eps, math.inf)]:
             if not 0 <= value < most:
                 raise ValueError(f"Muon: {name} is {value}; expected 0 to {most}")
         options = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}

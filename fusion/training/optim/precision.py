@@ -1,5 +1,6 @@
 """fp16 autocast with a gradient scaler whose every setting is a value of the recipe; bf16 autocast on processors that have it."""
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,13 +21,21 @@ class Fp16(MixedPrecision):
 
     (Lightning's `precision: 16-mixed` becomes bf16 without a scaler on a CPU, in silence.)
 
-    init_scale: what the loss is multiplied by at first. backoff_factor: what the scale is multiplied by after an overflow, whose update is
-    skipped. growth_factor: the same after `growth_interval` updates in a row without one.
+    Args:
+        init_scale: what the loss is multiplied by at first, the scale.
+        growth_factor: what the scale is multiplied by after `growth_interval` updates in a row without an overflow; above 1.
+        backoff_factor: what the scale is multiplied by after an overflow, whose update is skipped; below 1.
+        growth_interval: number of updates in a row without an overflow, after which the scale grows.
     """
 
     def __init__(
         self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5, growth_interval: int = 2000
     ) -> None:
+        if not (0 < init_scale < math.inf and 1 < growth_factor < math.inf and 0 < backoff_factor < 1 and growth_interval >= 1):
+            raise UserError(
+                f"Fp16: init_scale {init_scale}, growth_factor {growth_factor}, backoff_factor {backoff_factor}, growth_interval "
+                f"{growth_interval}; expected above 0, above 1, between 0 and 1, and at least 1"
+            )
         self.scaler_on = partial(
             torch.amp.GradScaler,
             init_scale=init_scale,

@@ -13,8 +13,10 @@ class Schedule(ABC):
         update < warmup:  (update + 1) / (warmup + 1)
         else:             floor + (1 - floor) * shape(progress),   progress = (update - warmup) / (horizon - warmup), at most 1
 
-    warmup: the share of the horizon over which the rate rises linearly from 0, or, from 1 up, a number of updates.
-    floor: the fraction of the peak rate below which it never falls after the warm-up.
+    Args:
+        warmup: the share of the horizon (all updates of the training) over which the rate rises linearly from 0, or, from 1 up, a number of
+            updates.
+        floor: the fraction of the peak rate below which it never falls after the warm-up, from 0 to 1.
     """
 
     def __init__(self, warmup: float = 0.0, floor: float = 0.0) -> None:
@@ -52,6 +54,9 @@ class Constant(Schedule):
 class Polynomial(Schedule):
     """A power of what is left to go (Chen et al., 2017, DeepLab): (1 - progress) ** power.
 
+    Args:
+        power: exponent, above 0: 1 is a straight line, with more the rate falls fastest at first.
+
     >>> [Polynomial(power=2.0).factor(update, horizon=4) for update in range(5)]
     [1.0, 0.5625, 0.25, 0.0625, 0.0]
     """
@@ -78,7 +83,11 @@ class Linear(Polynomial):
 
 
 class Step(Schedule):
-    """The rate falls to `gamma` times itself at each of these shares of what follows the warm-up.
+    """The rate falls in steps.
+
+    Args:
+        at: shares of what follows the warm-up, from 0 to 1, at each of which the rate falls.
+        gamma: the factor of each fall, from 0 to 1.
 
     >>> [round(Step(at=[0.5, 0.75], gamma=0.1).factor(update, horizon=4), 4) for update in range(5)]
     [1.0, 1.0, 0.1, 0.01, 0.01]
@@ -95,7 +104,10 @@ class Step(Schedule):
 
 
 class Exponential(Schedule):
-    """The same factor at every update, so that the last one reaches `end`: end ** progress.
+    """The same factor at every update: end ** progress.
+
+    Args:
+        end: the fraction of the peak rate (of what lies above the floor) that is reached at the end of the training; above 0, up to 1.
 
     >>> [round(Exponential(end=0.0625).factor(update, horizon=4), 4) for update in range(5)]
     [1.0, 0.5, 0.25, 0.125, 0.0625]
@@ -123,9 +135,13 @@ class Cosine(Schedule):
 
 
 class CosineRestarts(Schedule):
-    """Cosines that start again at the peak, each `growth` times as long as the one before (Loshchilov and Hutter, 2017).
+    """Cosines that start again at the peak (Loshchilov and Hutter, 2017).
 
     The first is 1 / (1 + growth + growth^2 + ...) of what follows the warm-up, so that the last ends with the training.
+
+    Args:
+        cycles: number of cosines.
+        growth: how many times as long each is as the one before; above 0.
 
     >>> [round(CosineRestarts(cycles=2).factor(update, horizon=4), 3) for update in range(5)]
     [1.0, 0.5, 1.0, 0.5, 0.0]
@@ -148,7 +164,11 @@ class CosineRestarts(Schedule):
 
 
 class WarmupStableDecay(Schedule):
-    """The peak until the last `decay` of what follows the warm-up, then down: in a line, or as 1 - sqrt (Hägele et al., 2024).
+    """The peak, then a decay to the floor at the end.
+
+    Args:
+        decay: the last share of what follows the warm-up, over which the rate falls; above 0, up to 1.
+        root: fall as 1 - sqrt (Hägele et al., 2024) instead of in a line.
 
     >>> [round(WarmupStableDecay(decay=0.5).factor(update, horizon=4), 3) for update in range(5)]
     [1.0, 1.0, 1.0, 0.5, 0.0]
