@@ -365,20 +365,20 @@ def features_of_several(encoded: Encoded, images: Images) -> Features:
     assert picture is not None
     (count, places), (_, patches, dim) = shown.shape, encoded.tokens.shape
     tokens = encoded.tokens.index_select(0, picture.flatten()).view(count, places, patches, dim)
-    tokens = tokens + picture_places(places, dim).to(tokens)[:, None]
+    tokens = tokens + picture_places(places, dim, tokens.device).to(tokens.dtype)[:, None]
     pooled = masked_mean(encoded.pooled.index_select(0, picture.flatten()).view(count, places, -1), shown)
     mask = shown[:, :, None].expand(-1, -1, patches).flatten(1)
     return Features(tokens.flatten(1, 2), mask, pooled, full=images.everyone)
 
 
-def picture_places(places: int, dim: int) -> Tensor:
+def picture_places(places: int, dim: int, device: torch.device | None = None) -> Tensor:
     """(P, D) cosines by which the first picture's tokens differ from the second's; nothing is added to those of the first.
 
     >>> picture_places(2, 4)[0].tolist()
     [0.0, 0.0, 0.0, 0.0]
     """
-    frequencies = torch.logspace(0, -2, dim)
-    return torch.cos(torch.arange(places)[:, None] * frequencies) - 1
+    frequencies = torch.logspace(0, -2, dim, device=device)
+    return torch.cos(torch.arange(places, device=device)[:, None] * frequencies) - 1
 
 
 def place_2d(y: Tensor) -> Tensor:

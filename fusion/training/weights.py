@@ -18,7 +18,7 @@ from fusion.data.table import listed
 from fusion.encoders import TransformersText
 from fusion.errors import UserError
 from fusion.model import FusionModel, make_head
-from fusion.runs.bundle import is_bundle, read_bundle
+from fusion.runs.bundle import FORMAT, is_bundle, read_bundle
 from fusion.runs.checkpoint_files import find_damage
 
 MOST_NAMES = 5
@@ -35,7 +35,8 @@ def load_weights(model: FusionModel | None, file: str | Path, processor: Process
     assert model is not None
     given, about = weights_of(Path(file).expanduser())
     own = model.state_dict()
-    before = None if about is None or "processor" not in about else Processor.from_state(about["processor"])
+    told = about is not None and about.get("format") == FORMAT and "processor" in about  # of another version weights alone are taken
+    before = Processor.from_state(about["processor"]) if told and about is not None else None
     rows = [] if before is None or processor is None else rows_that_moved(model, before, processor)
     fitting: dict[str, Tensor] = {}
     misshaped, inseparable, nameless = [], [], []

@@ -11,6 +11,7 @@ from fusion.encoders import TransformersText
 from fusion.heads import available
 from fusion.heads.registry import HEADS
 from fusion.model import FusionModel
+from fusion.runs.bundle import FORMAT
 from fusion.tasks import Classification
 from fusion.training.weights import load_weights
 
@@ -53,7 +54,7 @@ def saved(tmp_path):
         torch.save(
             {
                 "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
-                "fusion": {"processor": processor.state()},
+                "fusion": {"format": FORMAT, "processor": processor.state()},
             },
             tmp_path / "best.ckpt",
         )
@@ -120,3 +121,14 @@ def test_a_file_of_weights_alone_says_that_it_names_no_tokens_or_classes(tmp_pat
     before, now = model_of("ab"), model_of("ab", seed=1)
     torch.save(before.state_dict(), tmp_path / "weights.pt")
     assert "names neither tokens nor classes" in load_weights(now, tmp_path / "weights.pt", processor_of(None, knowing(["a", "b"])))
+
+
+def test_a_checkpoint_of_an_older_version_gives_its_weights_by_their_names(tmp_path):
+    before, now = model_of("ab"), model_of("ab", seed=1)
+    held = {"state_dict": {f"model.{name}": value for name, value in before.state_dict().items()}}
+    torch.save(
+        held | {"fusion": {"format": 5, "processor": {"image": None, "tokenizer": None, "classes": ["a", "b"]}}}, tmp_path / "old.ckpt"
+    )
+    told = load_weights(now, tmp_path / "old.ckpt", processor_of(None, knowing(["a", "b"])))
+    assert "names neither tokens nor classes" in told
+    assert all(torch.equal(a, b) for a, b in zip(now.state_dict().values(), before.state_dict().values(), strict=True))
