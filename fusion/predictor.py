@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError
 from fusion.heads import FusionHead
 from fusion.model import FusionModel
+from fusion.rebuilding import class_of, rebuilt
 from fusion.runs.bundle import MODEL, is_bundle, of_checkpoint, read_bundle
 from fusion.runs.checkpoint_files import read_checkpoint
 
@@ -79,8 +79,8 @@ class Predictor:
         """From a model's folder (model.json, model.safetensors), or a checkpoint file."""
         about, weights = read_bundle(path) if path.is_dir() else of_checkpoint(read_checkpoint(path), path)
         processor = Processor.from_state(about["processor"])
-        encoders = {name: rebuilt(spec, Encoder)(**spec["init"]) for name, spec in about["encoders"].items()}
-        head = partial(rebuilt(about["head"], FusionHead), **about["head"]["init"])
+        encoders = {name: rebuilt(spec, Encoder) for name, spec in about["encoders"].items()}
+        head = partial(class_of(about["head"], FusionHead), **about["head"]["init"])
         model = FusionModel.build(encoders, head, processor.task.out_dim)
         add_adapters(model.encoders, about["adapters"])
         model.load_state_dict(weights)
@@ -191,15 +191,3 @@ def model_of(run: str | Path, which: str) -> tuple[Path, str]:
 def on_device(inputs: Any, device: torch.device) -> Any:
     """An encoder's input with its tensors there."""
     return type(inputs)(*(value.to(device) if isinstance(value, Tensor) else value for value in inputs))
-
-
-def rebuilt(spec: dict[str, Any], base: type) -> Any:
-    """The class that a checkpoint names, if it is one of the kind expected."""
-    module, _, name = spec["class"].rpartition(".")
-    try:
-        cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"the checkpoint needs {spec['class']}, which can't be imported here ({error})") from error
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise UserError(f"the checkpoint names {spec['class']} as its {base.__name__}, which it is not")
-    return cls

@@ -1,23 +1,21 @@
 """The contract that every task keeps."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from importlib import import_module
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from fusion.errors import UserError
+from fusion.rebuilding import Rebuildable, rebuilt
 
 OnUnseen = Literal["error", "count_as_wrong"]
 
 
-class Task(nn.Module, ABC):
+class Task(Rebuildable, nn.Module, ABC):
     """What is asked of a sample: how its target is read and learnt from the training split, the loss of each sample, scores and answers.
 
     A task knows no file, no device and no trainer. It is a module so that what it needs at the loss (weights of classes) is where the model
@@ -42,13 +40,6 @@ class Task(nn.Module, ABC):
     one_of_classes: ClassVar[bool] = False
 
     names: list[str]  # of the outputs: classes, labels
-    init_args: dict[str, Any]
-
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        task = super().__new__(cls)
-        given = dict(zip(list(inspect.signature(cls.__init__).parameters)[1:], args, strict=False)) | options
-        task.__dict__["init_args"] = given
-        return task
 
     # The target, from cells to tensors.
 
@@ -172,19 +163,12 @@ class Task(nn.Module, ABC):
         """Take what `learnt` gave."""
 
     def state(self) -> dict[str, Any]:
-        """Plain data from which `from_state` makes the same task."""
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "init": dict(self.init_args), "learnt": self.learnt()}
+        """Plain data from which `from_state` makes the same."""
+        return {**self.made_by(), "learnt": self.learnt()}
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> "Task":
-        """Raises UserError for a class that can't be imported, or is no task."""
-        module, _, name = state["class"].rpartition(".")
-        try:
-            cls = getattr(import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"the checkpoint needs the task {state['class']}, which can't be imported here ({error})") from error
-        if not (isinstance(cls, type) and issubclass(cls, Task)):
-            raise UserError(f"the checkpoint names {state['class']} as its task, which it is not")
-        task = cls(**state["init"])
-        task.set_learnt(state["learnt"])
-        return task
+        """Raises UserError for a class that can't be imported, or is another thing."""
+        made: Task = rebuilt(state, Task)
+        made.set_learnt(state["learnt"])
+        return made

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import fusion.session as command
 from fusion.cli.ray_worker import free_port
 from fusion.data import Shapes
 from fusion.data.prepare import prepared
-from fusion.errors import INTERRUPTED
+from fusion.errors import INTERRUPTED, REQUEUE
 from fusion.session import fit, quiet
 from fusion.settings.parser import FusionCLI
 from fusion.training.callbacks.signals import SaveInTime
@@ -163,6 +164,24 @@ def fit_on_two(tmp_path):
         return Run(0, Path(recipe) if goes_on else newest(tmp_path / runs)), "".join(told)
 
     return run
+
+
+@pytest.fixture
+def requeued_after(monkeypatch):
+    """Within it, runs are asked to end by SIGTERM's way after so many updates."""
+
+    @contextmanager
+    def arrange(updates):
+        def ask(self, trainer, module, *rest, to_the_end=SaveInTime.on_train_batch_end):
+            if module.updates == updates:
+                self.asked = REQUEUE
+            to_the_end(self, trainer, module, *rest)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(SaveInTime, "on_train_batch_end", ask)
+            yield
+
+    return arrange
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from fusion.cli.evaluate import evaluate
 from fusion.cli.predict import predict
 from fusion.errors import UserError
 from fusion.session import fit
-from fusion.training.callbacks.signals import SaveInTime
 
 IMAGE = {"class_path": "fusion.encoders.TimmImage", "init_args": {"name": "test_vit", "pretrained": False, "image_size": 32}}
 TEXT = {"class_path": "fusion.encoders.TransformersText", "init_args": {"config": BERT}}
@@ -112,17 +111,11 @@ def test_inputs_train_by_recipe_alone_and_answer_alike_from_files_and_from_pytho
 
 @every_set
 @pytest.mark.parametrize("precision", [[], ["--recipe=engine/amp", "--trainer.accelerator=cpu"]], ids=["fp32", "fp16"])
-def test_a_run_over_inputs_goes_on_to_the_bit(of_inputs, fit_here, monkeypatch, inputs, precision):
+def test_a_run_over_inputs_goes_on_to_the_bit(of_inputs, fit_here, requeued_after, inputs, precision):
     options = ["--recipe", of_inputs(inputs), *precision, "--model.modality_dropout=0.3"]
     whole = fit_here(*options, runs="whole")
 
-    def ask(self, trainer, module, *rest, to_the_end=SaveInTime.on_train_batch_end):
-        if module.updates == 5:
-            self.asked = 75
-        to_the_end(self, trainer, module, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(SaveInTime, "on_train_batch_end", ask)
+    with requeued_after(5):
         stopped = fit_here(*options, runs="stopped")
     assert stopped.status == 75
     assert_same_end(fit_here("--resume", stopped.folder), whole)

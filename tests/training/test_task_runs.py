@@ -11,7 +11,6 @@ from fusion.cli.evaluate import evaluate
 from fusion.cli.predict import predict
 from fusion.errors import UserError
 from fusion.session import fit
-from fusion.training.callbacks.signals import SaveInTime
 
 LABELS = "--model.task=MultiLabel"
 NUMBER = "--model.task=Regression"
@@ -69,17 +68,11 @@ def test_a_run_is_scored_and_predicts_in_the_task_s_own_terms(of_task, fit_here,
 
 
 @pytest.mark.parametrize("task", [LABELS, NUMBER])
-def test_a_run_that_was_interrupted_goes_on_to_the_bit(of_task, fit_here, monkeypatch, task):
+def test_a_run_that_was_interrupted_goes_on_to_the_bit(of_task, fit_here, requeued_after, task):
     options = ["--recipe", of_task(task), task, "--model.balance=OGMGE", "--model.modality_dropout=0.2"]
     whole = fit_here(*options, runs="whole")
 
-    def ask(self, trainer, module, *rest, to_the_end=SaveInTime.on_train_batch_end):
-        if module.updates == 5:
-            self.asked = 75
-        to_the_end(self, trainer, module, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(SaveInTime, "on_train_batch_end", ask)
+    with requeued_after(5):
         stopped = fit_here(*options, runs="stopped")
     assert stopped.status == 75
     assert_same_end(fit_here("--resume", stopped.folder), whole)

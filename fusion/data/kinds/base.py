@@ -1,17 +1,16 @@
 """The contract that every kind of input keeps."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from fusion.encoders import Encoder
 from fusion.errors import UserError
+from fusion.rebuilding import Rebuildable, rebuilt
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Store(Protocol):
         """(n,) a number for each sample, alike where the input is, -1 where there is none; None where sharing saves nothing."""
 
 
-class Kind(ABC):
+class Kind(Rebuildable, ABC):
     """One named input of a sample: which columns of the manifest it is, and how it becomes what an encoder takes.
 
     A cell is what one sample has, as `read` gives it: hashable, None for none.
@@ -80,14 +79,8 @@ class Kind(ABC):
     noun: ClassVar[str]
     takes: ClassVar[type]
     option: str = ""
-    init_args: dict[str, Any]
 
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        kind = super().__new__(cls)
-        kind.init_args = dict(zip(list(inspect.signature(cls.__init__).parameters)[1:], args, strict=False)) | options
-        return kind
-
-    def complete(self, defaults: "Defaults") -> None:  # noqa: B027 (an input need not have any)
+    def complete(self, defaults: "Defaults") -> None:
         """Take the settings of the data for those that this input doesn't give."""
 
     # From the manifest.
@@ -162,19 +155,12 @@ class Kind(ABC):
             yield f"its {self.noun}s are read otherwise"
 
     def state(self) -> dict[str, Any]:
-        """Plain data from which `from_state` makes the same kind of input."""
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "init": self.init_args, "learnt": self.learnt()}
+        """Plain data from which `from_state` makes the same."""
+        return {**self.made_by(), "learnt": self.learnt()}
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> "Kind":
-        """Raises UserError for a class that can't be imported, or is no kind of input."""
-        module, _, name = state["class"].rpartition(".")
-        try:
-            cls = getattr(import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"the checkpoint needs {state['class']}, which can't be imported here ({error})") from error
-        if not (isinstance(cls, type) and issubclass(cls, Kind)):
-            raise UserError(f"the checkpoint names {state['class']} as a kind of input, which it is not")
-        kind = cls(**state["init"])
-        kind.set_learnt(state["learnt"])
-        return kind
+        """Raises UserError for a class that can't be imported, or is another thing."""
+        made: Kind = rebuilt(state, Kind)
+        made.set_learnt(state["learnt"])
+        return made
