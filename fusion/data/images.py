@@ -197,7 +197,7 @@ def opened_image(file: IO[bytes]) -> ImageFile.ImageFile:
                 raise
             except Exception as error:
                 raise ImageError(reason_of(error)) from error
-    raise ImageError("damaged header" if recognised else "not an image")
+    raise ImageError("corrupt header" if recognised else "not an image")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -220,7 +220,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged EXIF: a viewer shows the picture as it lies
+    except Exception:  # corrupt EXIF: a viewer shows the picture as it lies
         return 1
 
 
@@ -230,7 +230,7 @@ def reason_of(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, EOFError) or "truncated" in message.lower():
         return "truncated"
-    return f"damaged: {message or type(error).__name__}"
+    return f"corrupt: {message or type(error).__name__}"
 
 
 def refuse_size(size: tuple[int, ...], max_megapixels: float) -> None:

@@ -30,10 +30,10 @@ class Ledger:
 
     >>> ledger = Ledger("drop")
     >>> ledger.add("m.csv", 2, "a", "image missing: /data/a.png")
-    >>> ledger.add("m.csv", 3, "b", "image damaged: truncated (/data/b.png)")
+    >>> ledger.add("m.csv", 3, "b", "image corrupt: truncated (/data/b.png)")
     >>> ledger.add("m.csv", 7, "c", "image missing: /data/c.png")
     >>> ledger.summary()
-    '3 samples dropped: 2 image missing, 1 image damaged; see data_issues.csv'
+    '3 samples dropped: 2 image missing, 1 image corrupt; see data_issues.csv'
     """
 
     def __init__(self, on_bad_sample: Literal["drop", "error"] = "drop") -> None:
@@ -47,7 +47,7 @@ class Ledger:
         """Note one sample. Raises UserError, naming all four, where bad samples are errors."""
         issue = Issue(file, row, id, reason)
         if self.on_bad_sample == "error":
-            raise UserError(f"{place(issue)}: {reason}. Mend it, or leave such samples out: --data.on_bad_sample=drop")
+            raise UserError(f"{place(issue)}: {reason}. Fix it, or leave such samples out: --data.on_bad_sample=drop")
         self.issues.append(issue)
 
     def note(self, text: str) -> None:
@@ -86,8 +86,8 @@ class Ledger:
 def category(reason: str) -> str:
     """What a reason is about: the part before its particulars, which follow a colon or stand in brackets.
 
-    >>> category("image damaged: truncated (/data/b.png)"), category("not UTF-8 (byte 0xe9 in column text)")
-    ('image damaged', 'not UTF-8')
+    >>> category("image corrupt: truncated (/data/b.png)"), category("not UTF-8 (byte 0xe9 in column text)")
+    ('image corrupt', 'not UTF-8')
     """
     return reason.partition(":")[0].partition(" (")[0]
 

@@ -73,7 +73,7 @@ class FusionData(LightningDataModule):
         memory_gib: decoded images are kept up to this much, once for all processes of a machine.
         num_workers: processes that decode; by default none for images in memory, else one a core up to eight.
         cache: where prepared data is kept; by default $FUSION_CACHE or ~/.cache/fusion.
-        curriculum: lets training samples in by their difficulty, the easy ones first; without it all are in from the start.
+        curriculum: admits training samples by difficulty, the easy ones first; without it all are admitted from the start.
         shuffle: "samples" one by one, or "images": all samples of an image side by side, so that it is encoded once for them.
         on_bad_sample: "drop" into the run's data_issues.csv, or "error" at the first.
         on_unseen_label: a label that train lacks is an "error", or "count_as_wrong" in the score.
@@ -267,7 +267,7 @@ class FusionData(LightningDataModule):
             where = "the files" if self.val_manifest or self.test_manifest else f"column '{self.columns.split}'"
             raise UserError(
                 f"{len(leaks)} groups are in train and in another split (the first: '{group}' in {', '.join(sorted(splits))}); "
-                f"what train has seen can't test it. Mend {where}, or accept it: --data.on_shared_group=report; "
+                f"what train has seen can't test it. Fix {where}, or accept it: --data.on_shared_group=report; "
                 f"or, if column '{self.columns.group}' is not meant as groups: --data.columns.group=null"
             )
         return shared

@@ -1,6 +1,6 @@
 """Attention with masks, and the residual layers that the attention-based heads are built of.
 
-B batch, N tokens that ask, K tokens that answer, D width, H attention heads.
+B batch, N queries, K keys, D width, H attention heads.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 def attention_maps(module: nn.Module, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
     """What `module` (a head, a model) gives for the inputs, and the weights of everything in it that attends, by its name.
 
-    Weights are (B, H, N, K), without gradient: H heads, N tokens that ask, K that answer, in the order in which the head joins them
+    Weights are (B, H, N, K), without gradient: H heads, N queries, K keys, in the order in which the head joins them
     (those of `dims`; a class token before, bottleneck tokens after). AdaptiveGraph's edges are given likewise, with H = 1.
     They are computed beside the usual pass, which never makes them.
 
@@ -127,7 +127,7 @@ class CrossAttentionLayer(nn.Module):
     """x reads itself (if `self_attention`), then another modality, then passes a feed-forward map; all three residual and pre-norm.
 
     With `tanh_gate` what is read from the other modality, and the feed-forward map after it, enter through tanh(g), g = 0 at the
-    start (Flamingo, Alayrac et al., 2022): the stream that asks begins as if it were alone.
+    start (Flamingo, Alayrac et al., 2022): the stream of the queries begins as if it were alone.
     """
 
     def __init__(

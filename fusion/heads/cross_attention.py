@@ -79,7 +79,7 @@ class CrossAttention(FusionHead):
         self.mix = nn.Sequential(nn.LayerNorm(len(dims) * dim), nn.Linear(len(dims) * dim, dim), nn.GELU(), nn.Dropout(dropout))
 
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
-        # A modality that only answers is the same for all samples that share it: it stays shared.
+        # A modality of keys alone is the same for all samples that share it: it stays shared.
         features = {name: f.unshared() if name in self.reads else f for name, f in features.items()}
         x = {name: f._replace(tokens=self.project[name](f.tokens)) for name, f in features.items()}
         for layer in self.layers:

@@ -1,4 +1,4 @@
-"""Intermediate fusion: every joint feature is taken from one modality, drawn by lot."""
+"""Intermediate fusion: every joint feature is taken from one modality, drawn at random."""
 
 import math
 from collections.abc import Mapping

@@ -93,6 +93,6 @@ class SpatialAttention(nn.Module):
         return (weights @ keep(tokens, mask)).squeeze(1)
 
     def attention_weights(self, tokens: Tensor, summary: Tensor, mask: Tensor) -> Tensor:
-        """(B, 1, 1, N): one head, one place that asks."""
+        """(B, 1, 1, N): one head, one query."""
         scores = self.score((self.token(tokens) + self.summary(summary)[:, None]).tanh()).mT  # (B, 1, N)
         return masked_softmax(scores, mask[:, None], dim=-1)[:, None]

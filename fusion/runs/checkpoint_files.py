@@ -1,4 +1,4 @@
-"""Reading a checkpoint without running any code of it, and without believing a damaged one."""
+"""Reading a checkpoint without running any code of it, and without believing a corrupt one."""
 
 import pickle
 import struct
@@ -18,14 +18,14 @@ A_FOLDER = 0x10  # the bit in a member's attributes
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint on the CPU. Raises UserError if it is missing, damaged, or would have to run code to be loaded.
+    """A checkpoint on the CPU. Raises UserError if it is missing, corrupt, or would have to run code to be loaded.
 
     torch writes a checksum (CRC-32) with every tensor but doesn't look at it when it reads; here it is looked at.
     """
     try:
         damage = find_damage(path)
         if damage:
-            raise UserError(f"the checkpoint {path} is damaged: {damage}")
+            raise UserError(f"the checkpoint {path} is corrupt: {damage}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
@@ -57,14 +57,14 @@ def find_damage(path: str | Path) -> str | None:
 
 def newest_whole(folder: Path) -> tuple[Path, str | None]:
     """The checkpoint that a run goes on from, and what to tell if it isn't the last one. Raises UserError if none is whole."""
-    damaged: list[str] = []
+    corrupt: list[str] = []
     for name in ("last", "previous", "best"):
         path = folder / f"{name}.ckpt"
         if not path.is_file():
             continue
         damage = find_damage(path)
         if damage is None:
-            told = f"warning: {'; '.join(damaged)}; going on from {path.name} instead" if damaged else None
+            told = f"warning: {'; '.join(corrupt)}; going on from {path.name} instead" if corrupt else None
             return path, told
-        damaged.append(f"{path.name} is damaged: {damage}")
-    raise UserError(f"can't resume {folder.parent}: {'; '.join(damaged) or 'it has no checkpoint'}")
+        corrupt.append(f"{path.name} is corrupt: {damage}")
+    raise UserError(f"can't resume {folder.parent}: {'; '.join(corrupt) or 'it has no checkpoint'}")

@@ -61,7 +61,7 @@ class Engine(LightningModule):
         checkpoint_activations: parts whose activations are computed again for the backward pass instead of being kept.
         compile: the whole model by torch.compile.
         balance: keeps the modality that learns faster from leaving the other behind: OGMGE, MMPareto, GradientBlending, UnimodalLosses.
-        modality_dropout: probability that a training sample loses a modality, the last one never.
+        modality_dropout: probability of removing each modality of a training sample, keeping at least one.
         allow_unused: go on where parameters get no gradient at the first update.
     """
 

@@ -1,4 +1,4 @@
-"""Training samples that lose a modality by lot, never their last."""
+"""Modality dropout: randomly removes modalities from training samples, keeping at least one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def drop_modalities(inputs: Mapping[str, Any], probability: float) -> dict[str, Tensor]:
-    """By modality (B,) bool, which samples keep it: each loses each of its modalities with this probability.
+    """By modality (B,) bool, which samples keep it: each of a sample's modalities is removed with this probability.
 
-    A sample that would lose all that it has keeps one of them, each as likely as the others.
+    A sample from which all would be removed keeps one of them, each as likely as the others.
 
     Source: Neverova et al. (2015), "ModDrop: adaptive multi-modal gesture recognition".
     """

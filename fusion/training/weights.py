@@ -148,7 +148,7 @@ def weights_of(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         else:
             damage = find_damage(path)
             if damage:
-                raise UserError(f"--init_from={path}: the file is damaged: {damage}")
+                raise UserError(f"--init_from={path}: the file is corrupt: {damage}")
             held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"--init_from={path}: refused; it holds more than tensors and plain data, which could run any code") from error

@@ -108,9 +108,9 @@ def test_a_label_that_train_lacks_is_listed(in_process: InProcess, tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corrupt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A manifest in which six samples are bad, each in its own way, and two lack one modality."""
-    folder = tmp_path_factory.mktemp("damaged")
+    folder = tmp_path_factory.mktemp("corrupt")
     texts, labels, images = (
         [f"sample {i}" for i in range(30)],
         ["cat" if i % 2 else "dog" for i in range(30)],
@@ -133,12 +133,12 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return manifest
 
 
-def test_bad_samples_are_dropped_with_file_row_and_reason_and_training_goes_on(here: Run, damaged: Path, world: Path) -> None:
-    done = here("fit", *OWN, f"--data.manifest={damaged}", "--runs=damaged-runs")
+def test_bad_samples_are_dropped_with_file_row_and_reason_and_training_goes_on(here: Run, corrupt: Path, world: Path) -> None:
+    done = here("fit", *OWN, f"--data.manifest={corrupt}", "--runs=corrupt-runs")
     assert done.returncode == 0, done.stderr
     assert "7 samples dropped" in done.stdout
     assert "without image" in done.stdout
-    (run,) = (world / "damaged-runs" / "own").iterdir()
+    (run,) = (world / "corrupt-runs" / "own").iterdir()
     with open(run / "data_issues.csv") as file:
         issues = {row["id"]: row for row in csv.DictReader(file)}
     told = {name: issues[name]["reason"] for name in ("s0", "s1", "s2", "s3", "s4", "s5")}
@@ -153,5 +153,5 @@ def test_bad_samples_are_dropped_with_file_row_and_reason_and_training_goes_on(h
     assert issues["s0"]["file"].endswith("m.csv")
 
 
-def test_the_first_bad_sample_can_be_an_error(in_process: InProcess, damaged: Path) -> None:
-    assert "m.csv" in refused(in_process, damaged, "--data.on_bad_sample=error")
+def test_the_first_bad_sample_can_be_an_error(in_process: InProcess, corrupt: Path) -> None:
+    assert "m.csv" in refused(in_process, corrupt, "--data.on_bad_sample=error")

@@ -133,7 +133,7 @@ def test_pictures_that_cannot_be_read_cost_their_sample_alone(tmp_path):
     cells = [good, (good, broken), (tmp_path / "a.png").read_bytes(), None, (str(tmp_path / "none.png"), good)]
     encoder = TimmImage("test_vit", pretrained=False, image_size=16)
     bad = kind.check(cells, encoder, Checking(1.0, tmp_path))
-    assert bad == {1: "image damaged: not an image (10 bytes)", 4: f"image missing: {tmp_path / 'none.png'}"}
+    assert bad == {1: "image corrupt: not an image (10 bytes)", 4: f"image missing: {tmp_path / 'none.png'}"}
     assert (kind.most, kind.digest(good)) == (2, kind.digest(cells[2]))
     assert kind.digest(cells[1]) == ""
     unreadable = {}

@@ -67,10 +67,10 @@ def test_the_written_file_has_the_permissions_of_any_other_new_file(tmp_path):
 def test_the_summary_counts_by_kind_of_reason_commonest_first():
     ledger = Ledger("drop")
     for i in range(5):
-        ledger.add("m.csv", i, str(i), f"image damaged: truncated (/data/{i}.png)")
+        ledger.add("m.csv", i, str(i), f"image corrupt: truncated (/data/{i}.png)")
     for i in range(12):
         ledger.add("m.csv", i, str(i), f"image missing: /data/{i}.png")
-    assert ledger.summary() == "17 samples dropped: 12 image missing, 5 image damaged; see data_issues.csv"
+    assert ledger.summary() == "17 samples dropped: 12 image missing, 5 image corrupt; see data_issues.csv"
 
 
 def test_the_summary_of_one_sample_and_of_none_reads_well():

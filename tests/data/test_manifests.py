@@ -110,7 +110,7 @@ def test_files_of_one_name_in_two_folders_have_ids_of_their_own(file, tmp_path):
 
 def test_a_training_row_whose_group_is_held_out_in_another_file_is_a_leak_not_moved(file):
     data = FusionData(manifest=file("m.csv", [""] * 8, group="g"), val_manifest=file("v.csv", [""] * 4, group="g"), test=0)
-    with pytest.raises(UserError, match=r"1 groups are in train and in another split \(the first: 'g0' in train, val\).* Mend the files"):
+    with pytest.raises(UserError, match=r"1 groups are in train and in another split \(the first: 'g0' in train, val\).* Fix the files"):
         data.refuse_leaks(data.split_table(TEXT, Classification()))
 
 

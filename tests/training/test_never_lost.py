@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged or in time; starting from weights; other numbers of ranks."""
+"""Checkpoints that are corrupt or in time; starting from weights; other numbers of ranks."""
 
 import re
 import subprocess
@@ -76,7 +76,7 @@ def test_a_torn_file_is_found(checkpoint, share):
     torn = path.with_name("torn.ckpt")
     torn.write_bytes(content[: int(share * len(content))])
     assert "not whole" in find_damage(torn)
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is corrupt"):
         read_checkpoint(torn)
 
 
@@ -99,14 +99,14 @@ def test_the_checkpoint_before_the_last_is_kept_and_used_when_the_last_is_damage
     assert [read_checkpoint(path)["fusion"]["updates"] for path in (last, previous)] == [7, 6]
     last.write_bytes(last.read_bytes()[:-1000])
     resumed = fit_here("--resume", stopped)
-    assert "last.ckpt is damaged: it is not whole" in (told := capsys.readouterr().out)
+    assert "last.ckpt is corrupt: it is not whole" in (told := capsys.readouterr().out)
     assert "going on from previous.ckpt" in told
     assert_same_end(resumed, whole)
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused_with_what_is_wrong(tmp_path):
     (tmp_path / "last.ckpt").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
+    with pytest.raises(UserError, match=r"last\.ckpt is corrupt"):
         newest_whole(tmp_path)
 
 
@@ -261,6 +261,6 @@ def test_a_file_that_is_no_use_is_refused_by_name(parts, tmp_path, kind):
         torch.save({}, path)
     elif kind == "code":
         torch.save({"a": Path("x")}, path)
-    expected = {"missing": "no such file", "torn": "damaged", "foreign": "none of its 1 weights", "empty": "no weights", "code": "refused"}
+    expected = {"missing": "no such file", "torn": "corrupt", "foreign": "none of its 1 weights", "empty": "no weights", "code": "refused"}
     with pytest.raises(UserError, match=rf"weights\.pt: .*{expected[kind]}"):
         load_weights(built, path)

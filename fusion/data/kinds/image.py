@@ -288,7 +288,7 @@ def pictures_of(cell: Any) -> list[Any] | None:
 def image_issue(reason: str, source: FileOrBytes) -> str:
     """How the list of issues says it: what sort of issue, then which file and why."""
     where = f"{len(source):,} bytes" if isinstance(source, bytes) else source
-    return f"image missing: {where}" if reason == "missing" else f"image damaged: {reason} ({where})"
+    return f"image missing: {where}" if reason == "missing" else f"image corrupt: {reason} ({where})"
 
 
 def notes_of_paths(path: str, rows: Sequence[int], located: Sequence[Located | None]) -> list[str]:

@@ -18,7 +18,7 @@ from fusion.runs.checkpoint_files import read_checkpoint
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a temporary file in the same folder, flushes it to the disk and renames it: whatever fails, the previous one survives.
 
-    What last.ckpt was before becomes previous.ckpt, to go on from should last.ckpt be damaged later.
+    What last.ckpt was before becomes previous.ckpt, to go on from should last.ckpt be corrupt later.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:

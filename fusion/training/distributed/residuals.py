@@ -33,7 +33,7 @@ def write(path: Path, residual: dict[str, Tensor]) -> None:
 
 def read(checkpoints: Path, updates: int, world: int, rank: int, world_now: int) -> dict[str, Tensor]:
     """A rank's own share; with another number of ranks, an equal share of what all had left. Raises UserError where a file is missing or
-    damaged."""
+    corrupt."""
     ranks = [rank] if world == world_now else range(world)
     total: dict[str, Tensor] = {}
     for share in whole_shares(checkpoints, updates, world, ranks):
