@@ -138,7 +138,9 @@ def as_option(value: Any) -> str:
     >>> [as_option(value) for value in ("Gated", 3, True, None, {"image": {"until_update": 5}}, [1, 2])]
     ['Gated', '3', 'true', 'null', '{"image": {"until_update": 5}}', '[1, 2]']
     """
-    return value if isinstance(value, str) else os.fspath(value) if isinstance(value, os.PathLike) else json.dumps(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value if isinstance(value, str) else json.dumps(value, default=lambda one: one.item())  # NumPy's scalars
 
 
 def picture_columns(words: Sequence[str]) -> list[str]:
@@ -165,13 +167,15 @@ def written(table: Any, name: str, folder: Path, pictures: Sequence[str]) -> str
             raise UserError(f"{name} is a {type(table).__name__}; expected a file, a data frame, an Arrow table or a dict of columns")
         for column in set(pictures) & set(table.column_names):
             kind = table.schema.field(column).type
-            if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-                cells = [absolute(cell) for cell in table.column(column).to_pylist()]
-                table = table.set_column(table.column_names.index(column), column, pa.array(cells, pa.string()))
+            cells = [from_working_folder(cell) for cell in table.column(column).to_pylist()]
+            made = pa.array(cells) if pa.types.is_dictionary(kind) else pa.array(cells, kind)
+            table = table.set_column(table.column_names.index(column), column, made)
         folder.mkdir(parents=True, exist_ok=True)
         making = folder / f".{name}-{os.getpid()}.parquet"
         pq.write_table(table, making)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{name} can't be written as Parquet: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise UserError(f"can't write the table {name} to {folder}: {error.strerror or error}. Another place: runs=FOLDER") from error
@@ -180,7 +184,21 @@ def written(table: Any, name: str, folder: Path, pictures: Sequence[str]) -> str
     return str(path)
 
 
-def absolute(cell: str | None) -> str | None:
-    """A path from the working folder; others are left to the manifest's reader."""
-    plain = cell and not cell.isspace() and not cell.startswith(("~", "[")) and not URL.match(cell) and not FILE_URL.match(cell)
-    return os.path.abspath(cell) if plain and cell else cell
+def from_working_folder(cell: Any) -> Any:
+    """A picture's cell with its paths made absolute; what is no plain path (a URL, ~) is left to the manifest's reader.
+
+    >>> from_working_folder(["/a.png", None, "~/b.png"]), from_working_folder(b"picture")
+    (['/a.png', None, '~/b.png'], b'picture')
+    """
+    if isinstance(cell, list):
+        return [from_working_folder(one) for one in cell]
+    if isinstance(cell, dict):
+        return cell | {"path": from_working_folder(cell.get("path"))} if "path" in cell else cell
+    if not isinstance(cell, str) or not cell or cell.isspace() or cell.startswith("~") or URL.match(cell) or FILE_URL.match(cell):
+        return cell
+    if cell.lstrip().startswith("["):
+        try:
+            return json.dumps([from_working_folder(one) for one in json.loads(cell)])
+        except (ValueError, TypeError, RecursionError):  # a path that begins so
+            pass
+    return os.path.abspath(cell)

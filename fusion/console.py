@@ -111,6 +111,14 @@ class SignOfLife:
         return True
 
 
+def figure(value: float) -> str:
+    """
+    >>> figure(0.99583), figure(3.2e-20), figure(0.0)
+    ('0.9958', '3.2e-20', '0.0000')
+    """
+    return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.4g}"
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows as aligned columns, the first to the left, the others to the right.
 

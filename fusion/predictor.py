@@ -106,14 +106,16 @@ class Predictor:
 
         Raises UserError for a sample that lacks all, lists of different lengths, and images that can't be read.
         """
-        named = {"image": images, "text": texts} | inputs
+        usual = {"image": "images", "text": "texts"}
+        pair = {"image": images, "text": texts}
+        # An input may be called "images" itself.
+        named = {usual[name] if usual[name] in self.modalities else name: values for name, values in pair.items()} | inputs
         given = {name: values for name, values in named.items() if values is not None}
         foreign = [name for name in given if name not in self.modalities]
         if foreign:
             raise UserError(f"this model reads {' and '.join(self.modalities)}, not {foreign[0]}")
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; expected at least 1")
-        usual = {"image": "images", "text": "texts"}
         kinds = self.processor.inputs
         cells = {name: kinds[name].raw(values, usual.get(name, name)) for name, values in given.items()}
         lengths = {name: len(column) for name, column in cells.items()}

@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from fusion.console import aligned, is_rank_zero, print_rank_zero, printing, signs_of_life
+from fusion.console import aligned, figure, is_rank_zero, print_rank_zero, printing, signs_of_life
 from fusion.data import FusionData
 from fusion.data.table import Table
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
@@ -200,10 +200,10 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
         of_all = f"{len(table):,}" if scored < len(table) else ""
         lines = [
             ["test", *task.headline, "samples"],
-            ["this model", *(f"{scores[name]:.4f}" for name in task.headline.values()), f"{scored:,}"],
+            ["this model", *(figure(scores[name]) for name in task.headline.values()), f"{scored:,}"],
         ]
         for name, bound in best_alone.items():
-            cells = [f"{bound:.4f}" if score == task.bounded else "" for score in task.headline.values()]
+            cells = [figure(bound) if score == task.bounded else "" for score in task.headline.values()]
             lines.append([title_of(task, name), *cells, of_all])
     if trainer.is_global_zero and run.folder is not None:
         results = {"test": finite(scores), "val": validated(run.folder, model.task), "updates": updates}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.cli.options import Options, above_zero
-from fusion.console import aligned
+from fusion.console import aligned, figure
 from fusion.errors import UserError
 from fusion.scoring import evaluate_run, print_issues
 from fusion.settings.reading import HELP, reading_options
@@ -33,7 +33,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     task = found.task
     rows = [[f"{asked.by or ''}", *task.headline, task.baseline, "samples"]]
     for name, scores in found.scores.items():
-        shown = [f"{scores[key]:.4f}" if key in scores else "" for key in (*task.headline.values(), task.baseline)]
+        shown = [figure(scores[key]) if key in scores else "" for key in (*task.headline.values(), task.baseline)]
         rows.append([name, *shown, f"{scores['samples']:,}"])
     print(f"{asked.manifest or split} of {asked.run}\n\n{aligned(rows)}")
     print(f"\n{task.baseline}: the {task.bounded} of the best single answer for all samples of the row")

@@ -14,7 +14,7 @@ from fusion.data.table import Table
 from fusion.errors import UserError
 from fusion.predictor import Predictions
 from fusion.scoring import load_for, predict_rows, print_issues, rows_of
-from fusion.settings.reading import HELP, inputs_for, reading_of, reading_options, settings_of
+from fusion.settings.reading import HELP, inputs_for, is_run, reading_of, reading_options, settings_of
 from fusion.tasks import Task
 from fusion.training.callbacks.run_folder import OWN_FILES
 
@@ -53,7 +53,7 @@ def predict(arguments: Sequence[str]) -> int:
 def refuse_to_overwrite(out: Path, issues: Path, run: Path, manifest: str) -> None:
     """Raises UserError, before anything is predicted, where a file that is to be written is one to be kept, or can't be written."""
     kept = {"the manifest itself": manifest}
-    if run.is_dir():
+    if is_run(run):
         settings = settings_of(run)
         kept |= {f"the run's own data.{name}": settings.get(name) for name in ("manifest", "val_manifest", "test_manifest")}
         kept |= {f"the run's own {name}": str(run / name) for name in OWN_FILES}

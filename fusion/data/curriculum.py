@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from fusion.data.samples import Samples
-from fusion.data.table import Table
+from fusion.data.table import Columns, Table
 from fusion.errors import UserError, nearest
 
 TEXT_LENGTH, LOSS = "text_length", "loss"
@@ -64,14 +64,15 @@ def difficulty(curriculum: Curriculum, table: Table, samples: Samples) -> np.nda
         if not lengths:
             raise UserError("data.curriculum.by is text_length, but the model reads no texts")
         return np.sum(lengths, axis=0)
-    if curriculum.by not in table.extra:
+    known = table.by_name(Columns())
+    if curriculum.by not in known:
         raise UserError(
-            f"data.curriculum.by: the manifest has no column '{curriculum.by}'. {nearest(curriculum.by, [TEXT_LENGTH, LOSS, *table.extra])}"
+            f"data.curriculum.by: the manifest has no column '{curriculum.by}'. {nearest(curriculum.by, [TEXT_LENGTH, LOSS, *known])}"
         )
     values = np.empty(len(table))
-    for i, cell in enumerate(table.extra[curriculum.by]):
+    for i, cell in enumerate(known[curriculum.by]):
         try:
-            values[i] = float(cell)
+            values[i] = float(cell or "")
         except ValueError:
             values[i] = math.nan
         if math.isnan(values[i]):

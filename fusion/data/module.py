@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fusion.data.cell_text import cell_text
+from fusion.cell_text import cell_text
 from fusion.data.curriculum import LOSS, TEXT_LENGTH, Admission, Curriculum, difficulty
 from fusion.data.format import Format
 from fusion.data.images import Resize, cores
@@ -198,6 +198,9 @@ class FusionData(LightningDataModule):
                 )
             kind.complete(self)
             found[name] = kind
+        for name in self.inputs:
+            if name not in names and encoders is not None:
+                self.ledger.note(f"data.inputs has '{name}', which no encoder reads (model.encoders, model.modalities): it is left out")
         return found
 
     def split_table(self, inputs: Mapping[str, Kind], task: Task) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from fusion.data.cell_text import VALUES, cell_text, is_null
+from fusion.cell_text import VALUES, cell_text, is_null
 from fusion.data.image_paths import locate, odd_paths
 from fusion.data.images import ImageError
 from fusion.data.readers import column_values

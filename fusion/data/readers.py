@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion.data.cell_text import duration_text
+from fusion.cell_text import duration_text
 from fusion.data.cells import Cells
 from fusion.data.format import Format
 from fusion.data.separated import read_separated

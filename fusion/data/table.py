@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fusion.data.cell_text import as_texts, canonical, each
+from fusion.cell_text import as_texts, canonical, each
 from fusion.data.cells import Cells
 from fusion.data.format import Format
 from fusion.data.kinds import Kind
@@ -183,10 +183,11 @@ def interpret(
             return [None] * count
         return as_texts(name, cells.columns[name], reading.nulls, reading.bad, lists=role == lists_in)
 
-    read = {
-        name: kind.read(cells.columns, reading) if all(one in cells.columns for one in kind.columns) else [None] * count
-        for name, kind in inputs.items()
-    }
+    def cells_of(kind: Kind) -> list[Any]:
+        there = {one: cells.columns[one] for one in kind.columns if one in cells.columns}
+        return kind.read({one: there.get(one, [None] * count) for one in kind.columns}, reading) if there else [None] * count
+
+    read = {name: cells_of(kind) for name, kind in inputs.items()}
     labels, splits, groups = (stripped(column(role)) for role in ("label", "split", "group"))
     ids = [(name or "").strip() or str(row) for name, row in zip(column("id"), cells.rows, strict=True)]
     of_a_role = {getattr(columns, role) for role in ROLES} | {name for kind in inputs.values() for name in kind.columns}
@@ -228,16 +229,20 @@ def notes_of_case(path: str, cells: Cells, columns: Columns, split: str | None) 
 
 
 def note_missing_inputs(path: str, cells: Cells, inputs: Mapping[str, Kind], ledger: Ledger) -> dict[str, Kind]:
-    """The inputs that have their columns, or all where none has; the others are noted."""
-    there = {name: kind for name, kind in inputs.items() if all(column in cells.columns for column in kind.columns)}
+    """The inputs of which the file has any column, or all where it has none; what is missing of the others is noted."""
+    there = {name: kind for name, kind in inputs.items() if any(column in cells.columns for column in kind.columns)}
     opaque = {name: kind for name, kind in inputs.items() if any(column in cells.opaque for column in kind.columns)}
     for name, kind in inputs.items():
-        absent = [column for column in kind.columns if column not in cells.columns]
-        if there and name not in there and name not in opaque:
-            hint = nearest(absent[0], cells.columns)
-            close = f" {hint} Then: --{kind.option}=NAME" if hint.startswith("Did") else ""
-            ledger.note(f"{path} has no column '{absent[0]}': all its samples are taken as without {name}.{close}")
-    return {**there, **opaque} if there else dict(inputs)
+        for column in kind.columns if there and name not in opaque else ():
+            if column in cells.columns:
+                continue
+            hint = nearest(column, cells.columns)
+            option = f" Then: --{kind.option}=NAME" if kind.option else ""
+            close = f" {hint}{option}" if hint.startswith("Did") else ""
+            what = f"all its samples are taken as without {name}" if name not in there else "its cells are taken as missing"
+            ledger.note(f"{path} has no column '{column}': {what}.{close}")
+    complete = {name: kind for name, kind in there.items() if all(column in cells.columns for column in kind.columns)}
+    return {**complete, **opaque} if there else dict(inputs)
 
 
 # What is refused.
@@ -294,7 +299,9 @@ def refuse_missing_columns(
             if column in cells.opaque:
                 told.append(f"has {cells.opaque[column]} in column '{column}', expected text{' (paths)' if kind.noun == 'image' else ''}")
             else:
-                told.append(f"{lacks(cells, column, f'{name}s' if kind.option.startswith('data.columns') else name, kind.option)}{without}")
+                what = f"{name}s" if kind.option.startswith("data.columns") else name
+                several = f"[{','.join(kind.columns)}]" if kind.noun == "table" else "NAME"
+                told.append(f"{lacks(cells, column, what, kind.option and f'--{kind.option}={several}')}{without}")
     wanted = []
     if need_label:
         # A column that was renamed was asked for: it can't be optional. (To predict, though, nothing but the inputs is needed.)
@@ -305,7 +312,7 @@ def refuse_missing_columns(
         if column in cells.opaque:
             told.append(f"has {cells.opaque[column]} in column '{column}', expected text")
         elif column not in cells.columns:
-            told.append(lacks(cells, column, f"{role}s", f"data.columns.{role}"))
+            told.append(lacks(cells, column, f"{role}s", f"--data.columns.{role}=NAME"))
     if told:
         names = [f"'{name}'" for name in cells.columns]
         raise UserError(f"{path} {'; it '.join(told)}. Its columns: {listed(names, most=20)}{hint_of_separator(cells)}")
@@ -314,7 +321,8 @@ def refuse_missing_columns(
 def lacks(cells: Cells, column: str, what: str, option: str) -> str:
     hint = nearest(column, cells.columns)
     close = f" {hint}" if hint.startswith("Did") else ""
-    return f"has no column '{column}' for the {what}.{close} Another name: --{option}=NAME"
+    other = f" Another name: {option}" if option else ""
+    return f"has no column '{column}' for the {what}.{close}{other}"
 
 
 def hint_of_separator(cells: Cells) -> str:

@@ -15,6 +15,7 @@ from fusion.data.kinds import Kind
 from fusion.data.table import Columns
 from fusion.errors import UserError
 from fusion.predictor import Predictor
+from fusion.runs.bundle import is_bundle
 from fusion.settings.mistakes import told_plainly
 
 PREFIXES = ("--data.columns.", "--data.format.")
@@ -46,7 +47,7 @@ def reading_of(run: Path, options: Sequence[str]) -> tuple[Columns, Format]:
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(Columns, "data.columns")
     parser.add_class_arguments(Format, "data.format")
-    settings = settings_of(run) if run.is_dir() else {}
+    settings = settings_of(run) if is_run(run) else {}
     own = {name: settings[name] for name in ("columns", "format") if settings.get(name)}
     try:
         made = parser.instantiate(parser.parse_args([f"--config={yaml.safe_dump({'data': own})}", *options]))
@@ -57,13 +58,21 @@ def reading_of(run: Path, options: Sequence[str]) -> tuple[Columns, Format]:
 
 def inputs_for(predictor: Predictor, columns: Columns, run: Path) -> dict[str, Kind]:
     """The inputs of a run's model as a manifest with these columns has them."""
-    named = (settings_of(run).get("inputs") or {}) if run.is_dir() else {}
+    of_run = is_run(run)
+    named = (settings_of(run).get("inputs") or {}) if of_run else {}
     found: dict[str, Kind] = {}
     for name, kind in predictor.processor.inputs.items():
         usual = name in ("image", "text") and name not in named
-        found[name] = type(kind)(getattr(columns, name)) if usual else kind
-        found[name].option = f"data.columns.{name}" if usual else f"data.inputs.{name}"
+        asked = getattr(columns, name) if usual else ""
+        others = usual and (of_run or asked != getattr(Columns, name))  # a model alone knows its columns itself
+        found[name] = type(kind)(asked) if others else kind
+        found[name].option = f"data.columns.{name}" if usual else ""  # a named input's columns are the run's
     return found
+
+
+def is_run(run: Path) -> bool:
+    """Whether it is a run's folder, and not a model's folder or a checkpoint file alone."""
+    return run.is_dir() and not is_bundle(run)
 
 
 def data_of(run: Path) -> FusionData:

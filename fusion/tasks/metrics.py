@@ -1,9 +1,11 @@
 """What tasks are scored by, where torchmetrics lacks it."""
 
 import warnings
+from typing import Any
 
+import torch
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import MetricCollection, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassStatScores, MultilabelAveragePrecision
 from torchmetrics.utilities.data import dim_zero_cat
 
@@ -48,11 +50,37 @@ class MeanAveragePrecision(MultilabelAveragePrecision):
     def __init__(self, labels: int) -> None:
         super().__init__(labels, average="none", validate_args=False)
 
+    def sync(self, *args: Any, **options: Any) -> None:
+        """A rank that saw no sample takes part with none, of the shape and type of the others'."""
+        if isinstance(self.preds, list) and not self.preds:
+            self.preds = [torch.zeros(0, self.num_labels, device=self.device)]
+            self.target = [torch.zeros(0, self.num_labels, device=self.device, dtype=torch.int64)]
+        super().sync(*args, **options)
+
     def compute(self) -> Tensor:  # type: ignore[override]
+        # (synchronised over the ranks by now)
         occurs = dim_zero_cat(self.target).sum(dim=0) > 0
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="No positive samples")
             return super().compute()[occurs].mean()
+
+
+class ExplainedShare(R2Score):
+    """R2, of standardised targets; NaN of fewer than two, and of targets that differ by no more than rounding.
+
+    (torchmetrics' raises for one target, and divides by what rounding left of the variance.)
+
+    >>> import torch
+    >>> metric = ExplainedShare()
+    >>> round(float(metric(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 1.0, 2.0]))), 2)
+    0.5
+    """
+
+    def compute(self) -> Tensor:
+        spread = self.sum_squared_error - self.sum_error.square() / self.total.clamp(min=1)
+        explained = 1 - self.residual / spread
+        tells = (self.total > 1) & (spread > 1e-5 * self.sum_squared_error)
+        return torch.where(tells, explained, torch.nan)
 
 
 def classification_metrics(classes: int) -> MetricCollection:

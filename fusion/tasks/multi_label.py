@@ -12,6 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 
+from fusion.cell_text import canonical, cell_text
 from fusion.errors import UserError
 from fusion.tasks.base import OnUnseen, Task
 from fusion.tasks.classification import counted, refuse_unseen
@@ -74,13 +75,17 @@ class MultiLabel(Task):
         if cell is None or not cell.strip():
             return []
         if cell.lstrip().startswith("["):
-            found = json.loads(cell)
+            try:
+                found = json.loads(cell)
+            except RecursionError as error:
+                raise ValueError("lists in lists") from error
             if not isinstance(found, list) or any(isinstance(label, list | dict) for label in found):
                 raise ValueError("no list of texts")
-            names = [label if isinstance(label, str) else json.dumps(label) for label in found if label is not None]
+            names = [text for label in found if (text := cell_text(label)) is not None]
         else:
             names = cell.split(self.separator)
-        return list(dict.fromkeys(name.strip() for name in names if name.strip()))
+        # One spelling for each value, as cells have it: a label 1.0 beside others is the label 1 alone.
+        return list(dict.fromkeys(canonical(name.strip()) for name in names if name.strip()))
 
     def learn(self, cells: Mapping[str, Sequence[str | None]], *, column: str, on_unseen: OnUnseen) -> None:
         counts = self.counts(cells.get("train", ()))

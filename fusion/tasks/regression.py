@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
-from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection
 
 from fusion.errors import UserError
 from fusion.tasks.base import OnUnseen, Task
+from fusion.tasks.metrics import ExplainedShare
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 LARGEST = 1e30  # float32 ends at 3.4e38, and squares are taken of standardised numbers only
@@ -64,8 +65,8 @@ class Regression(Task):
 
     def learn(self, cells: Mapping[str, Sequence[str | None]], *, column: str, on_unseen: OnUnseen) -> None:
         numbers = self.numbers(cells.get("train", ()))
-        if len(numbers) < 2 or numbers.min() == numbers.max():
-            found = f"every target is {numbers[0]:g}" if len(numbers) else "no sample is left"
+        if len(numbers) < 2 or not 0 < numbers.std() < math.inf:
+            found = f"every target is {numbers[0]:g}, or so near that it makes no difference" if len(numbers) else "no sample is left"
             raise UserError(f"a regression needs different targets: in the training split {found} (column '{column}')")
         self.names, self.mean, self.deviation = [column], float(numbers.mean()), float(numbers.std())
 
@@ -103,7 +104,7 @@ class Regression(Task):
 
     def metrics(self) -> MetricCollection:
         return MetricCollection(
-            {"mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False), "r2": R2Score()}, compute_groups=False
+            {"mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False), "r2": ExplainedShare()}, compute_groups=False
         )
 
     def update(self, metrics: MetricCollection, values: Tensor, target: Tensor) -> None:
@@ -111,10 +112,7 @@ class Regression(Task):
 
     def scores(self, metrics: MetricCollection) -> dict[str, Tensor]:
         found: dict[str, Any] = {name: metrics[name].compute() * self.deviation for name in ("mae", "rmse")}
-        r2 = metrics["r2"]
-        assert isinstance(r2, R2Score)
-        few = int(r2.total) < 2  # of which no share of the variance can be explained
-        return found | {"r2": torch.full_like(found["mae"], torch.nan) if few else r2.compute()}
+        return found | {"r2": metrics["r2"].compute()}
 
     def answers(self, values: np.ndarray) -> list[Any]:
         return self.in_units(values)[:, 0].tolist()

@@ -89,8 +89,8 @@ class Engine(LightningModule):
         for name in encoders or {}:
             if factories.get(name) is not None:
                 raise UserError(f"model.{name} and model.encoders.{name} both name an encoder of '{name}'; leave out one of them")
-            if name == "head":
-                raise UserError("model.encoders: no input can be called 'head', which is a part of the model")
+            if name in ("head", "self", "batch_size"):
+                raise UserError(f"model.encoders: no input can be called '{name}', which names something else; take another name")
         factories |= encoders or {}
         if modalities is None:
             modalities = [name for name, make in factories.items() if make is not None] if encoders else ["image", "text"]

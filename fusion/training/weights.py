@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusion.data.kinds import TextInput
+from fusion.data.kinds import TableInput, TextInput
 from fusion.data.processor import Processor
 from fusion.data.table import listed
 from fusion.encoders import TransformersText
@@ -102,6 +102,9 @@ def rows_that_moved(model: FusionModel, before: Processor, now: Processor) -> li
     found = []
     for name, kind in now.inputs.items():
         other = before.inputs.get(name)
+        if isinstance(kind, TableInput) and isinstance(other, TableInput) and kind.learnt() != other.learnt():
+            of_columns = {parameter for parameter, _ in model.named_parameters() if parameter.startswith(f"encoders.{name}.tokens.")}
+            found.append(MovedRows("columns and categories", of_columns, set(), [], kind.columns))
         if not (isinstance(kind, TextInput) and isinstance(other, TextInput)):
             continue
         there, here = (one.tokenizer.backend.get_vocab() for one in (other, kind))

@@ -10,7 +10,7 @@ import pytest
 from pandas.core.arrays.arrow.extension_types import ArrowPeriodType
 from reading import read_all, written
 
-from fusion.data.cell_text import cell_text
+from fusion.cell_text import cell_text
 from fusion.data.table import Columns
 from fusion.errors import UserError
 

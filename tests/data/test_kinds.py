@@ -69,6 +69,7 @@ def test_columns_are_told_apart_by_most_of_their_cells():
     assert number_of("2024-01-02", "date") - number_of("2024-01-01 12:00:00", "date") == 0.5
     assert number_of("2024-01-01T00:00:00+01:00", "date") == number_of("2023-12-31T23:00:00Z", "date")
     assert kind_of(["1"] * 8 + ["x"] * 2) == "category"
+    assert np.isnan(number_of("0001-01-01 00:00:00+01:00", "date"))
 
 
 def test_missing_cells_are_masked_and_unknown_categories_share_a_bucket():

@@ -99,6 +99,14 @@ def test_labels_that_train_lacks_are_rejected_or_missed():
         MultiLabel().learn({"train": ["", None]}, column="tags", on_unseen="error")
 
 
+def test_a_label_has_one_spelling_alone_and_beside_others():
+    task = MultiLabel()
+    cells = ["1", "1.0;2.0", "[1.0, 2]", '["2.0", true]']  # a cell of one label comes as cell_text writes it
+    task.learn({"train": cells}, column="tags", on_unseen="error")
+    assert task.names == ["1", "2", "True"]
+    assert task.check("[" * 100_000) is not None
+
+
 # Regression.
 
 
@@ -130,8 +138,11 @@ def test_scores_of_numbers_are_in_their_units_and_scikit_learns(offset):
     assert task.answers(values.numpy()) == predicted.tolist()
 
 
-def test_a_single_number_has_no_share_of_variance():
-    assert "r2" not in score(regression(), torch.zeros(1, 1), ["3"])
+@pytest.mark.parametrize("cells", [["3"], ["100.7"] * 9])
+def test_numbers_that_do_not_differ_have_no_share_of_variance(cells):
+    found = score(regression([str(i) for i in range(60)]), torch.zeros(len(cells), 1), cells)
+    assert "r2" not in found
+    assert found["mae"] > 0
 
 
 @pytest.mark.parametrize(
@@ -153,7 +164,7 @@ def test_only_numbers_are_targets_of_a_regression(cell, reason):
     assert Regression().check(cell) == reason
 
 
-@pytest.mark.parametrize("cells", [["3", "3.0"], ["3"], []])
+@pytest.mark.parametrize("cells", [["3", "3.0"], ["3"], [], ["1e-200", "2e-200"]])
 def test_targets_that_are_all_one_number_are_rejected(cells):
     with pytest.raises(UserError, match=r"a regression needs different targets.*column 'price'"):
         regression(cells)

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny_world import REPOSITORY, newest
 
 import fusion
+from fusion.api import from_working_folder, written
 from fusion.errors import UserError
 
 EPOCH = {"trainer.max_epochs": 1, "model.head": "Gated"}
@@ -134,3 +136,31 @@ def test_results_hold_validation_and_test(tiny, tmp_path):
     held = json.loads((run.folder / "results.json").read_text())
     assert held["val"].keys() >= {"accuracy", "balanced_accuracy", "f1_macro", "loss"}
     assert repr(run) == f"Run('{run.folder}')"
+
+
+def test_paths_of_pictures_are_from_the_working_folder_however_they_are_held(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    absolute = str(tmp_path / "a.png")
+    cells = [
+        "a.png",
+        ["a.png", None],
+        {"bytes": None, "path": "a.png"},
+        '["a.png", "/b.png"]',
+        "~/c.png",
+        None,
+        b"x",
+        "https://x.org/a.png",
+    ]
+    expected = [absolute, [absolute, None], {"bytes": None, "path": absolute}, f'["{absolute}", "/b.png"]', "~/c.png", None, b"x"]
+    assert [from_working_folder(cell) for cell in cells] == [*expected, "https://x.org/a.png"]
+    frame = pandas.DataFrame({"image": pandas.Categorical(["a.png", "b.png", "a.png"]), "text": list("xyz")})
+    table = pq.read_table(written(frame, "manifest", tmp_path / "tables", ["image"]))
+    assert table.column("image").to_pylist() == [absolute, str(tmp_path / "b.png"), absolute]
+    for bad in (pandas.DataFrame([[1, 2]], columns=["a", "a"]), {"text": 3}):
+        with pytest.raises(UserError, match="manifest can't be written as Parquet"):
+            written(bad, "manifest", tmp_path / "tables", [])
+
+
+def test_options_may_be_numbers_of_numpy(tiny, tmp_path):
+    run = fusion.fit(tiny(), EPOCH | {"trainer.max_steps": np.int64(2), "model.optimizer.lr": np.float32(0.125)}, runs=tmp_path / "runs")
+    assert json.loads((run.folder / "results.json").read_text())["updates"] == 2

@@ -209,3 +209,41 @@ def test_the_order_of_a_samples_pictures_is_seen_by_heads_of_tokens(of_inputs, f
     assert not np.allclose(found[0], found[1], atol=1e-6)
     assert np.allclose(found[2], found[3], atol=1e-6)
     assert torch.isfinite(torch.from_numpy(found)).all()
+
+
+def test_an_input_may_be_called_images_and_one_without_an_encoder_is_noted(of_inputs, fit_here, tmp_path, capsys):
+    recipe = of_inputs("three pictures and text")
+    settings = yaml.safe_load(recipe.read_text())
+    inputs, encoders = settings["data"]["inputs"], settings["model"]["encoders"]
+    inputs["images"], encoders["images"] = inputs.pop("photos"), encoders.pop("photos")
+    inputs["facts"] = kind("TableInput", columns=["length"])
+    recipe.write_text(yaml.safe_dump(settings))
+    run = fit_here("--recipe", recipe, *SHORT)
+    assert "data.inputs has 'facts', which no encoder reads" in capsys.readouterr().out
+    with open(tmp_path / "manifest.csv", newline="") as file:
+        pictures = [json.loads(row["photos"]) for row in csv.DictReader(file) if row["photos"]][:3]
+    assert len(fusion.load(str(run.folder)).predict(images=pictures).answers) == 3
+
+
+def test_columns_of_a_table_that_a_file_lacks_are_missing_cells(of_inputs, fit_here, tmp_path, capsys):
+    run = fit_here("--recipe", of_inputs("image, text and table"), *SHORT)
+    frame = pandas.read_csv(tmp_path / "manifest.csv", dtype=str).rename(columns={"kind": "kinds"})
+    frame.to_csv(tmp_path / "other.csv", index=False)
+    capsys.readouterr()
+    assert predict(["--run", str(run.folder / "model"), "--manifest", str(tmp_path / "other.csv"), "--out", str(tmp_path / "p.csv")]) == 0
+    assert "other.csv has no column 'kind': its cells are taken as missing. Did you mean kinds" in capsys.readouterr().out
+    with open(tmp_path / "p.csv", newline="") as file:
+        assert any(row["present_facts"] == "true" for row in csv.DictReader(file))
+    with pytest.raises(UserError, match=r"Another name: --data\.inputs\.facts\.init_args\.columns=\[length,kind,day\]"):
+        fit(["--recipe", str(of_inputs("image, text and table")), f"--data.manifest={tmp_path / 'other.csv'}", *SHORT])
+
+
+def test_weights_of_a_table_with_other_columns_are_not_taken_by_their_place(of_inputs, fit_here, tmp_path, capsys):
+    run = fit_here("--recipe", of_inputs("image, text and table"), *SHORT)
+    frame = pandas.read_csv(tmp_path / "manifest.csv", dtype=str)
+    frame["kind"] = frame["kind"].map(lambda word: f"other {word}")
+    frame.to_csv(tmp_path / "other.csv", index=False)
+    capsys.readouterr()
+    options = [f"--data.manifest={tmp_path / 'other.csv'}", f"--init_from={run.folder}"]
+    fit(["--recipe", str(tmp_path / "inputs.yaml"), *options, *SHORT])
+    assert "encoders.facts.tokens.categories.weight" in capsys.readouterr().out

@@ -90,6 +90,23 @@ def test_two_ranks_and_accumulated_batches_train_what_one_does(of_task, fit_here
     assert two.results()["test"] == pytest.approx(one.results()["test"], abs=1e-3)
 
 
+@pytest.mark.parametrize("task", [LABELS, NUMBER])
+def test_ranks_without_a_sample_to_score_take_part_in_the_scores(of_task, fit_here, fit_on_two, tmp_path, task):
+    """One sample to validate, three to test, over two ranks."""
+    recipe = of_task(task)
+    with open(tmp_path / "manifest.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    few = {"val": 1, "test": 3}
+    kept = [row for row in rows if row["split"] == "train" or (few.update({row["split"]: few[row["split"]] - 1}) or few[row["split"]] >= 0)]
+    with open(tmp_path / "manifest.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, kept[0])
+        writer.writeheader()
+        writer.writerows(kept)
+    one = fit_here("--recipe", recipe, task, "--trainer.max_steps=2", "--trainer.val_check_interval=2", runs="one")
+    two, _ = fit_on_two(recipe, task, "--trainer.max_steps=2", "--trainer.val_check_interval=2", runs="two")
+    assert two.results()["test"] == pytest.approx(one.results()["test"], abs=1e-3)
+
+
 @pytest.mark.parametrize("head", ["ProductOfExperts", "Stacking", "ConfidenceWeighted"])
 def test_heads_that_take_one_class_for_right_are_rejected(of_task, head):
     with pytest.raises(UserError, match=f"the head {head} reads its outputs as classes of which exactly one is right.*in MultiLabel"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusion.data.cell_text import as_texts, each
+from fusion.cell_text import as_texts, each
 from fusion.data.image_check import check_images, digest_of, shared_file
 from fusion.data.image_paths import Located, locate, odd_paths
 from fusion.data.images import FileOrBytes, ImageError, ImageSpec, Resize, decoded, load_image
@@ -120,6 +120,8 @@ class ImageInput(Kind):
         self.pixels, bad, self.digests = check_images(
             self.sources, self.spec, memory_gib=checking.memory_gib, cache=checking.cache, shared=checking.shared
         )
+        if self.pixels is not None:  # of all inputs together
+            checking.memory_gib -= self.pixels.numel() / 2**30
         if checking.shared:
             checking.leftovers.append(shared_file(self.sources, self.spec, checking.cache))
         if not bad:
@@ -271,7 +273,7 @@ def several(cell: Any) -> tuple[FileOrBytes, ...]:
 def pictures_of(cell: Any) -> list[Any] | None:
     """The pictures of a manifest's cell: paths and bytes; None for what is neither."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, RecursionError):
             cell = json.loads(cell)
     found = []
     for one in cell if isinstance(cell, list | tuple) else [cell]:

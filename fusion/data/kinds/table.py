@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fusion.data.cell_text import as_texts
+from fusion.cell_text import as_texts
 from fusion.data.kinds.base import Checking, Kind, Reading, Store
 from fusion.data.raw_columns import text_column
 from fusion.encoders import Columns, Encoder, TableColumns
@@ -210,7 +210,10 @@ def number_of(cell: str, kind: Column) -> float:
         return math.nan
     if moment is None:
         return math.nan
-    return (moment.replace(tzinfo=None) - (moment.utcoffset() or timedelta(0)) - datetime(1970, 1, 1)).total_seconds() / DAY_S
+    try:
+        return (moment.replace(tzinfo=None) - (moment.utcoffset() or timedelta(0)) - datetime(1970, 1, 1)).total_seconds() / DAY_S
+    except OverflowError:  # before the year 1
+        return math.nan
 
 
 def scale_of(numbers: np.ndarray, scaling: str) -> list[float]:

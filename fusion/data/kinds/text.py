@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from fusion.data.cell_text import as_texts
+from fusion.cell_text import as_texts
 from fusion.data.kinds.base import Defaults, Kind, Reading, Store
 from fusion.data.raw_columns import text_column
 from fusion.data.tokenizer import Tokenizer, TokenStore, batch_texts

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from fusion.console import SignOfLife, print_rank_zero
+from fusion.console import SignOfLife, figure, print_rank_zero
 from fusion.training.engine import Engine
 
 
@@ -71,7 +71,7 @@ class EpochLines(Callback):
             return
         best_by = module.task.monitor
         shown = {"loss": "train/loss", "val loss": "val/loss", f"val {best_by}": f"val/{best_by}"}
-        parts = [f"{key} {float(scores[name]):.4f}" for key, name in shown.items() if name in scores]
+        parts = [f"{key} {figure(float(scores[name]))}" for key, name in shown.items() if name in scores]
         rate = self.samples / max(self.training_s or time.monotonic() - self.began, 1e-9)
         print_rank_zero(f"epoch {epoch_of(trainer)}  " + "  ".join([*parts, f"{rate:,.0f} samples/s"]))
         self.sign.reset()
@@ -120,8 +120,9 @@ class Bar(ProgressBar):
         now = time.monotonic()
         if now - self.shown > self.refresh_s:
             self.shown = now
-            scored = trainer.callback_metrics.get("val/accuracy")
-            metric = "" if scored is None else f", val accuracy {float(scored):.4f}"
+            best_by = module.task.monitor if isinstance(module, Engine) else ""
+            scored = trainer.callback_metrics.get(f"val/{best_by}")
+            metric = "" if scored is None else f", val {best_by} {figure(float(scored))}"
             self.bar.set_postfix_str(f"loss {float(outputs['loss']):.4f}{metric}, {self.samples / (now - self.began):,.0f} samples/s")
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -101,8 +101,12 @@ def as_texts(
     """Cells as text, None where there is none. A row whose cell is an object, or a list (where no `lists` are expected, which become JSON),
     goes to `bad`. The text of a path is left alone."""
     if lists:
-        cells = [json.dumps(list(cell), default=str, ensure_ascii=False) if isinstance(cell, list | tuple) else cell for cell in cells]
+        cells = [listed_texts(cell) if isinstance(cell, list | tuple) else cell for cell in cells]
     kinds = set(map(type, cells))
+    if bytes in kinds:
+        for i, cell in enumerate(cells):
+            if isinstance(cell, bytes):
+                bad.setdefault(i, f"column {name} holds bytes, expected text")
     if kinds & {list, dict}:
         for i, cell in enumerate(cells):
             if isinstance(cell, list | dict):
@@ -110,6 +114,13 @@ def as_texts(
         cells = [str(cell) if isinstance(cell, list | dict) else cell for cell in cells]
     texts = cells if is_path and kinds <= {str, type(None)} else cell_texts(cells)
     return [None if cell is not None and cell.strip() in nulls else cell for cell in texts] if nulls else texts
+
+
+def listed_texts(cells: Sequence[Any]) -> Any:
+    """A list of values as a JSON list of texts; as it is where one of them is none."""
+    if any(isinstance(cell, list | dict | bytes) for cell in cells):
+        return list(cells)
+    return json.dumps([text for cell in cells if (text := cell_text(cell)) is not None], ensure_ascii=False)
 
 
 def each(function: Callable[[Any], T], cells: list[Any]) -> list[T | None]:
