@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion.data.image_paths import FILE_URL, URL
+from fusion.data.kinds import ImageInput, Kind
 from fusion.errors import INTERRUPTED, REQUEUE, UserError
 from fusion.predictor import Predictions, Predictor
+from fusion.rebuilding import class_of
 from fusion.scoring import evaluate_run
 from fusion.session import run_name, settled
 from fusion.session import train as train_by
@@ -146,8 +148,9 @@ def as_option(value: Any) -> str:
 def picture_columns(words: Sequence[str]) -> list[str]:
     """The columns of a manifest that name pictures, by the settings."""
     config = settled(words)[0].config
-    inputs = {name: vars(kind) for name, kind in (config.data.inputs or {}).items()}
-    named = [kind["init_args"].column for kind in inputs.values() if str(kind["class_path"]).endswith("ImageInput")]
+    inputs = config.data.inputs or {}
+    is_picture = {name: issubclass(class_of({"class": kind.class_path}, Kind), ImageInput) for name, kind in inputs.items()}
+    named = [kind.init_args.column for name, kind in inputs.items() if is_picture[name]]
     return [*named, *([] if "image" in inputs else [config.data.columns.image])]
 
 

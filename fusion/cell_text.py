@@ -13,6 +13,7 @@ T = TypeVar("T")
 PYTHON_VALUES = (str, bool, int, float, Decimal, date, time, timedelta)  # pandas' times are datetimes, hence dates
 VALUES = (*PYTHON_VALUES, np.bool_, np.integer, np.floating, np.datetime64, np.timedelta64)  # not complex numbers, bytes and structures
 MAY_BE_NAN = (float, np.floating, np.datetime64, np.timedelta64, Decimal)
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # as float() takes it, but for 1_000, nan and inf
 WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 DURATION = re.compile(r"(-?[0-9]+ days) ([+]?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?")
 TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}[ T])?([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?([+-][0-9]{2}:[0-9]{2}|Z)?")

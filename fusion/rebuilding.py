@@ -8,7 +8,7 @@ from fusion.errors import UserError
 
 
 class Rebuildable:
-    """Remembers what its constructor was given, in `init_args`: if that is plain data, `rebuilt(thing.made_by(), base)` makes its equal."""
+    """Remembers what its constructor was given (plain data), and with what it learnt since is written as plain data and made again."""
 
     init_args: dict[str, Any]
 
@@ -18,9 +18,25 @@ class Rebuildable:
         thing.__dict__["init_args"] = dict(zip(names, args, strict=False)) | options
         return thing
 
-    def made_by(self) -> dict[str, Any]:
-        """Its class and the constructor's arguments."""
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "init": dict(self.init_args)}
+    def learnt(self) -> dict[str, Any]:
+        """What was found out since it was constructed, as plain data."""
+        raise NotImplementedError
+
+    def set_learnt(self, learnt: dict[str, Any]) -> None:
+        """Take what `learnt` gave."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """Plain data from which `from_state` makes the same."""
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class": name, "init": dict(self.init_args), "learnt": self.learnt()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Self:
+        """Raises UserError for a class that can't be imported, or is no subclass of this one."""
+        made: Self = rebuilt(state, cls)
+        made.set_learnt(state["learnt"])
+        return made
 
 
 def class_of(spec: dict[str, Any], base: type) -> Any:
@@ -36,5 +52,5 @@ def class_of(spec: dict[str, Any], base: type) -> Any:
 
 
 def rebuilt(spec: dict[str, Any], base: type) -> Any:
-    """What `made_by` says. Raises UserError as `class_of`."""
+    """What a class and its arguments make. Raises UserError as `class_of`."""
     return class_of(spec, base)(**spec["init"])

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 ODD = re.compile(r"^\s|\s$|\\|^~|%[0-9a-f]{2}|^[a-z][a-z0-9+.-]+:[/\\]", re.IGNORECASE)
@@ -20,6 +21,11 @@ class Located:
     path: str
     corrected: str = ""
     missing: str = ""
+
+
+def bytes_or_path(struct: dict[str, Any]) -> Any:
+    """What a struct of a picture's bytes and path means, as Hugging Face's datasets write it: the bytes, where they are there."""
+    return struct.get("bytes") if struct.get("bytes") is not None else struct.get("path")
 
 
 def odd_paths(cells: Iterable[str | None]) -> set[str]:

@@ -187,9 +187,8 @@ class FusionData(LightningDataModule):
                 raise UserError(
                     f"model has an encoder '{name}', but data.inputs has none of that name. {nearest(name, [*self.inputs, *usual])}"
                 )
-            kind.option = f"data.inputs.{name}.init_args.{'columns' if kind.noun == 'table' else 'column'}"
-            if name not in self.inputs:
-                kind.option = f"data.columns.{name}"
+            own = name in self.inputs
+            kind.option = f"data.inputs.{name}.init_args.{kind.column_option}" if own else f"data.columns.{name}"
             if encoders is not None and encoders[name].takes is not kind.takes:
                 encoder = encoders[name]
                 raise UserError(

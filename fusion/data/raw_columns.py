@@ -9,7 +9,7 @@ import pyarrow as pa
 from PIL import Image
 
 from fusion.cell_text import VALUES, cell_text, is_null
-from fusion.data.image_paths import locate, odd_paths
+from fusion.data.image_paths import bytes_or_path, locate, odd_paths
 from fusion.data.images import ImageError
 from fusion.data.readers import column_values
 from fusion.data.text_file import undecodable
@@ -44,7 +44,7 @@ def image_column(values: Iterable[Any], name: str = "images") -> list[Any]:
 def images_of(value: Any, i: int) -> Any:
     """One sample's image; a tuple of several."""
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        value = bytes_or_path(value)
     if not isinstance(value, list | tuple):
         return image(value, i)
     found = tuple(one for one in (images_of(one, i) for one in value) if one is not None)

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -61,47 +61,45 @@ class SceneTargets(Preparer):
             )
         if not (val > 0 and test > 0 and val + test < 1):
             raise UserError(f"scenes: val {val} and test {test} must be shares above 0 that leave something to train on")
-        self.options = {
-            "target": target,
-            "scenes": scenes,
-            "questions_per_scene": questions_per_scene,
-            "seed": seed,
-            "val": val,
-            "test": test,
-        }
+        self.target, self.scenes, self.questions_per_scene = target, scenes, questions_per_scene
+        self.seed, self.val, self.test = seed, val, test
+
+    @property
+    def options(self) -> dict[str, Any]:
+        names = ("target", "scenes", "questions_per_scene", "seed", "val", "test")
+        return {name: getattr(self, name) for name in names}
 
     def key(self, root: Path | None = None) -> str:
         return f"scenes-v{VERSION}-{hashlib.sha256(json.dumps(self.options).encode()).hexdigest()[:12]}"
 
     def prepare(self, folder: Path, root: Path | None = None) -> str:
         """Write manifest.csv and images/*.png into `folder`; gives the card. Nothing is read: `root` is not used."""
-        options, count = self.options, int(str(self.options["scenes"]))
-        rng = np.random.default_rng([int(str(options["seed"])), VERSION])
+        count = self.scenes
+        rng = np.random.default_rng([self.seed, VERSION])
         scenes = draw_scenes(count, rng)
         order = rng.permutation(count)
-        val, test = (round(float(str(options[name])) * count) for name in ("val", "test"))
+        val, test = round(self.val * count), round(self.test * count)
         split_of = np.full(count, "train", dtype=object)
         split_of[order[:val]], split_of[order[val : val + test]] = "val", "test"
         (folder / "images").mkdir(parents=True)
         for number, picture in enumerate(render(scenes)):
             Image.fromarray(picture).save(folder / image_of(number), compress_level=1)
-        per_scene = int(str(options["questions_per_scene"]))
-        if options["target"] == "table":
-            rows = pairs_like(scenes, per_scene, rng)
+        if self.target == "table":
+            rows = pairs_like(scenes, self.questions_per_scene, rng)
         else:
-            asked = label_questions(scenes) if options["target"] == "labels" else number_questions(scenes)
+            asked = label_questions(scenes) if self.target == "labels" else number_questions(scenes)
             texts = list(asked)
-            drawn = ((scene, texts[q]) for scene in range(count) for q in rng.permutation(len(texts))[:per_scene].tolist())
+            drawn = ((scene, texts[q]) for scene in range(count) for q in rng.permutation(len(texts))[: self.questions_per_scene].tolist())
             rows = [Question(scene, text, asked[text][scene]) for scene, text in drawn]
         with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            more = ["shape", "side"] if options["target"] == "table" else []
+            more = ["shape", "side"] if self.target == "table" else []
             writer.writerow(["image", "text", "label", "split", "id", "group", *more])
             for i, row in enumerate(rows):
                 writer.writerow([image_of(row.scene), row.text, row.label, split_of[row.scene], i, row.scene, *row.facts])
-        tasks: dict[object, Task] = {"labels": MultiLabel(), "number": Regression()}
+        tasks: dict[str, Task] = {"labels": MultiLabel(), "number": Regression()}
         tested = [row for row in rows if split_of[row.scene] == "test"]
-        return card(len(rows), tested, tasks.get(options["target"]) or Classification())
+        return card(len(rows), tested, tasks.get(self.target) or Classification())
 
 
 class Question(NamedTuple):

@@ -300,7 +300,7 @@ def refuse_missing_columns(
                 told.append(f"has {cells.opaque[column]} in column '{column}', expected text{' (paths)' if kind.noun == 'image' else ''}")
             else:
                 what = f"{name}s" if kind.option.startswith("data.columns") else name
-                several = f"[{','.join(kind.columns)}]" if kind.noun == "table" else "NAME"
+                several = f"[{','.join(kind.columns)}]" if kind.column_option == "columns" else "NAME"
                 told.append(f"{lacks(cells, column, what, kind.option and f'--{kind.option}={several}')}{without}")
     wanted = []
     if need_label:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from fusion.rebuilding import Rebuildable, rebuilt
+from fusion.rebuilding import Rebuildable
 
 OnUnseen = Literal["error", "count_as_wrong"]
 
@@ -161,14 +161,3 @@ class Task(Rebuildable, nn.Module, ABC):
     @abstractmethod
     def set_learnt(self, learnt: dict[str, Any]) -> None:
         """Take what `learnt` gave."""
-
-    def state(self) -> dict[str, Any]:
-        """Plain data from which `from_state` makes the same."""
-        return {**self.made_by(), "learnt": self.learnt()}
-
-    @staticmethod
-    def from_state(state: dict[str, Any]) -> "Task":
-        """Raises UserError for a class that can't be imported, or is another thing."""
-        made: Task = rebuilt(state, Task)
-        made.set_learnt(state["learnt"])
-        return made

@@ -1,7 +1,6 @@
 """A number."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -12,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection
 
+from fusion.cell_text import NUMBER
 from fusion.errors import UserError
 from fusion.tasks.base import OnUnseen, Task
 from fusion.tasks.metrics import ExplainedShare
 
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 LARGEST = 1e30  # float32 ends at 3.4e38, and squares are taken of standardised numbers only
 STRATA = 10
 

@@ -43,7 +43,7 @@ ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
 class Engine(LightningModule):
     """A FusionModel, what it is asked, and how it is optimised.
 
-    Every mean is made of the losses of single samples, in one place (`mean_loss`), so that accumulated batches and ranks give exactly the
+    Every mean is made of the losses of single samples, in one place (`loss`), so that accumulated batches and ranks give exactly the
     update that one batch would.
 
     Args:

@@ -15,7 +15,7 @@ import pytest
 from tiny_world import REPOSITORY, newest
 
 import fusion
-from fusion.api import from_working_folder, written
+from fusion.api import from_working_folder, picture_columns, written
 from fusion.errors import UserError
 
 EPOCH = {"trainer.max_epochs": 1, "model.head": "Gated"}
@@ -159,6 +159,12 @@ def test_paths_of_pictures_are_from_the_working_folder_however_they_are_held(tmp
     for bad in (pandas.DataFrame([[1, 2]], columns=["a", "a"]), {"text": 3}):
         with pytest.raises(UserError, match="manifest can't be written as Parquet"):
             written(bad, "manifest", tmp_path / "tables", [])
+
+
+def test_columns_of_pictures_are_known_by_the_kinds_of_inputs(tiny, tmp_path):
+    inputs = '{"photo": {"class_path": "ImageInput", "init_args": {"column": "front"}}, "about": {"class_path": "TextInput"}}'
+    assert picture_columns([f"--recipe={tiny()}", f"--data.inputs={inputs}"]) == ["front", "image"]
+    assert picture_columns([f"--recipe={tiny()}", "--data.columns.image=picture"]) == ["picture"]
 
 
 def test_options_may_be_numbers_of_numpy(tiny, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 
 from fusion.encoders import Encoder
 from fusion.errors import UserError
-from fusion.rebuilding import Rebuildable, rebuilt
+from fusion.rebuilding import Rebuildable
 
 
 @dataclass
@@ -73,10 +73,12 @@ class Kind(Rebuildable, ABC):
 
     A cell is what one sample has, as `read` gives it: hashable, None for none.
 
-    noun: what it is, in messages. takes: the input of encoders that it makes. option: what sets its columns on the command line.
+    noun: what it is, in messages. column_option: the constructor's argument that names its columns. takes: the input of encoders that it
+    makes. option: what sets its columns on the command line.
     """
 
     noun: ClassVar[str]
+    column_option: ClassVar[str] = "column"
     takes: ClassVar[type]
     option: str = ""
 
@@ -153,14 +155,3 @@ class Kind(Rebuildable, ABC):
         """What is settled otherwise than in `then`, in words."""
         if then != self.learnt():
             yield f"its {self.noun}s are read otherwise"
-
-    def state(self) -> dict[str, Any]:
-        """Plain data from which `from_state` makes the same."""
-        return {**self.made_by(), "learnt": self.learnt()}
-
-    @staticmethod
-    def from_state(state: dict[str, Any]) -> "Kind":
-        """Raises UserError for a class that can't be imported, or is another thing."""
-        made: Kind = rebuilt(state, Kind)
-        made.set_learnt(state["learnt"])
-        return made

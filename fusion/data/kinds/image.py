@@ -3,7 +3,7 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from hashlib import blake2b
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusion.cell_text import as_texts, each
 from fusion.data.image_check import check_images, digest_of, shared_file
-from fusion.data.image_paths import Located, locate, odd_paths
+from fusion.data.image_paths import Located, bytes_or_path, locate, odd_paths
 from fusion.data.images import FileOrBytes, ImageError, ImageSpec, Resize, decoded, load_image
 from fusion.data.kinds.base import Checking, Defaults, Kind, Reading, Store
 from fusion.data.raw_columns import image_column
@@ -122,7 +122,7 @@ class ImageInput(Kind):
         )
         if self.pixels is not None:  # of all inputs together
             checking.memory_gib -= self.pixels.numel() / 2**30
-        if checking.shared:
+        if checking.shared and self.pixels is not None:
             checking.leftovers.append(shared_file(self.sources, self.spec, checking.cache))
         if not bad:
             return {}
@@ -161,9 +161,6 @@ class ImageInput(Kind):
             with suppress(ImageError):
                 found[cell] = "+".join(digest_of(one) for one in several(cell))
         return found
-
-    def identity(self, cell: Any) -> Hashable:
-        return cell
 
     def raw(self, values: Any, name: str) -> list[Any]:
         return image_column(values, name)
@@ -280,7 +277,7 @@ def pictures_of(cell: Any) -> list[Any] | None:
         if isinstance(one, dict):
             if not one.keys() <= {"bytes", "path"}:
                 return None
-            one = one.get("bytes") if one.get("bytes") is not None else one.get("path")
+            one = bytes_or_path(one)
         if isinstance(one, list):
             return None
         found.append(one)

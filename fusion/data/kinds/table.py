@@ -1,7 +1,6 @@
 """Columns of a table: numbers, dates and categories."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -10,13 +9,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fusion.cell_text import as_texts
+from fusion.cell_text import NUMBER, as_texts
 from fusion.data.kinds.base import Checking, Kind, Reading, Store
 from fusion.data.raw_columns import text_column
 from fusion.encoders import Columns, Encoder, TableColumns
 from fusion.errors import UserError
 
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MOSTLY = 0.9  # share of a column's cells that are numbers, or dates, from which on the others are taken for mistakes
 LEVELS = 1000  # of quantiles
 EXTREME = 1e-3  # share of the least and the greatest: scaled numbers end at about 3.1 deviations
@@ -40,6 +38,7 @@ class TableInput(Kind):
     """
 
     noun = "table"
+    column_option = "columns"
     takes = Columns
 
     def __init__(
