@@ -1,15 +1,12 @@
 """The text of a cell: one for each value, whichever file, column or argument it comes from."""
 
-import json
 import re
-from collections.abc import Callable, Collection, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-T = TypeVar("T")
 PYTHON_VALUES = (str, bool, int, float, Decimal, date, time, timedelta)  # pandas' times are datetimes, hence dates
 VALUES = (*PYTHON_VALUES, np.bool_, np.integer, np.floating, np.datetime64, np.timedelta64)  # not complex numbers, bytes and structures
 MAY_BE_NAN = (float, np.floating, np.datetime64, np.timedelta64, Decimal)
@@ -80,51 +77,3 @@ def canonical(text: str) -> str:
         fraction = fraction.rstrip("0").rstrip(".")
         return day.rstrip() if day and not zone and clock + fraction == "00:00:00" else day + clock + fraction + zone
     return text
-
-
-def cell_texts(cells: list[Any]) -> list[str | None]:
-    """`cell_text` of each cell, worked out once for each distinct value."""
-    kinds = set(map(type, cells)) - {type(None)}
-    if kinds <= {str}:
-        changed = {cell: text for cell in {cell for cell in cells if cell and cell[0] in FIRST} if (text := canonical(cell)) != cell}
-        return [changed.get(cell, cell) for cell in cells] if changed else cells
-    if kinds == {int}:
-        return each(str, cells)
-    if len(kinds) == 1:
-        return each(cell_text, cells)
-    # 1 == 1.0 == True, but they are different values.
-    return each(lambda typed: cell_text(typed[1]), list(zip(map(type, cells), cells, strict=True)))
-
-
-def as_texts(
-    name: str, cells: list[Any], nulls: Collection[str], bad: dict[int, str], *, is_path: bool = False, lists: bool = False
-) -> list[str | None]:
-    """Cells as text, None where there is none. A row whose cell is an object, or a list (where no `lists` are expected, which become JSON),
-    goes to `bad`. The text of a path is left alone."""
-    if lists:
-        cells = [listed_texts(cell) if isinstance(cell, list | tuple) else cell for cell in cells]
-    kinds = set(map(type, cells))
-    if bytes in kinds:
-        for i, cell in enumerate(cells):
-            if isinstance(cell, bytes):
-                bad.setdefault(i, f"column {name} holds bytes, expected text")
-    if kinds & {list, dict}:
-        for i, cell in enumerate(cells):
-            if isinstance(cell, list | dict):
-                bad.setdefault(i, f"column {name} holds {'a list' if isinstance(cell, list) else 'an object'}, expected text")
-        cells = [str(cell) if isinstance(cell, list | dict) else cell for cell in cells]
-    texts = cells if is_path and kinds <= {str, type(None)} else cell_texts(cells)
-    return [None if cell is not None and cell.strip() in nulls else cell for cell in texts] if nulls else texts
-
-
-def listed_texts(cells: Sequence[Any]) -> Any:
-    """A list of values as a JSON list of texts; as it is where one of them is none."""
-    if any(isinstance(cell, list | dict | bytes) for cell in cells):
-        return list(cells)
-    return json.dumps([text for cell in cells if (text := cell_text(cell)) is not None], ensure_ascii=False)
-
-
-def each(function: Callable[[Any], T], cells: list[Any]) -> list[T | None]:
-    """`function` of each cell, None where there is none; called once for each distinct cell, and equal ones share its result in memory."""
-    known = {cell: None if cell is None else function(cell) for cell in set(cells)}
-    return [known[cell] for cell in cells]

@@ -72,7 +72,7 @@ def is_same(path: Path, other: Path) -> bool:
 
 def write(out: Path, table: Table, predictions: Predictions, task: Task) -> None:
     """id, prediction, present_<modality>, and of a task with classes p_<class>: one row a sample."""
-    columns: dict[str, list] = {"id": table.ids, "prediction": [task.cell_of(answer) for answer in predictions.answers]}
+    columns: dict[str, list] = {"id": list(table.ids), "prediction": [task.cell_of(answer) for answer in predictions.answers]}
     columns |= {f"present_{name}": there.tolist() for name, there in predictions.present.items()}
     columns |= task.columns(predictions.values)
     made = pa.table(columns)

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 ODD = re.compile(r"^\s|\s$|\\|^~|%[0-9a-f]{2}|^[a-z][a-z0-9+.-]+:[/\\]", re.IGNORECASE)
+PECULIAR = r"^$|^[^\x21-\x7e]|[^\x21-\x7e]$|[\\%:]|^~"  # every one that is odd, blank or a drive's; as RE2 reads it
 URL = re.compile(r"\s*(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 FILE_URL = re.compile(r"file:(?://[^/\\]*)?(?=[/\\])", re.IGNORECASE)
 BLANKS, BACKSLASHES, HOME, FILE, ENCODED = "blanks at its ends", "backslashes", "~", "file://", "percent-encoding"

@@ -5,6 +5,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion.cell_text import duration_text
-from fusion.data.cells import Cells
+from fusion.data.cells import Cells, RawColumn
+from fusion.data.column import TEXT, Column
 from fusion.data.format import Format
 from fusion.data.separated import read_separated
 from fusion.data.text_file import BYTE_ORDER_MARK, may_be_utf8, open_text, undecodable
@@ -53,14 +55,14 @@ def read_cells(path: str, format: Format, rich: Collection[str] = ()) -> Cells:
 
 def read_jsonl(path: str, format: Format) -> Cells:
     """One JSON object a line; a key that a line lacks is null there."""
-    cells = Cells()
+    cells, rows, columns = Cells(), list[int](), dict[str, list[Any]]()
     with open_text(path, format, newline="\n") as file:
         for line, text in enumerate(file, 1):
             if text.startswith(BYTE_ORDER_MARK):  # the decoder takes one off the file; joined files have more
                 text = text.removeprefix(BYTE_ORDER_MARK)
             if not text or text.isspace():
                 continue
-            if text[0] == "[" and not cells.rows and not cells.malformed:
+            if text[0] == "[" and not rows and not cells.malformed:
                 raise UserError(f"the manifest {path} is a JSON array; expected one object a line, as by pandas' to_json(lines=True)")
             try:
                 row = json.loads(text)
@@ -77,13 +79,14 @@ def read_jsonl(path: str, format: Format) -> Cells:
             if not text.isascii() or "\\u" in text:
                 flaw = undecodable(((name, cell) for name, cell in row.items() if isinstance(cell, str)), format)
                 if flaw:
-                    cells.flawed[len(cells.rows)] = flaw
-            for name in row.keys() - cells.columns.keys():
-                cells.columns[name] = [None] * len(cells.rows)
-            for name, column in cells.columns.items():
+                    cells.flawed[len(rows)] = flaw
+            for name in row.keys() - columns.keys():
+                columns[name] = [None] * len(rows)
+            for name, column in columns.items():
                 column.append(row.get(name))
-            cells.rows.append(line)
-    if cells.malformed and not cells.rows:
+            rows.append(line)
+    cells.columns, cells.rows = dict(columns), rows
+    if cells.malformed and not rows:
         line, reason = cells.malformed[0]
         raise UserError(f"the manifest {path} has no line that is a JSON object; the first: row {line}: {reason}")
     return cells
@@ -105,10 +108,26 @@ def read_parquet(path: str, format: Format, rich: Collection[str] = ()) -> Cells
             table = file.read(columns=[name for name in kinds if name not in opaque])
     except pa.ArrowException as error:
         raise UserError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from error
-    cells = Cells(rows=list(range(1, len(table) + 1)), opaque=opaque)
+    cells = Cells(rows=range(1, len(table) + 1), opaque=opaque)
     for name, column in zip(table.column_names, table.columns, strict=True):
-        cells.columns[name] = column_values(name, column, cells.flawed)
+        cells.columns[name] = column_cells(name, column, cells.flawed)
     return cells
+
+
+def column_cells(name: str, column: pa.ChunkedArray, flawed: dict[int, str]) -> RawColumn:
+    """A column as it is where it holds text; else, and where not all of it decodes, its values as Python has them."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if is_text(column.type):
+        texts = column.cast(TEXT).combine_chunks()
+        with suppress(pa.ArrowInvalid):
+            texts.validate(full=True)
+            return Column(texts)
+    return column_values(name, column, flawed)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def is_rich(kind: pa.DataType) -> bool:

@@ -55,7 +55,8 @@ class Record:
         columns["label"] = hashed(table.labels)
         others = [table.groups, *(table.extra[name] for name in sorted(table.extra))]
         columns["other"] = hashed(list(map(repr, zip(*others, strict=True))))
-        columns |= {"split": list(table.splits), "file": [Path(file).name for file in table.files], "row": table.rows, "id": table.ids}
+        columns |= {"split": list(table.splits), "file": [Path(file).name for file in table.files]}
+        columns |= {"row": list(table.rows), "id": list(table.ids)}
         return cls(columns)
 
     def __len__(self) -> int:

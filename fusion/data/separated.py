@@ -2,13 +2,17 @@
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 
 from fusion.data.cells import Cells
+from fusion.data.column import TEXT, Column
 from fusion.data.format import Format
-from fusion.data.text_file import BYTE_ORDER_MARK, open_text, scan, undecodable
+from fusion.data.text_file import BYTE_ORDER_MARK, Lines, open_text, undecodable
 from fusion.errors import UserError
 
 SEPARATORS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}
@@ -16,6 +20,8 @@ ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 LINE_BREAK = re.compile(r"\r\n|\r|\n")
 QUOTED = "--data.format.quotes=true"
 MOST_ROWS = 5
+MOST_REPEATED = 1000  # by RE2
+MOST_AT_ONCE = 2**29  # bytes
 
 
 @dataclass(frozen=True)
@@ -32,38 +38,60 @@ def read_separated(path: str, format: Format, separator: str) -> Cells:
     csv.field_size_limit(2**31 - 1)  # a setting of the process; it is not put back, lest another thread's reading stops at the old one
     cells = Cells()
     dialect = choose_dialect(path, format, separator, cells.notes)
-    decodes, has_quotes = scan(path, format)
+    lines = Lines(path, format)
+    start, names = header(path, lines, dialect, format)
+    # Arrow splits the lines that are a row each; Python's reader, slower but exact about what is wrong, takes all others.
+    whole = lines.decodable & whole_rows(lines, dialect, len(names))
+    whole[:start] = False
+    others: list[list[str]] = [[] for _ in names]
+    rows_of_others: list[int] = []
+    batch: list[list[str]] = []
     swallowed: list[int] = []
-    with open_text(path, format) as file:
-        numbered = records(file, dialect)
-        names = header(path, numbered, format)
-        columns: list[list[str]] = [[] for _ in names]
-        batch: list[list[str]] = []
-        for line, row, lines in numbered:
-            if isinstance(row, list) and len(row) == len(names):
-                if not decodes and (flaw := undecodable(zip(names, row, strict=True), format)):
-                    cells.flawed[len(cells.rows)] = flaw
-                if lines > 1 and any(holds_rows(cell, i, len(names), dialect.separator) for i, cell in enumerate(row)):
-                    swallowed.append(line)
-                cells.rows.append(line)
-                batch.append(row)
-                # Rows that live long are what the garbage collector walks over again and again: 64 at a time doubles the speed.
-                if len(batch) == 64:
-                    extend(columns, batch)
-            elif isinstance(row, str):
-                cells.malformed.append((line, row))
-            elif any(cell.strip() for cell in row) or len(row) > 1:
-                hint = f"; quotes seem to enclose cells: {QUOTED}" if not dialect.quotes and any(map(seems_enclosed, row)) else ""
-                cells.malformed.append((line, f"wrong number of cells ({len(row)} cells, expected {len(names)}{hint})"))
-    extend(columns, batch)
+    flaws: dict[int, str] = {}
+    end = start
+    for i in (np.flatnonzero(~whole[start:]) + start).tolist():
+        if i < end:
+            continue
+        row, taken = record(lines, i, dialect)
+        end = i + taken
+        whole[i:end] = False  # a line within an enclosed cell may look like a row
+        if isinstance(row, str):
+            cells.malformed.append((i + 1, row))
+        elif len(row) == len(names):
+            if not lines.decodable[i:end].all() and (flaw := undecodable(zip(names, row, strict=True), format)):
+                flaws[i + 1] = flaw
+            if taken > 1 and any(holds_rows(cell, place, len(names), dialect.separator) for place, cell in enumerate(row)):
+                swallowed.append(i + 1)
+            rows_of_others.append(i + 1)
+            batch.append(row)
+            # Rows that live long are what the garbage collector walks over again and again: 64 at a time doubles the speed.
+            if len(batch) == 64:
+                extend(others, batch)
+        elif any(cell.strip() for cell in row) or len(row) > 1:
+            hint = f"; quotes seem to enclose cells: {QUOTED}" if not dialect.quotes and any(map(seems_enclosed, row)) else ""
+            cells.malformed.append((i + 1, f"wrong number of cells ({len(row)} cells, expected {len(names)}{hint})"))
+    extend(others, batch)
+    regular = lines.array[start:] if whole[start:].all() else lines.array.filter(pa.array(whole))
+    del lines  # as large as the columns that are made of it
+    columns = split_rows(regular, dialect, len(names))
+    rows = np.concatenate([np.flatnonzero(whole) + 1, np.array(rows_of_others, dtype=np.int64)])
+    if rows_of_others:
+        order = np.argsort(rows)
+        rows = rows[order]
+        columns = [
+            Column(pa.concat_arrays([column.array, Column.of(cells).array])).take(order)
+            for column, cells in zip(columns, others, strict=True)
+        ]
+    cells.rows = Column.numbers(rows)
+    cells.flawed = {int(np.searchsorted(rows, line)): flaw for line, flaw in flaws.items()}
     cells.columns = {name: column for name, column in zip(names, columns, strict=True) if name}
     if swallowed:
         cells.notes.append(
             f"{path}: {rows_named(swallowed)} a cell that holds a line break and the cells of a whole row, as if two stray quotes had "
             "enclosed it. If quotes don't enclose cells there: --data.format.quotes=false"
         )
-    if has_quotes and not dialect.quotes:
-        cells.notes += note_of_quotes(path, columns, cells.rows)
+    if not dialect.quotes:
+        cells.notes += note_of_quotes(path, columns, rows)
     return cells
 
 
@@ -110,53 +138,76 @@ def recognised_separator(header: str, usual: str) -> str:
 # Rows
 
 
-def records(file: TextIO, dialect: Dialect) -> Iterator[tuple[int, list[str] | str, int]]:
-    """Each record's first line, its cells or the reason why it has none, and its number of lines."""
-    return quoted_records(file, dialect.separator) if dialect.quotes else plain_records(file, dialect.separator)
+def whole_rows(lines: Lines, dialect: Dialect, count: int) -> np.ndarray:
+    """(n,) bool: whether the row that begins with a line also ends there, and has so many cells."""
+    if count > MOST_REPEATED or not dialect.separator.isascii():
+        return np.zeros(len(lines), dtype=bool)
+    mark = re.escape(dialect.separator)
+    cell = rf"[^{mark}\r\n]*"
+    if dialect.quotes:
+        cell = rf'(?:"(?:[^"]|"")*"|[^"{mark}\r\n]{cell}|)'
+    # A blank line is no row, though it looks like one of one cell.
+    found = lines.matching(rf"^{cell}(?:{mark}{cell}){{{count - 1}}}(?:\r\n|\r|\n)?$")
+    return found & ~lines.matching(r"^[\r\n]*$") if count == 1 else found
 
 
-def plain_records(file: Iterator[str], separator: str) -> Iterator[tuple[int, list[str] | str, int]]:
-    for line, cells in enumerate(csv.reader(file, delimiter=separator, quoting=csv.QUOTE_NONE), 1):
-        yield line, cells, 1
+def split_rows(lines: pa.Array, dialect: Dialect, count: int) -> list[Column[str | None]]:
+    """The cells of lines that are a row of so many each, by column."""
+    if not len(lines):
+        return [Column.of([]) for _ in range(count)]
+    offsets = np.frombuffer(lines.buffers()[1], dtype=np.int64)[lines.offset : lines.offset + len(lines) + 1]
+    text = lines.buffers()[2].slice(offsets[0], offsets[-1] - offsets[0])
+    names = [str(place) for place in range(count)]
+    # Arrow reads by blocks, in which a row must have room; of one block it need not put the columns together.
+    block = max(min(len(text), MOST_AT_ONCE), 2 * int(np.diff(offsets).max()))
+    del lines, offsets
+    table = pa.csv.read_csv(
+        pa.BufferReader(text),
+        pa.csv.ReadOptions(column_names=names, block_size=block),
+        pa.csv.ParseOptions(delimiter=dialect.separator, quote_char='"' if dialect.quotes else False, ignore_empty_lines=False),
+        pa.csv.ConvertOptions(column_types=dict.fromkeys(names, TEXT), check_utf8=False, strings_can_be_null=False),
+    )
+    return [Column(table.column(name).combine_chunks()) for name in names]
 
 
-def quoted_records(file: Iterator[str], separator: str) -> Iterator[tuple[int, list[str] | str, int]]:
-    """A quote that is never closed would swallow all that follows; only the line where it stands is given up, and the rest is read anew."""
-    taken: list[str] = []
-    again: list[str] = []
+def record(lines: Lines, start: int, dialect: Dialect) -> tuple[list[str] | str, int]:
+    """The cells of the row that begins with this line, or the reason why it has none, and its number of lines.
 
-    def lines() -> Iterator[str]:
-        while line := again.pop() if again else next(file, ""):
-            taken.append(line)
+    A quote that is never closed would swallow all that follows; only the line where it stands is given up.
+    """
+    taken = 0
+
+    def following() -> Iterator[str]:
+        nonlocal taken
+        for line in lines.texts(start):
+            taken += 1
             yield line
 
-    at = 1
-    while True:
-        try:
-            for cells in csv.reader(lines(), delimiter=separator, strict=True):
-                yield at, cells, len(taken)
-                at += len(taken)
-                taken.clear()
-            return
-        except csv.Error as error:
-            yield at, f"quotes are not closed or not doubled ({error})", 1
-            again.extend(reversed(taken[1:]))
-            at += 1
-            taken.clear()
+    lines_from = following()
+    try:
+        if not dialect.quotes:
+            return next(csv.reader(lines_from, delimiter=dialect.separator, quoting=csv.QUOTE_NONE)), taken
+        return next(csv.reader(lines_from, delimiter=dialect.separator, strict=True)), taken
+    except csv.Error as error:
+        return f"quotes are not closed or not doubled ({error})", 1
 
 
-def header(path: str, numbered: Iterator[tuple[int, list[str] | str, int]], format: Format) -> list[str]:
-    """Names of the columns, from the first line that isn't blank; a nameless column (pandas' index) stays nameless."""
-    cells = next((cells for _, cells, _ in numbered if isinstance(cells, str) or any(cell.strip() for cell in cells)), [])
-    if isinstance(cells, str):
-        raise UserError(f"{path}: can't read its header: {cells}")
+def header(path: str, lines: Lines, dialect: Dialect, format: Format) -> tuple[int, list[str]]:
+    """The lines up to the first row, and the names of the columns, from the first line that isn't blank; a nameless column (pandas' index)
+    stays nameless."""
+    end, cells = 0, list[str]()
+    while end < len(lines) and not any(cell.strip() for cell in cells):
+        found, taken = record(lines, end, dialect)
+        if isinstance(found, str):
+            raise UserError(f"{path}: can't read its header: {found}")
+        end, cells = end + taken, found
     names = [cell.removeprefix(BYTE_ORDER_MARK).strip() for cell in cells]
     if flaw := undecodable(((name.encode(errors="backslashreplace").decode(), name) for name in names), format):
         raise UserError(f"{path}: its header is {flaw}, or save the file as UTF-8")
     repeated = sorted({name for name in names if name and names.count(name) > 1})
     if repeated:
         raise UserError(f"{path}: its header has more than one column '{repeated[0]}'")
-    return names
+    return end, names
 
 
 # Quotes that may be meant otherwise than they were read
@@ -177,11 +228,14 @@ def seems_enclosed(cell: str) -> bool:
     return cell[:1] == '"' and (ENCLOSED.fullmatch(cell) is not None or cell.count('"') % 2 == 1)
 
 
-def note_of_quotes(path: str, columns: list[list[str]], rows: list[int]) -> list[str]:
-    found = sorted({rows[i] for column in columns for i, cell in enumerate(column) if cell[:1] == '"' and seems_enclosed(cell)})
+def note_of_quotes(path: str, columns: Sequence[Column[str | None]], rows: np.ndarray) -> list[str]:
+    found: set[int] = set()
+    for column in columns:
+        begin = np.flatnonzero(column.touched('^"'))
+        found.update(int(rows[i]) for i, cell in zip(begin.tolist(), column.take(begin), strict=True) if seems_enclosed(str(cell)))
     if not found:
         return []
-    return [f"{path}: {rows_named(found)} cells in quotes, which were read as characters. If quotes enclose cells there: {QUOTED}"]
+    return [f"{path}: {rows_named(sorted(found))} cells in quotes, which were read as characters. If quotes enclose cells there: {QUOTED}"]
 
 
 def rows_named(rows: list[int]) -> str:

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fusion.cell_text import as_texts, canonical, each
-from fusion.data.cells import Cells
+import numpy as np
+
+from fusion.cell_text import canonical
+from fusion.data.cells import Cells, as_texts
+from fusion.data.column import PADDED, Column, Positions, absent, concat, take
 from fusion.data.format import Format
 from fusion.data.kinds import Kind
 from fusion.data.kinds.base import Reading
@@ -63,22 +66,22 @@ class Table:
     """
 
     kinds: Mapping[str, Kind]
-    inputs: dict[str, list[Any]]
-    labels: list[str | None]
-    splits: list[str | None]
-    ids: list[str]
-    groups: list[str | None]
-    rows: list[int]
-    files: list[str]
-    extra: dict[str, list[str]] = field(default_factory=dict)
+    inputs: dict[str, Sequence[Any]]
+    labels: Sequence[str | None]
+    splits: Sequence[str | None]
+    ids: Sequence[str]
+    groups: Sequence[str | None]
+    rows: Sequence[int]
+    files: Sequence[str]
+    extra: dict[str, Sequence[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, indices: Sequence[int]) -> "Table":
+    def take(self, indices: Positions) -> "Table":
         """The samples at these positions, in this order."""
-        columns = {name: [getattr(self, name)[i] for i in indices] for name in PLAIN}
-        inputs, extra = ({name: [cells[i] for i in indices] for name, cells in named.items()} for named in (self.inputs, self.extra))
+        columns = {name: take(getattr(self, name), indices) for name in PLAIN}
+        inputs, extra = ({name: take(cells, indices) for name, cells in named.items()} for named in (self.inputs, self.extra))
         return Table(self.kinds, inputs, **columns, extra=extra)
 
     def by_name(self, columns: Columns) -> dict[str, Sequence[str | None]]:
@@ -86,10 +89,9 @@ class Table:
         named: dict[str, Sequence[str | None]] = {}
         for name, kind in self.kinds.items():
             for place, column in enumerate(kind.columns):
-                cells = self.inputs[name]
                 several = len(kind.columns) > 1
-                named[column] = [row and row[place] for row in cells] if several else list(self.local_cells(name))
-        roles = {"label": self.labels, "split": self.splits, "id": list[str | None](self.ids), "group": self.groups}
+                named[column] = [row and row[place] for row in self.inputs[name]] if several else list(self.local_cells(name))
+        roles: dict[str, Sequence[str | None]] = {"label": self.labels, "split": self.splits, "id": self.ids, "group": self.groups}
         named |= {getattr(columns, role): cells for role, cells in roles.items() if getattr(columns, role) is not None}
         return {**named, **self.extra}
 
@@ -103,10 +105,10 @@ class Table:
     @staticmethod
     def concat(tables: Sequence["Table"]) -> "Table":
         """All samples of all tables; an extra column that one of them lacks is "" there."""
-        columns = {name: [cell for table in tables for cell in getattr(table, name)] for name in PLAIN}
-        inputs = {name: [cell for table in tables for cell in table.inputs[name]] for name in tables[0].inputs}
+        columns = {name: concat([getattr(table, name) for table in tables]) for name in PLAIN}
+        inputs = {name: concat([table.inputs[name] for table in tables]) for name in tables[0].inputs}
         names = dict.fromkeys(name for table in tables for name in table.extra)
-        extra = {name: [cell for table in tables for cell in table.extra.get(name, [""] * len(table))] for name in names}
+        extra = {name: concat([table.extra.get(name, [""] * len(table)) for table in tables]) for name in names}
         return Table(tables[0].kinds, inputs, **columns, extra=extra)
 
 
@@ -148,7 +150,7 @@ def read_table(
         ledger.add(path, row, id, reason)
     if bad:
         given = {cell for cell in table.splits if cell}
-        table = table.take([i for i in range(len(table)) if i not in bad])
+        table = table.take(np.delete(np.arange(len(table)), list(bad)))
         for lost in sorted(given - set(table.splits)) if len(table) else ():
             ledger.note(
                 f"{path}: no row of the split '{lost}' that column '{columns.split}' gives is usable; it may be carved out of train"
@@ -170,47 +172,44 @@ def read_table(
 
 
 def interpret(
-    path: str, cells: Cells, columns: Columns, inputs: Mapping[str, Kind], missing: Sequence[str], task: Task | None
+    path: str, cells: Cells, columns: Columns, inputs: Mapping[str, Kind], spellings: Sequence[str], task: Task | None
 ) -> tuple[Table, dict[int, str], list[str]]:
     """A table of all rows that have cells; what is wrong with some of them, by position; and notes on how they were read."""
     count = len(cells.rows)
-    reading = Reading(path, cells.rows, {canonical(spelling.strip()) for spelling in missing}, dict(cells.flawed))
+    reading = Reading(path, cells.rows, {canonical(spelling.strip()) for spelling in spellings}, dict(cells.flawed))
     lists_in = "label" if task is not None and task.takes_lists else ""
 
-    def column(role: str) -> list[str | None]:
+    empty = Column.of([None]).take([0] * count)
+
+    def column(role: str) -> Column[str | None]:
         name = getattr(columns, role)
         if name not in cells.columns:
-            return [None] * count
+            return empty
         return as_texts(name, cells.columns[name], reading.nulls, reading.bad, lists=role == lists_in)
 
-    def cells_of(kind: Kind) -> list[Any]:
+    def cells_of(kind: Kind) -> Sequence[Any]:
         there = {one: cells.columns[one] for one in kind.columns if one in cells.columns}
-        return kind.read({one: there.get(one, [None] * count) for one in kind.columns}, reading) if there else [None] * count
+        return kind.read({one: there.get(one, empty) for one in kind.columns}, reading) if there else empty
 
     read = {name: cells_of(kind) for name, kind in inputs.items()}
-    labels, splits, groups = (stripped(column(role)) for role in ("label", "split", "group"))
-    ids = [(name or "").strip() or str(row) for name, row in zip(column("id"), cells.rows, strict=True)]
+    labels, splits, groups = (column(role).map(lambda cell: canonical(cell.strip()) or None) for role in ("label", "split", "group"))
+    rows = Column.numbers(cells.rows)
+    ids = column("id").map(lambda cell: cell.strip() or None, touches=PADDED).filled(rows)
     of_a_role = {getattr(columns, role) for role in ROLES} | {name for kind in inputs.values() for name in kind.columns}
     others = {name: found for name, found in cells.columns.items() if name not in of_a_role}
-    extra = {name: [cell or "" for cell in as_texts(name, found, reading.nulls, {})] for name, found in others.items()}
+    extra: dict[str, Sequence[str]] = {name: as_texts(name, found, reading.nulls, {}).filled("") for name, found in others.items()}
     notes = [*reading.notes, *notes_of_nulls(path, columns.label, labels)]
 
     bad = reading.bad
     lacking = " and ".join(f"no {name}" for name in inputs)
-    for i, row in enumerate(zip(*read.values(), strict=True)):
-        if all(cell is None for cell in row):
-            bad.setdefault(i, lacking)
+    for i in np.flatnonzero(np.logical_and.reduce([absent(cells) for cells in read.values()])).tolist():
+        bad.setdefault(i, lacking)
     if task is not None:
-        verdicts = {label: task.check(label) for label in set(labels)}
-        for i, label in enumerate(labels):
-            if (reason := verdicts[label]) is not None:
-                bad.setdefault(i, reason)
-    return Table(inputs, read, labels, splits, ids, groups, cells.rows, [path] * count, extra), bad, notes
-
-
-def stripped(cells: list[str | None]) -> list[str | None]:
-    """Cells without blanks around, None where nothing is left."""
-    return each(lambda cell: canonical(cell.strip()) or None, cells)
+        distinct, codes = labels.coded()
+        reasons = [*map(task.check, distinct), task.check(None)]  # the last for code -1
+        for i in np.flatnonzero(np.array([reason is not None for reason in reasons])[codes]).tolist():
+            bad.setdefault(i, str(reasons[codes[i]]))
+    return Table(inputs, read, labels, splits, ids, groups, rows, Column.repeat(path, count), extra), bad, notes
 
 
 # What is noted, though it costs no sample.
@@ -248,16 +247,16 @@ def note_missing_inputs(path: str, cells: Cells, inputs: Mapping[str, Kind], led
 # What is refused.
 
 
-def known_splits(path: str, column: str, cells: list[str | None]) -> list[str | None]:
-    meaning = {cell: SPLIT_NAMES.get(cell.casefold()) for cell in set(cells) if cell is not None}
-    unknown = sorted(cell for cell, split in meaning.items() if split is None)
+def known_splits(path: str, column: str, splits: Sequence[str | None]) -> Column[str | None]:
+    cells = Column.of(splits)
+    unknown = sorted(cell for cell in cells.coded()[0] if cell and cell.casefold() not in SPLIT_NAMES)
     if unknown:
         shown = listed([f"'{cell}'" for cell in unknown])
         raise UserError(
             f"{path}: column '{column}' has unknown splits: {shown}. Known: {', '.join(SPLIT_NAMES)}. "
             "If it is not meant as splits: --data.columns.split=null"
         )
-    return [None if cell is None else meaning[cell] for cell in cells]
+    return cells.map(lambda cell: SPLIT_NAMES[cell.casefold()])
 
 
 def refuse_other_splits(path: str, column: str, table: Table, split: str) -> None:

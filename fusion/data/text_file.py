@@ -3,8 +3,12 @@
 import codecs
 import gzip
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import IO, TextIO, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fusion.data.format import Format
 from fusion.errors import UserError
@@ -13,6 +17,7 @@ GZIP = b"\x1f\x8b"
 NOT_TEXT = {b"PK\x03\x04": "a ZIP archive or an Excel workbook; save it as CSV", b"PAR1": "a Parquet file; name it .parquet"}
 BYTE_ORDER_MARK = "\ufeff"
 BLOCK = 2**20
+LINE_FEED, CARRIAGE_RETURN = b"\n\r"
 
 
 def open_bytes(path: str) -> IO[bytes]:
@@ -64,19 +69,58 @@ def may_be_utf8(path: str) -> bool:
     return not ascii_only
 
 
-def scan(path: str, format: Format) -> tuple[bool, bool]:
-    """Whether the whole file can be decoded, and whether it may hold a double quote: otherwise no cell need be looked at for either."""
-    decoder = codecs.getincrementaldecoder(format.encoding)()
-    quotes = False
-    with open_bytes(path) as file:
+class Lines:
+    """The lines of a text file, each with its line break (\\n, \\r\\n or \\r), side by side in memory.
+
+    array: (n,) their bytes in UTF-8; a byte of the file that can't be decoded is a lone surrogate there, which is no valid UTF-8.
+    decodable: (n,) bool, where there is none.
+    """
+
+    def __init__(self, path: str, format: Format) -> None:
+        with open_bytes(path) as file:
+            refuse_other_content(path, file.read(64), format)
+        with open_bytes(path) as file:
+            raw = file.read()
+        if not format.is_utf8:
+            raw = raw.decode(format.encoding, "surrogateescape").encode("utf-8", "surrogatepass")
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+        self.array = lines_of(raw)
+        self.decodable = np.ones(len(self.array), dtype=bool)
         try:
-            while block := file.read(BLOCK):
-                decoder.decode(block)
-                quotes = quotes or b'"' in block
-            decoder.decode(b"", final=True)
-        except UnicodeError:
-            return False, True
-    return True, quotes
+            self.array.view(pa.large_string()).validate(full=True)
+        except pa.ArrowInvalid:
+            if format.is_utf8:
+                self.array = lines_of(raw.decode("utf-8", "surrogateescape").encode("utf-8", "surrogatepass"))
+            self.decodable = ~self.matching(rb"\xed[\xa0-\xbf]")
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def matching(self, pattern: str | bytes) -> np.ndarray:
+        """(n,) bool: the lines in which a regular expression (RE2) is found."""
+        return pc.match_substring_regex(self.array, pattern).to_numpy(zero_copy_only=False)
+
+    def texts(self, start: int) -> Iterator[str]:
+        """The lines from one on."""
+        for i in range(start, len(self)):
+            yield self.array[i].as_py().decode("utf-8", "surrogatepass")
+
+
+def lines_of(raw: bytes) -> pa.Array:
+    """(n,) large_binary: the lines of bytes, without a copy."""
+    ends = [np.zeros(1, dtype=np.int64)]
+    for start in range(0, len(raw), BLOCK):
+        # With the byte after the block, for a carriage return at its end may belong to a line feed there.
+        block = np.frombuffer(raw, dtype=np.uint8, offset=start, count=min(BLOCK + 1, len(raw) - start))
+        is_end, alone = block == LINE_FEED, block == CARRIAGE_RETURN
+        if alone.any():
+            alone[:-1] &= ~is_end[1:]
+            is_end = is_end | alone
+        ends.append(np.flatnonzero(is_end[:BLOCK]) + (start + 1))
+    offsets = np.concatenate(ends)
+    if offsets[-1] != len(raw):  # a last line without its break
+        offsets = np.append(offsets, len(raw))
+    return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(raw)])
 
 
 def undecodable(cells: Iterable[tuple[str, str]], format: Format | None = None) -> str | None:

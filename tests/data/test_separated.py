@@ -1,11 +1,16 @@
 """CSV and TSV as they are found: other separators, quotes that enclose or don't, other encodings, compressed."""
 
+import csv
 import gzip
+import io
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from reading import read_all, written
 
 from fusion.data.format import Format
+from fusion.data.separated import read_separated
 from fusion.errors import UserError
 
 
@@ -14,6 +19,76 @@ def refusal(path, **options):
         read_all(path, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+# What Arrow reads of it and what Python's reader does, together as Python's reader alone
+
+
+def read_line_by_line(raw, separator, quotes, names):
+    """(line, cells) of the rows and (line, whether it is the quotes) of what is none, a line given up where its quotes aren't closed."""
+    lines = list(io.StringIO(raw.decode(errors="surrogateescape"), newline=""))
+    at, rows, malformed = 1, [], []
+    while at < len(lines):
+        reader = csv.reader(lines[at:], delimiter=separator, strict=quotes, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE)
+        try:
+            cells = next(reader)
+        except csv.Error:
+            malformed.append((at + 1, True))
+            at += 1
+            continue
+        if len(cells) == len(names):
+            rows.append((at + 1, [cell.encode(errors="backslashreplace").decode() for cell in cells]))
+        elif len(cells) > 1 or any(cell.strip() for cell in cells):
+            malformed.append((at + 1, False))
+        at += reader.line_num
+    return rows, malformed
+
+
+PIECES = [
+    "a",
+    "é",
+    "\u2028",
+    " ",
+    '"',
+    '""',
+    '"x,y"',
+    '"x\ny"',
+    "\n",
+    "\r\n",
+    "\r",
+    "\0",
+    ",",
+    ";",
+    "\t",
+    "\\",
+    "a,b\n",
+    '"a","b"\n',
+    b"\xff",
+    b"\xed\xa0\x80",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=40), st.integers(1, 3), st.sampled_from([",", ";", "\t", "§"]), st.booleans())
+def test_any_file_is_read_as_by_pythons_reader_line_by_line(tmp_path_factory, pieces, count, separator, quotes):
+    names = ["one" + "-" * 64, "two", "three"][:count]  # what looks like UTF-16 is told by the first 64 bytes
+    raw = b"".join(piece if isinstance(piece, bytes) else piece.encode() for piece in pieces)
+    path = tmp_path_factory.mktemp("any") / "m.csv"
+    path.write_bytes(f"{separator.join(names)}\n".encode() + raw)
+    found = read_separated(str(path), Format(separator=separator, quotes=quotes), ",")
+    rows, malformed = read_line_by_line(path.read_bytes(), separator, quotes, names)
+    assert list(found.rows) == [line for line, _ in rows]
+    assert {name: list(found.columns[name]) for name in names} == {name: [row[i] for _, row in rows] for i, name in enumerate(names)}
+    assert [(line, reason.startswith("quotes are")) for line, reason in sorted(found.malformed)] == malformed
+    undecodable = {i for i, (_, row) in enumerate(rows) if any("\\udc" in cell for cell in row)}
+    assert set(found.flawed) == undecodable
+
+
+def test_a_block_of_the_file_may_end_within_a_line_break_and_a_line_may_be_longer_than_a_block(tmp_path):
+    long = "x" * (2**20 - len("text,label\r\n,y\r"))
+    path = written(tmp_path, f"text,label\r\n{long},y\r\nb,z\r\n{long * 3},w\r\n")
+    table, issues, _ = read_all(path)
+    assert (list(table.rows), table.labels, issues) == ([2, 3, 4], ["y", "z", "w"], [])
+    assert [len(text) for text in table.inputs["text"]] == [len(long), 1, 3 * len(long)]
 
 
 # Quotes

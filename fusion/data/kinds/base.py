@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from fusion.data.cells import RawColumn
 from fusion.encoders import Encoder
 from fusion.errors import UserError
 from fusion.rebuilding import Rebuildable
@@ -98,8 +99,8 @@ class Kind(Rebuildable, ABC):
         return []
 
     @abstractmethod
-    def read(self, columns: Mapping[str, list[Any]], reading: Reading) -> list[Any]:
-        """The cells, one a sample, from the columns that are there."""
+    def read(self, columns: Mapping[str, RawColumn], reading: Reading) -> Sequence[Any]:
+        """The cells, one a sample, from the columns as the file has them."""
 
     def check(self, cells: Sequence[Any], encoder: Encoder, checking: Checking) -> dict[int, str]:
         """Look at what the cells name, for an encoder; gives by position why one can't be used."""

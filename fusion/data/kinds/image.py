@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusion.cell_text import as_texts, each
+from fusion.data.cells import RawColumn, as_texts
+from fusion.data.column import Column
 from fusion.data.image_check import check_images, digest_of, shared_file
-from fusion.data.image_paths import Located, bytes_or_path, locate, odd_paths
+from fusion.data.image_paths import PECULIAR, Located, bytes_or_path, locate, odd_paths
 from fusion.data.images import FileOrBytes, ImageError, ImageSpec, Resize, decoded, load_image
 from fusion.data.kinds.base import Checking, Defaults, Kind, Reading, Store
 from fusion.data.raw_columns import image_column
@@ -23,6 +24,7 @@ from fusion.encoders import Encoder, Images
 from fusion.errors import UserError
 
 MOST = 8  # pictures of a sample
+MAYBE_LIST = r"^[^\x21-\x7e]*\["  # RE2
 MOST_SHOWN = 5
 
 
@@ -71,10 +73,11 @@ class ImageInput(Kind):
 
     # Cells: None, a path (absolute), bytes, or a tuple of these.
 
-    def read(self, columns: Mapping[str, list[Any]], reading: Reading) -> list[Any]:
+    def read(self, columns: Mapping[str, RawColumn], reading: Reading) -> Sequence[Any]:
         cells = columns[self.column]
-        kinds = set(map(type, cells))
-        if kinds <= {str, type(None)} and not any(cell and cell.lstrip().startswith("[") for cell in cells):
+        if isinstance(cells, list) and set(map(type, cells)) <= {str, type(None)}:
+            cells = Column.of(cells)
+        if isinstance(cells, Column) and not cells.touched(MAYBE_LIST).any():
             return self.located(as_texts(self.column, cells, reading.nulls, reading.bad, is_path=True), reading)
         # Every picture a place of its own, then back into samples.
         owners, flat = [], []
@@ -100,16 +103,22 @@ class ImageInput(Kind):
                 samples[owner].append(picture)
         return [tuple(sample) if len(sample) > 1 else sample[0] if sample else None for sample in samples]
 
-    def located(self, paths: Sequence[str | None], reading: Reading) -> list[str | None]:
+    def located(self, paths: Column[str | None], reading: Reading) -> Column[str | None]:
         """Absolute paths, odd ones corrected where only so there is a file."""
         folder = os.path.dirname(os.path.abspath(reading.path))
-        odd = {cell: locate(cell, folder) for cell in odd_paths(paths)}
+        peculiar = paths.touched(PECULIAR)
+        odd = {cell: locate(cell, folder) for cell in odd_paths(paths.take(np.flatnonzero(peculiar)))}
         if odd:
             reading.notes += notes_of_paths(reading.path, reading.rows, [odd.get(cell or "") for cell in paths])
             for i, cell in enumerate(paths):
                 if cell in odd and odd[cell].missing:
                     reading.bad.setdefault(i, f"image missing: {odd[cell].missing}")
-        return each(lambda cell: odd[cell].path if cell in odd else os.path.join(folder, cell) if cell.strip() else None, list(paths))
+
+        def place(cell: str) -> str | None:
+            return odd[cell].path if cell in odd else os.path.join(folder, cell) if cell.strip() else None
+
+        placed = paths.map(place, touches=peculiar)
+        return placed.prefixed(os.path.join(folder, ""), where=~(peculiar | placed.touched("^/")))
 
     def check(self, cells: Sequence[Any], encoder: Encoder, checking: Checking) -> dict[int, str]:
         size = getattr(encoder, "image_size", (224, 224))

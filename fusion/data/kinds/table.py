@@ -1,7 +1,6 @@
 """Columns of a table: numbers, dates and categories."""
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -9,7 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fusion.cell_text import NUMBER, as_texts
+from fusion.cell_text import NUMBER
+from fusion.data.cells import RawColumn, as_texts
+from fusion.data.column import PADDED, Column, Rows
 from fusion.data.kinds.base import Checking, Kind, Reading, Store
 from fusion.data.raw_columns import text_column
 from fusion.encoders import Columns, Encoder, TableColumns
@@ -21,7 +22,7 @@ EXTREME = 1e-3  # share of the least and the greatest: scaled numbers end at abo
 DAY_S = 86_400
 UNKNOWN = 0  # of categories
 
-Column = Literal["number", "date", "category"]
+ColumnKind = Literal["number", "date", "category"]
 
 
 class TableInput(Kind):
@@ -53,7 +54,7 @@ class TableInput(Kind):
         if scaling not in ("quantile", "standard"):
             raise UserError(f"a table's scaling is '{scaling}'; expected quantile or standard")
         self.names, self.categories, self.scaling = names, list(categories), scaling
-        self.kinds: dict[str, Column] = {}
+        self.kinds: dict[str, ColumnKind] = {}
         self.scales: dict[str, list[float]] = {}  # of numbers: quantiles, or mean and deviation
         self.known: dict[str, dict[str, int]] = {}  # of categories: their numbers from 1 on
 
@@ -61,47 +62,44 @@ class TableInput(Kind):
     def columns(self) -> list[str]:
         return list(self.names)
 
-    def read(self, columns: Mapping[str, list[Any]], reading: Reading) -> list[Any]:
+    def read(self, columns: Mapping[str, RawColumn], reading: Reading) -> Sequence[Any]:
         texts = [as_texts(name, columns[name], reading.nulls, reading.bad) for name in self.names]
-        stripped = [[cell.strip() or None if cell else None for cell in column] for column in texts]
-        return [row if any(cell is not None for cell in row) else None for row in zip(*stripped, strict=True)]
+        return Rows([column.map(lambda cell: cell.strip() or None, touches=PADDED) for column in texts])
 
     def check(self, cells: Sequence[Any], encoder: Encoder, checking: Checking) -> dict[int, str]:
         bad: dict[int, str] = {}
-        for place, name in enumerate(self.names):
-            column = [None if row is None else row[place] for row in cells]
+        for name, column in zip(self.names, Rows.of(cells, len(self.names)).columns, strict=True):
             self.kinds[name] = "category" if name in self.categories else kind_of(column)
             if self.kinds[name] != "category":
-                for i, cell in enumerate(column):
-                    if cell is not None and math.isnan(number_of(cell, self.kinds[name])):
-                        bad.setdefault(i, f"column {name} has {cell[:40]!r}, expected a {self.kinds[name]}")
+                numbers = numbers_of(column, self.kinds[name])
+                for i in np.flatnonzero(np.isnan(numbers) & ~column.missing()).tolist():
+                    bad.setdefault(i, f"column {name} has {str(column[i])[:40]!r}, expected a {self.kinds[name]}")
         return bad
 
     def learn(self, cells: Sequence[Any], encoder: Encoder) -> None:
         if not isinstance(encoder, TableColumns):
             raise TypeError(f"expected a TableColumns for the table, got {type(encoder).__name__}")
-        for place, name in enumerate(self.names):
-            column = [row[place] for row in cells if row is not None and row[place] is not None]
+        for name, column in zip(self.names, Rows.of(cells, len(self.names)).columns, strict=True):
             if self.kinds[name] == "category":
-                counts = Counter(column)
-                self.known[name] = {category: i for i, category in enumerate(sorted(counts), UNKNOWN + 1)}
+                distinct, _ = column.coded()
+                self.known[name] = {category: i for i, category in enumerate(sorted(map(str, distinct)), UNKNOWN + 1)}
             else:
-                self.scales[name] = scale_of(np.array([number_of(cell, self.kinds[name]) for cell in column]), self.scaling)
+                numbers = numbers_of(column, self.kinds[name])
+                self.scales[name] = scale_of(numbers[~np.isnan(numbers)], self.scaling)
         encoder.fit_columns(len(self.scales), [len(known) + 1 for known in self.known.values()])
 
     def arrays(self, cells: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Scaled numbers (n, F) float32, NaN for missing ones, and categories (n, G) int64, -1 for missing ones."""
+        columns = dict(zip(self.names, Rows.of(cells, len(self.names)).columns, strict=True))
         numbers = np.full((len(cells), len(self.scales)), np.nan, dtype=np.float64)
         categories = np.full((len(cells), len(self.known)), -1, dtype=np.int64)
-        places = {name: place for place, name in enumerate(self.names)}
         for f, (name, scale) in enumerate(self.scales.items()):
-            there = [i for i, row in enumerate(cells) if row is not None and row[places[name]] is not None]
-            found = np.array([number_of(cells[i][places[name]], self.kinds[name]) for i in there])
-            numbers[there, f] = scaled(found, scale, self.scaling)
+            found = numbers_of(columns[name], self.kinds[name])
+            there = ~np.isnan(found)
+            numbers[there, f] = scaled(found[there], scale, self.scaling)
         for g, (name, known) in enumerate(self.known.items()):
-            for i, row in enumerate(cells):
-                if row is not None and row[places[name]] is not None:
-                    categories[i, g] = known.get(row[places[name]], UNKNOWN)
+            distinct, codes = columns[name].coded()
+            categories[:, g] = np.array([*(known.get(str(category), UNKNOWN) for category in distinct), -1])[codes]
         return numbers.astype(np.float32), categories
 
     def store(self, cells: Sequence[Any], *, training: bool) -> Store:
@@ -132,7 +130,7 @@ class TableInput(Kind):
         return [row if any(cell is not None for cell in row) else None for row in rows]
 
     def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Columns:
-        known = list(cells)
+        known: list[Any] = list(cells)
         for i, row in enumerate(cells):
             for column, cell in zip(self.names, row or (), strict=False):
                 if cell is not None and self.kinds[column] != "category" and math.isnan(number_of(cell, self.kinds[column])):
@@ -183,22 +181,28 @@ class TableStore:
         return None
 
 
-def kind_of(cells: Sequence[str | None]) -> Column:
+def kind_of(cells: Sequence[str | None]) -> ColumnKind:
     """What a column holds, by most of its cells.
 
     >>> kind_of(["1", "2.5", None, "-3e4"]), kind_of(["2024-01-31", "2024-02-01 10:00:00"]), kind_of(["red", "1"]), kind_of([None])
     ('number', 'date', 'category', 'category')
     """
-    there = Counter(cell for cell in cells if cell is not None)
-    kinds: tuple[Column, ...] = ("number", "date")
+    column = Column.of(cells)
+    there = len(column) - int(column.missing().sum())
+    kinds: tuple[ColumnKind, ...] = ("number", "date")
     for kind in kinds:
-        fitting = sum(count for cell, count in there.items() if not math.isnan(number_of(cell, kind)))
-        if there and fitting >= MOSTLY * there.total():
+        if there and np.count_nonzero(~np.isnan(numbers_of(column, kind))) >= MOSTLY * there:
             return kind
     return "category"
 
 
-def number_of(cell: str, kind: Column) -> float:
+def numbers_of(column: Column[str | None], kind: ColumnKind) -> np.ndarray:
+    """(n,) float64: the numbers of a column, NaN where there is none."""
+    distinct, codes = column.coded()
+    return np.array([*(number_of(str(cell), kind) for cell in distinct), math.nan])[codes]
+
+
+def number_of(cell: str, kind: ColumnKind) -> float:
     """A number, or a date in days since 1970; NaN for what is none."""
     if kind == "number":
         found = float(cell) if NUMBER.fullmatch(cell) else math.nan

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from fusion.cell_text import as_texts
+from fusion.data.cells import RawColumn, as_texts
+from fusion.data.column import BLANK, Column
 from fusion.data.kinds.base import Defaults, Kind, Reading, Store
 from fusion.data.raw_columns import text_column
 from fusion.data.tokenizer import Tokenizer, TokenStore, batch_texts
@@ -40,9 +41,9 @@ class TextInput(Kind):
     def columns(self) -> list[str]:
         return [self.column]
 
-    def read(self, columns: Mapping[str, list[Any]], reading: Reading) -> list[Any]:
+    def read(self, columns: Mapping[str, RawColumn], reading: Reading) -> Sequence[Any]:
         texts = as_texts(self.column, columns[self.column], reading.nulls, reading.bad)
-        texts = [cell if cell and not cell.isspace() else None for cell in texts]
+        texts = texts.map(lambda text: text if text and not text.isspace() else None, touches=BLANK)
         reading.notes += notes_of_nulls(reading.path, self.column, texts)
         return texts
 
@@ -106,9 +107,9 @@ class TextStore:
         return None
 
 
-def notes_of_nulls(path: str, column: str, cells: Sequence[str | None]) -> list[str]:
+def notes_of_nulls(path: str, column: str, cells: Column[str | None]) -> list[str]:
     """Cells that look like what a program writes for a missing value. They are read as text, for they may be meant: a class, a word."""
-    found = [cell for cell in cells if cell in NULLS]
+    found = [str(cell) for cell in cells.take(np.flatnonzero(cells.touched(f"^({'|'.join(NULLS)})$")))]
     if not found:
         return []
     option = ",".join(f'"{spelling}"' for spelling in sorted(set(found)))

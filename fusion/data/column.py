@@ -1,0 +1,192 @@
+"""Columns of a table, held by Arrow: a fraction of the memory of a list of Python's texts, and of the time to look at them all."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+BLOCK = 2**16  # cells that are Python's at a time while a column is iterated
+TEXT = pa.large_string()
+# For `touches`: texts that are empty or begin, or end too, with what may be a blank. (RE2 knows no blanks but those of ASCII.)
+BLANK = r"^$|^[^\x21-\x7e]"
+PADDED = rf"{BLANK}|[^\x21-\x7e]$"
+
+T = TypeVar("T")
+Positions: TypeAlias = Sequence[int] | np.ndarray
+
+
+class Column(Sequence[T], Generic[T]):
+    """One column's cells, None where there is none. Equal to any sequence of the same cells.
+
+    >>> column = Column.of(["3.0", "red", None])
+    >>> column.map(str.upper, touches="^[a-z]") == ["3.0", "RED", None], column[1], column.take([2, 0])
+    (True, 'red', Column([None, '3.0']))
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, array: pa.Array) -> None:
+        self.array = array
+
+    @staticmethod
+    def of(texts: Iterable[str | None]) -> "Column[str | None]":
+        """Of Python's texts; lone surrogates, which stand for bytes that can't be decoded, become escapes."""
+        if isinstance(texts, Column):
+            return texts
+        texts = texts if isinstance(texts, list) else list(texts)
+        try:
+            return Column(pa.array(texts, TEXT))
+        except UnicodeEncodeError:
+            return Column(pa.array([text and text.encode(errors="backslashreplace").decode() for text in texts], TEXT))
+
+    @staticmethod
+    def numbers(numbers: Iterable[int]) -> "Column[int]":
+        """Of whole numbers."""
+        return Column(pa.array(numbers, pa.int64()))
+
+    @staticmethod
+    def repeat(text: str, count: int) -> "Column[str]":
+        """The same text so many times, stored once."""
+        return Column(pa.DictionaryArray.from_arrays(np.zeros(count, dtype=np.int32), pa.array([text], TEXT)))
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Column[T]": ...
+
+    def __getitem__(self, index: Any) -> Any:
+        return Column(self.array[index]) if isinstance(index, slice) else self.array[int(index)].as_py()
+
+    def __iter__(self) -> Iterator[T]:
+        for start in range(0, len(self), BLOCK):
+            yield from self.array.slice(start, BLOCK).to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
+
+    def __repr__(self) -> str:
+        return f"Column({list(self)})"
+
+    def __arrow_array__(self, type: pa.DataType | None = None) -> pa.Array:
+        return self.array if type in (None, self.array.type) else self.array.cast(type)
+
+    def take(self, indices: Positions) -> "Column[T]":
+        """The cells at these positions, in this order."""
+        return Column(self.array.take(pa.array(indices, pa.int64())))
+
+    def missing(self) -> np.ndarray:
+        """(n,) bool: where there is no cell."""
+        return self.array.is_null().to_numpy(zero_copy_only=False)
+
+    def coded(self) -> tuple[list[T], np.ndarray]:
+        """The distinct cells, in the order of first appearance, and which of them each is (n,), -1 where there is none."""
+        coded = self.array.dictionary_encode()
+        return coded.dictionary.to_pylist(), coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+
+    def map(self, function: Callable[[Any], str | None], touches: str | np.ndarray = "") -> "Column[str | None]":
+        """`function` of every text, called once for each distinct one.
+
+        touches: a regular expression (RE2) that is found in every text which `function` changes, or (n,) bool where they are; no other
+        text becomes Python's.
+        """
+        if isinstance(touches, str) and not touches:
+            distinct, codes = self.coded()
+            return Column(pa.array([*map(function, distinct), None], TEXT).take(pa.array(codes % (len(distinct) + 1))))
+        touched = self.touched(touches) if isinstance(touches, str) else touches
+        if not touched.any():
+            return Column(self.array)
+        texts = self.array.filter(pa.array(touched)).to_pylist()
+        made = {text: function(text) for text in set(texts)}
+        return Column(pc.replace_with_mask(self.array, pa.array(touched), pa.array([made[text] for text in texts], TEXT)))
+
+    def touched(self, pattern: str) -> np.ndarray:
+        """(n,) bool: the texts in which a regular expression (RE2) is found."""
+        return pc.match_substring_regex(self.array, pattern).fill_null(False).to_numpy(zero_copy_only=False)
+
+    def prefixed(self, prefix: str, where: np.ndarray) -> "Column[str | None]":
+        """With this before the texts that are marked (n,)."""
+        longer = pc.binary_join_element_wise(pa.scalar(prefix, TEXT), self.array, pa.scalar("", TEXT))
+        return Column(pc.if_else(pa.array(where), longer, self.array))
+
+    def filled(self, by: "str | Column[int]") -> "Column[str]":
+        """With another text, or the number at the same place, where there is no text."""
+        return Column(self.array.fill_null(by) if isinstance(by, str) else pc.coalesce(self.array, by.array.cast(TEXT)))
+
+
+class Rows(Sequence[tuple[str | None, ...] | None]):
+    """Several columns of texts side by side: a cell is a tuple of theirs, None where all of them lack one.
+
+    >>> list(Rows([Column.of(["1", None]), Column.of([None, None])]))
+    [('1', None), None]
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, columns: Sequence[Column[str | None]]) -> None:
+        self.columns = list(columns)
+
+    @classmethod
+    def of(cls, cells: Sequence[tuple[str | None, ...] | None], width: int) -> "Rows":
+        """Of Python's tuples, each of `width` texts."""
+        if isinstance(cells, Rows):
+            return cells
+        return cls([Column.of(None if row is None else row[place] for row in cells) for place in range(width)])
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Rows([column[index] for column in self.columns])
+        row = tuple(column[index] for column in self.columns)
+        return row if any(cell is not None for cell in row) else None
+
+    def __iter__(self) -> Iterator[tuple[str | None, ...] | None]:
+        for row in zip(*self.columns, strict=True):
+            yield row if any(cell is not None for cell in row) else None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
+
+    def take(self, indices: Positions) -> "Rows":
+        return Rows([column.take(indices) for column in self.columns])
+
+    def missing(self) -> np.ndarray:
+        """(n,) bool: where no column has a cell."""
+        return np.logical_and.reduce([column.missing() for column in self.columns])
+
+
+# Cells that may also be a list: pictures, tuples of pictures.
+
+
+def take(cells: Sequence[T], indices: Positions) -> Sequence[T]:
+    """The cells at these positions, in this order."""
+    return cells.take(indices) if isinstance(cells, Column | Rows) else [cells[i] for i in indices]
+
+
+def absent(cells: Sequence[Any]) -> np.ndarray:
+    """(n,) bool: where there is no cell."""
+    return cells.missing() if isinstance(cells, Column | Rows) else np.array([cell is None for cell in cells], dtype=bool)
+
+
+def concat(parts: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    """The cells of all parts, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = [part for part in parts if isinstance(part, Column)]
+    if len(columns) == len(parts) and len({column.array.type for column in columns}) == 1:
+        return Column(pa.concat_arrays([column.array for column in columns]))
+    rows = [part for part in parts if isinstance(part, Rows)]
+    if len(rows) == len(parts):
+        return Rows([concat(columns) for columns in zip(*(one.columns for one in rows), strict=True)])  # type: ignore[misc]
+    return [cell for part in parts for cell in part]
