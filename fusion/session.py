@@ -206,7 +206,8 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
             cells = [figure(bound) if score == task.bounded else "" for score in task.headline.values()]
             lines.append([title_of(task, name), *cells, of_all])
     if trainer.is_global_zero and run.folder is not None:
-        results = {"test": finite(scores), "val": validated(run.folder, model.task), "updates": updates}
+        rates = [round(rate, 1) for lines in trainer.callbacks if isinstance(lines, EpochLines) for rate in lines.rates]  # type: ignore[attr-defined]
+        results = {"test": finite(scores), "val": validated(run.folder, model.task), "updates": updates, "samples_per_s": rates}
         (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if best is not None and trainer.is_global_zero and run.folder is not None:
         write_bundle(run.folder / MODEL, *of_checkpoint(read_checkpoint(best), Path(best)))

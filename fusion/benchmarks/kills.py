@@ -21,7 +21,7 @@ from fusion.runs.checkpoint_files import read_checkpoint
 from fusion.training.callbacks.run_folder import read_metrics
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "Fp16", "current_model_state", "averaging_state", "fusion")
-TRAINING = "  precision "  # the last line of the plan, printed as training begins
+BEGUN = "environment.json"  # which a run writes as its training begins
 
 
 def benchmark_kills(arguments: Sequence[str], kills: int, seed: int) -> int:
@@ -69,42 +69,48 @@ class Run:
             shutil.rmtree(found)
         return None
 
-    def start(self) -> subprocess.Popen[str]:
+    @property
+    def output(self) -> Path:
+        """What the last of its processes printed."""
+        return self.runs.with_suffix(".log")
+
+    def start(self) -> subprocess.Popen[bytes]:
         folder = self.folder
         words = ["--resume", str(folder)] if folder else [*self.arguments, f"--runs={self.runs}"]
-        return subprocess.Popen(
-            [sys.executable, "-m", "fusion", "fit", *words],  # which the other ranks can be started by too
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        # Which the other ranks can be started by too.
+        words = [sys.executable, "-m", "fusion", "fit", *words]
+        with open(self.output, "wb") as output:
+            return subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def training_begun(self, process: subprocess.Popen[bytes], since_s: float) -> bool:
+        """Waits until training begins, in a process that was started then (in seconds since 1970); whether it did."""
+        while process.poll() is None:
+            if any(file.stat().st_mtime >= since_s for file in self.runs.glob(f"*/*/{BEGUN}")):
+                return True
+            time.sleep(0.02)
+        return False
 
     def to_its_end(self) -> tuple[float, float]:
         """Seconds in all, and until training began. Raises UserError where the run fails."""
-        began = time.monotonic()
+        began, since = time.monotonic(), time.time()
         process = self.start()
-        told, training = until_training(process)
-        training_s = time.monotonic() - began if training else 0.0
-        rest, _ = process.communicate()
-        if process.returncode:
-            raise UserError(f"the run ended with status {process.returncode}: {(told + rest).strip().splitlines()[-1]}")
+        training_s = time.monotonic() - began if self.training_begun(process, since) else 0.0
+        if process.wait():
+            last = self.output.read_text(errors="replace").strip().splitlines()[-1]
+            raise UserError(f"the run ended with status {process.returncode}: {last}")
         return time.monotonic() - began, training_s
 
     def killed_after(self, seconds: float, *, from_start: bool) -> tuple[float | None, float | None]:
         """Kill the run and all its ranks so long after its start, or after its training began; seconds until that, and since."""
-        began = time.monotonic()
+        began, since = time.monotonic(), time.time()
         process = self.start()
         training_s = None
-        if not from_start:
-            _, training = until_training(process)
-            training_s = time.monotonic() - began if training else None
+        if not from_start and self.training_begun(process, since):
+            training_s = time.monotonic() - began
         time.sleep(seconds)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
         return training_s, None if training_s is None else seconds
 
     def position(self) -> str:
@@ -123,17 +129,6 @@ class Run:
     def log(self) -> list[dict[str, str]]:
         assert self.folder is not None
         return read_metrics(self.folder / "metrics.csv")
-
-
-def until_training(process: subprocess.Popen[str]) -> tuple[str, bool]:
-    """What it prints until training begins; whether it did."""
-    told = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        told += line
-        if line.startswith(TRAINING):
-            return told, True
-    return told, False
 
 
 def difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -100,22 +99,19 @@ def measure(arguments: Sequence[str], at_once: int, into: Measured) -> None:
             )
             for number in range(at_once)
         ]
-        told = [process.communicate()[0] for process in running]
-        for process, text in zip(running, told, strict=True):
+        for process in running:
+            output = process.communicate()[0]
             if process.returncode:
-                raise UserError(f"a run ended with status {process.returncode}: {text.strip().splitlines()[-1]}")
-        into.rates.append(sum(rate(text) for text in told))
-        run = next(Path(folder).glob("0/*/*"))
+                raise UserError(f"a run ended with status {process.returncode}: {output.strip().splitlines()[-1]}")
+        folders = [next(Path(folder).glob(f"{number}/*/*")) for number in range(at_once)]
+        results = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in folders]
+        # The median of the epochs but the first, which warms up.
+        into.rates.append(sum(statistics.median(found["samples_per_s"][1:] or found["samples_per_s"]) for found in results))
+        run = folders[0]
         rows = read_metrics(run / "metrics.csv")
         into.losses, into.by_epoch, sent = (column(rows, f"train/{name}") for name in ("loss_step", "loss_epoch", "sent_bytes"))
         into.sent = statistics.mean(sent) if sent else None
-        into.accuracy = json.loads((run / "results.json").read_text(encoding="utf-8"))["test"].get("accuracy")
-
-
-def rate(told: str) -> float:
-    """Samples a second in training, the median of the epochs but the first, which warms up."""
-    rates = [float(found.replace(",", "")) for found in re.findall(r"^epoch .* ([\d,]+) samples/s$", told, re.MULTILINE)]
-    return statistics.median(rates[1:] or rates)
+        into.accuracy = results[0]["test"].get("accuracy")
 
 
 def column(rows: Sequence[dict[str, str]], name: str) -> list[float]:

@@ -12,11 +12,12 @@ from fusion.benchmarks.memory import benchmark_memory
 from fusion.benchmarks.overhead import benchmark_overhead
 from fusion.benchmarks.pretrained import benchmark_pretrained
 from fusion.benchmarks.ranks import benchmark_ranks
+from fusion.benchmarks.table import benchmark_table
 from fusion.cli.options import Options
 from fusion.errors import UserError, nearest
 from fusion.heads import available
 
-BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "gpu")
+BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "table", "gpu")
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -33,6 +34,7 @@ def benchmark(arguments: Sequence[str]) -> int:
             "       fusion benchmark memory [--rounds N] --recipe NAME [any option of fit]\n"
             "       fusion benchmark pretrained [--heads PATTERN] [--seeds N] [--shares 400 2000 all] [--csv FILE]\n"
             "                                   --recipe NAME [any option of fit]\n"
+            "       fusion benchmark table [--rows N] [--rounds N]\n"
             "       fusion benchmark gpu [--scenes N]\n\n"
             "overhead: samples per second of the whole fit loop, of a bare PyTorch loop fed by the same loader, and of a bare loop\n"
             "over batches that already sit in memory; same model, same optimiser, taken in turns in one process.\n"
@@ -44,6 +46,7 @@ def benchmark(arguments: Sequence[str]) -> int:
             "memory: peak memory and time of a training batch, the activations of each part kept or computed again.\n"
             "pretrained: validation and test accuracy of every head on shares of the training samples, over the seeds;\n"
             "--csv: a line a run, and the runs that it has already are not made again.\n"
+            "table: time and memory of reading a large CSV manifest, beside pyarrow's reader alone.\n"
             "gpu: checks and figures of this machine's GPUs on a page, in under ten minutes; without one, the half that needs none."
         )
         return 0
@@ -52,10 +55,10 @@ def benchmark(arguments: Sequence[str]) -> int:
     if words[0] == "heads":
         return heads(words[1:])
     if words[0] == "gpu":
-        asked, unknown = own_options(words, scenes=600)
-        if unknown:
-            raise UserError(f"fusion benchmark gpu: unknown option {unknown[0]}. Known: --scenes.")
-        return benchmark_gpu(asked.scenes)
+        return benchmark_gpu(own_options_alone(words, scenes=600).scenes)
+    if words[0] == "table":
+        asked = own_options_alone(words, rows=1_000_000, rounds=5)
+        return benchmark_table(asked.rows, asked.rounds)
     if words[0] == "kills":
         asked, rest = own_options(words, kills=20, seed=0)
         return benchmark_kills(rest, asked.kills, asked.seed)
@@ -81,6 +84,15 @@ def own_options(words: Sequence[str], **defaults: Any) -> tuple[Any, list[str]]:
         else:
             options.add_argument(f"--{name}", type=int if isinstance(default, int) else str, default=default)
     return options.parse_known_args(words[1:])
+
+
+def own_options_alone(words: Sequence[str], **defaults: Any) -> Any:
+    """The same of a benchmark that takes none of fit's. Raises UserError for others."""
+    asked, unknown = own_options(words, **defaults)
+    if unknown:
+        known = ", ".join(f"--{name}" for name in defaults)
+        raise UserError(f"fusion benchmark {words[0]}: unknown option {unknown[0]}. Known: {known}.")
+    return asked
 
 
 def heads(arguments: Sequence[str]) -> int:

@@ -29,6 +29,15 @@ def test_memory_is_measured_with_activations_kept_and_computed_again(command: Ru
     assert 0 < peaks["all computed again"] < peaks["all kept"]
 
 
+def test_reading_a_large_manifest_is_measured_beside_pyarrow_alone(command: Run) -> None:
+    done = command("benchmark", "table", "--rows=20000", "--rounds=1")
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^(\S.*\S) +\d+\.\d\d +([\d.]+) \([\d.]+ to [\d.]+\) +\d+ +[\d.]+$", done.stdout, re.MULTILINE))
+    assert list(rows) == ["a manifest", "a manifest, texts in quotes"]
+    assert all(float(ratio) > 0 for ratio in rows.values())
+    assert "unknown option --row" in command("benchmark", "table", "--row").stderr
+
+
 @pytest.mark.slow
 def test_one_process_and_several_are_measured_beside_each_other(command: Run, tmp_path: Path) -> None:
     done = command("benchmark", "ranks", "--compress", "sign", f"--csv={tmp_path / 'curves.csv'}", *TINY, "--trainer.max_steps=4")

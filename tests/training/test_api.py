@@ -131,10 +131,12 @@ def test_importing_fusion_takes_no_longer_than_torch_plus_a_little():
     assert min(seconds["fusion.heads"]) < min(seconds["torch"]) * 1.2 + 0.3
 
 
-def test_results_hold_validation_and_test(tiny, tmp_path):
-    run = fusion.fit(tiny(), EPOCH, runs=tmp_path / "runs")
+def test_results_hold_validation_and_test_and_the_speed_of_each_epoch(tiny, tmp_path):
+    run = fusion.fit(tiny(), EPOCH | {"trainer.max_epochs": 2}, runs=tmp_path / "runs")
     held = json.loads((run.folder / "results.json").read_text())
     assert held["val"].keys() >= {"accuracy", "balanced_accuracy", "f1_macro", "loss"}
+    assert len(held["samples_per_s"]) == 2
+    assert min(held["samples_per_s"]) > 0
     assert repr(run) == f"Run('{run.folder}')"
 
 

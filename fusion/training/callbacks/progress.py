@@ -22,6 +22,7 @@ class EpochLines(Callback):
 
     def __init__(self, every_s: float = 30.0) -> None:
         self.sign = SignOfLife(every_s)
+        self.rates: list[float] = []  # samples a second of each epoch of this process, without validation
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         # A run resumed within an epoch has no start of that epoch.
@@ -67,12 +68,13 @@ class EpochLines(Callback):
         }  # on every rank, over which it sums
         # Of an earlier epoch, where this one wasn't validated.
         scores |= {name: score for name, score in trainer.callback_metrics.items() if self.training_s or not name.startswith("val/")}
+        rate = self.samples / max(self.training_s or time.monotonic() - self.began, 1e-9)
+        self.rates.append(rate)
         if not trainer.is_global_zero:
             return
         best_by = module.task.monitor
         shown = {"loss": "train/loss", "val loss": "val/loss", f"val {best_by}": f"val/{best_by}"}
         parts = [f"{key} {figure(float(scores[name]))}" for key, name in shown.items() if name in scores]
-        rate = self.samples / max(self.training_s or time.monotonic() - self.began, 1e-9)
         print_rank_zero(f"epoch {epoch_of(trainer)}  " + "  ".join([*parts, f"{rate:,.0f} samples/s"]))
         self.sign.reset()
 
