@@ -6,60 +6,10 @@ import re
 from fnmatch import fnmatchcase
 from typing import NamedTuple, get_args
 
-from fusion.heads.adaptive_graph import AdaptiveGraph
+from fusion.heads import all_heads
 from fusion.heads.base import Family, FusionHead
-from fusion.heads.bottleneck import Bottleneck
-from fusion.heads.co_attention import CoAttention
-from fusion.heads.concat import Concat
-from fusion.heads.confidence_weighted import ConfidenceWeighted
-from fusion.heads.cross_attention import CrossAttention
-from fusion.heads.embrace import Embrace
-from fusion.heads.factorized_bilinear import FactorizedBilinear
-from fusion.heads.film import FiLM
-from fusion.heads.gated import Gated
-from fusion.heads.gated_cross_attention import GatedCrossAttention
-from fusion.heads.joint_transformer import JointTransformer
-from fusion.heads.level_weighted import LevelWeighted
-from fusion.heads.logit_mean import LogitMean
-from fusion.heads.low_rank_tensor import LowRankTensor
-from fusion.heads.mutan import Mutan
-from fusion.heads.perceiver import Perceiver
-from fusion.heads.product_of_experts import ProductOfExperts
-from fusion.heads.residual_mlp import ResidualMLP
-from fusion.heads.squeeze_excite import SqueezeExcite
-from fusion.heads.stacking import Stacking
-from fusion.heads.tensor_fusion import TensorFusion
-from fusion.heads.weighted_logits import WeightedLogits
 
-# Every way to fuse, by family, the plainest first.
-HEADS: dict[str, type[FusionHead]] = {
-    head.__name__: head
-    for head in (
-        JointTransformer,
-        Concat,
-        ResidualMLP,
-        Gated,
-        FiLM,
-        TensorFusion,
-        LowRankTensor,
-        FactorizedBilinear,
-        Mutan,
-        Embrace,
-        LevelWeighted,
-        SqueezeExcite,
-        Bottleneck,
-        Perceiver,
-        AdaptiveGraph,
-        LogitMean,
-        WeightedLogits,
-        ProductOfExperts,
-        ConfidenceWeighted,
-        Stacking,
-        CrossAttention,
-        CoAttention,
-        GatedCrossAttention,
-    )
-}
+HEADS: dict[str, type[FusionHead]] = {name: head for name, head in vars(all_heads).items() if isinstance(head, type)}
 
 
 class HeadInfo(NamedTuple):
