@@ -5,7 +5,7 @@ Published layout under root: images/*.jpg (315), trainset.json (3,064 questions)
 image_name, question, answer, answer_type (CLOSED or OPEN), question_type, image_organ. Closed answers are yes, no and a few others; in
 the test split 272 questions are closed, of which 48.9 % are answered "no", and 179 open, of which only 77 % have an answer that occurs
 in train.
-Mind when reporting: test images also occur in train, and 14 test (image, question) pairs recur there.
+Note for reporting: test images also occur in train, and so do 14 (image, question) pairs of test.
 Published (overall/open/closed), with encoders pretrained on medical images: 66.1/49.2/77.2 and 71.6/60.0/79.3.
 """
 
@@ -19,33 +19,33 @@ COLUMNS = ["image", "text", "label", "split", "id", "group", "answer_type", "que
 
 
 def prepare(root: Path, folder: Path) -> str:
-    """Write folder/manifest.csv, which points at the images where they are; tell what was found."""
-    rows, found = [], []
+    """Write folder/manifest.csv, which refers to the images in place. Returns a summary."""
+    samples, summary = [], []
     for split in ("train", "test"):
         file = root / f"{split}set.json"
         if not file.is_file():
             raise UserError(f"vqa_rad: no {file.name} under {root}; expected the published layout (images/, trainset.json, testset.json)")
-        asked = json.loads(file.read_text(encoding="utf-8"))
-        for i, row in enumerate(asked):
-            rows.append(
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        for i, entry in enumerate(entries):
+            samples.append(
                 [
-                    (root / "images" / row["image_name"]).resolve(),
-                    " ".join(row["question"].split()),
-                    " ".join(str(row["answer"]).lower().split()),  # published with stray blanks and capitals
+                    (root / "images" / entry["image_name"]).resolve(),
+                    " ".join(entry["question"].split()),
+                    " ".join(str(entry["answer"]).lower().split()),  # the published answers have stray blanks and capitals
                     split,
                     f"{split}-{i}",
-                    row["image_name"],
-                    row["answer_type"].strip(),
-                    row["question_type"].strip(),
-                    row["image_organ"].strip(),
+                    entry["image_name"],
+                    entry["answer_type"].strip(),
+                    entry["question_type"].strip(),
+                    entry["image_organ"].strip(),
                 ]
             )
-        closed = sum(row["answer_type"].strip() == "CLOSED" for row in asked)
-        images = len({row["image_name"] for row in asked})
-        found.append(f"{split}: {len(asked):,} questions ({closed:,} closed, {len(asked) - closed:,} open) on {images:,} images")
+        closed = sum(entry["answer_type"].strip() == "CLOSED" for entry in entries)
+        images = len({entry["image_name"] for entry in entries})
+        summary.append(f"{split}: {len(entries):,} questions ({closed:,} closed, {len(entries) - closed:,} open) on {images:,} images")
     with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file_out:
-        csv.writer(file_out).writerows([COLUMNS, *rows])
-    missing = len({row[0] for row in rows if not row[0].is_file()})
-    shared = len({row[0] for row in rows if row[3] == "train"} & {row[0] for row in rows if row[3] == "test"})
-    found.append(f"{missing} images are missing; {shared} images occur in train and in test, as published")
-    return f"VQA-RAD in {root}\n  " + "\n  ".join(found)
+        csv.writer(file_out).writerows([COLUMNS, *samples])
+    missing = len({sample[0] for sample in samples if not sample[0].is_file()})
+    shared = len({sample[0] for sample in samples if sample[3] == "train"} & {sample[0] for sample in samples if sample[3] == "test"})
+    summary.append(f"{missing} images are missing; {shared} images occur in train and in test, as published")
+    return f"VQA-RAD in {root}\n  " + "\n  ".join(summary)

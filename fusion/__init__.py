@@ -1,4 +1,4 @@
-"""fusion: train models that fuse what a sample has: pictures, texts, columns of numbers and categories."""
+"""fusion: train models that fuse several inputs: images, texts, columns of numbers and categories."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
 
 def load(run: str, **options: Any) -> "Predictor":
-    """A finished run (its folder, its model's folder, or a checkpoint file), ready to be asked: see `fusion.predictor.Predictor`."""
-    # Imported here, so that fusion.heads alone loads nothing but torch.
+    """Load a trained model from a run folder, a model folder or a checkpoint file; returns a `fusion.predictor.Predictor`."""
+    # Imported here, so that importing fusion.heads loads torch only.
     from fusion.predictor import Predictor
 
     return Predictor.load(run, **options)

@@ -1,4 +1,4 @@
-"""The text of a cell: one for each value, whichever file, column or argument it comes from."""
+"""The canonical text of a cell: the same for equal values, whichever file, column or argument they come from."""
 
 import re
 from datetime import date, time, timedelta
@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 
-PYTHON_VALUES = (str, bool, int, float, Decimal, date, time, timedelta)  # pandas' times are datetimes, hence dates
-VALUES = (*PYTHON_VALUES, np.bool_, np.integer, np.floating, np.datetime64, np.timedelta64)  # not complex numbers, bytes and structures
+PYTHON_VALUES = (str, bool, int, float, Decimal, date, time, timedelta)  # pandas' times are datetimes, which are dates
+VALUES = (*PYTHON_VALUES, np.bool_, np.integer, np.floating, np.datetime64, np.timedelta64)  # no complex numbers, bytes or structures
 MAY_BE_NAN = (float, np.floating, np.datetime64, np.timedelta64, Decimal)
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # as float() takes it, but for 1_000, nan and inf
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # as float() accepts it, except 1_000, nan and inf
 WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 DURATION = re.compile(r"(-?[0-9]+ days) ([+]?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?")
 TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}[ T])?([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?([+-][0-9]{2}:[0-9]{2}|Z)?")
-FIRST = frozenset("-0123456789")  # what a number or a time begins with
+FIRST = frozenset("-0123456789")  # the first characters of numbers and times
 
 
 def cell_text(cell: Any) -> str | None:
     """The text of a value, None for a null.
 
-    Booleans are True and False. A whole number has no .0; other floats have the fewest digits that tell them apart at their own width.
-    A time is written as pandas writes it to CSV (with a blank where ISO 8601 has a T, and +00:00 for its Z), without zeros at the end of
-    its fraction; midnight is the date alone, and a duration of whole days the days alone. Text that is such a number or time as a whole is
-    written alike, because a CSV file holds nothing but text; any other text stays as it is.
+    Booleans are True and False. A whole number has no .0; other floats have the fewest digits that identify them at their own precision.
+    A time is written as pandas writes it to CSV (with a space where ISO 8601 has a T, and +00:00 for its Z), without zeros at the end of
+    its fraction; midnight is the date alone, and a duration of whole days the days alone. Text that is entirely such a number or time is
+    written in the same way, because a CSV file contains only text; any other text is unchanged.
 
     >>> [cell_text(cell) for cell in ("3", 3, 3.0, "3.0", "v3.0", 0.5, np.float32(0.1), True, "true", None, float("nan"), "nan")]
     ['3', '3', '3', '3', 'v3.0', '0.5', '0.1', 'True', 'true', None, None, 'nan']
@@ -33,9 +33,7 @@ def cell_text(cell: Any) -> str | None:
     if is_null(cell):
         return None
     if isinstance(cell, timedelta | np.timedelta64):
-        exact = (
-            cell.to_timedelta64() if hasattr(cell, "to_timedelta64") else cell
-        )  # pandas' has nanoseconds, which NumPy wouldn't take over
+        exact = cell.to_timedelta64() if hasattr(cell, "to_timedelta64") else cell  # pandas' has nanoseconds, which NumPy would drop
         return duration_text(int(np.timedelta64(exact, "ns").astype(np.int64)))
     text = str(cell)
     return canonical(text.replace("T", " ") if isinstance(cell, np.datetime64) else text)
@@ -56,23 +54,23 @@ def duration_text(ns: int) -> str:
 
 
 def is_null(cell: Any) -> bool:
-    """Whether it is None, NaN, NaT or pandas' NA (known by its name: pandas is not needed to be told of it)."""
+    """Whether it is None, NaN, NaT or pandas' NA (recognised by its type's name, without importing pandas)."""
     if type(cell) is float or isinstance(cell, MAY_BE_NAN):
         return bool(cell != cell)
     return cell is None or type(cell).__name__ in ("NAType", "NaTType")
 
 
 def canonical(text: str) -> str:
-    """The same number or time in its one spelling; any other text as it is."""
+    """A number or time in its canonical spelling; any other text unchanged."""
     if not text or text[0] not in FIRST:
         return text
     if number := WHOLE.fullmatch(text):
         return "0" if number[1] == "-0" else number[1]
-    if " days " in text and (found := DURATION.fullmatch(text)):
-        clock = found[2] + (found[3] or "").rstrip("0").rstrip(".")
-        return found[1] if clock in ("00:00:00", "+00:00:00") else f"{found[1]} {clock}"
-    if ":" in text and (found := TIME.fullmatch(text)):
-        day, clock, fraction, zone = (part or "" for part in found.groups())
+    if " days " in text and (duration := DURATION.fullmatch(text)):
+        clock = duration[2] + (duration[3] or "").rstrip("0").rstrip(".")
+        return duration[1] if clock in ("00:00:00", "+00:00:00") else f"{duration[1]} {clock}"
+    if ":" in text and (moment := TIME.fullmatch(text)):
+        day, clock, fraction, zone = (part or "" for part in moment.groups())
         day, zone = day.replace("T", " "), zone.replace("Z", "+00:00")
         fraction = fraction.rstrip("0").rstrip(".")
         return day.rstrip() if day and not zone and clock + fraction == "00:00:00" else day + clock + fraction + zone

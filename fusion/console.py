@@ -1,4 +1,4 @@
-"""Console output: printed once however many ranks there are, a sign of life from what takes long, and small tables."""
+"""Console output: lines printed by rank zero only, progress messages of long operations, and small tables."""
 
 import logging
 import os
@@ -14,15 +14,15 @@ printed_at = 0.0
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the first of its group; known from the environment, before there is a group."""
-    known = sys.modules.get("lightning.fabric.utilities.rank_zero")  # a predictor needs no Lightning
-    if known is not None:
-        return getattr(known.rank_zero_only, "rank", None) in (None, 0)
+    """Whether this process is the first of its group; read from the environment before the group exists."""
+    rank_zero = sys.modules.get("lightning.fabric.utilities.rank_zero")  # a predictor needs no Lightning
+    if rank_zero is not None:
+        return getattr(rank_zero.rank_zero_only, "rank", None) in (None, 0)
     return next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0") == "0"
 
 
 def print_rank_zero(text: str) -> None:
-    """Through the logger "fusion", which the commands print (see `printing`); by the first process of a group alone."""
+    """Logs to the logger "fusion", which the commands print (see `printing`); only in the first process of a group."""
     global printed_at
     printed_at = time.monotonic()
     if is_rank_zero():
@@ -30,7 +30,7 @@ def print_rank_zero(text: str) -> None:
 
 
 class Printed(logging.Handler):
-    """Log records as plain lines of the standard output."""
+    """Writes log records as plain lines to the standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(record.getMessage(), flush=True)
@@ -38,7 +38,7 @@ class Printed(logging.Handler):
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Around a command: what is logged is printed. A program that calls us listens to the logger "fusion" instead."""
+    """Prints the records of the logger "fusion" during a command. A program that uses this library handles that logger itself."""
     if any(isinstance(handler, Printed) for handler in LOG.handlers):
         yield
         return
@@ -56,7 +56,7 @@ def printing() -> Iterator[None]:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Around a training whose lines nobody asked for."""
+    """Suppresses the output of training runs inside the block."""
     level = LOG.level
     LOG.setLevel(logging.WARNING)
     try:
@@ -66,11 +66,11 @@ def silent() -> Iterator[None]:
 
 
 @contextmanager
-def signs_of_life(doing: str, every_s: float = EVERY_S) -> Iterator[None]:
-    """Around what takes long and can't say how far it is: a line whenever nothing has been printed for `every_s` seconds.
+def heartbeat(doing: str, every_s: float = EVERY_S) -> Iterator[None]:
+    """During a long operation without progress information, prints a line whenever nothing has been printed for `every_s` seconds.
 
     Args:
-        doing: what is being done, for that line.
+        doing: description of the operation, for that line.
         every_s: seconds between two lines.
     """
     began, done = time.monotonic(), threading.Event()
@@ -89,11 +89,11 @@ def signs_of_life(doing: str, every_s: float = EVERY_S) -> Iterator[None]:
         watcher.join()
 
 
-class SignOfLife:
+class Heartbeat:
     """Whether it is time to print again: `every_s` seconds after the last time, or after it was made or reset.
 
     Args:
-        every_s: seconds between two signs.
+        every_s: seconds between two messages.
     """
 
     def __init__(self, every_s: float = EVERY_S) -> None:
@@ -119,19 +119,19 @@ def figure(value: float) -> str:
     return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.4g}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned columns, the first to the left, the others to the right.
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """The lines of a table with aligned columns, the first to the left, the others to the right.
 
     >>> print(aligned([["head", "accuracy"], ["Gated", "0.98"]]))
     head   accuracy
     Gated      0.98
     """
-    columns = max(len(row) for row in rows)
-    filled = [[*row, *[""] * (columns - len(row))] for row in rows]
-    widths = [max(len(row[i]) for row in filled) for i in range(columns)]
+    columns = max(len(line) for line in lines)
+    filled = [[*line, *[""] * (columns - len(line))] for line in lines]
+    widths = [max(len(line[i]) for line in filled) for i in range(columns)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            entry.ljust(width) if i == 0 else entry.rjust(width) for i, (entry, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for row in filled
+        for line in filled
     )

@@ -1,4 +1,4 @@
-"""Mistakes that a person can mend, told in one line: what, where, what was expected, the nearest thing that would work."""
+"""Errors that a user can fix, reported in one line: what is wrong, where, what was expected, and the nearest thing that would work."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ class UserError(ValueError):
 
 @contextmanager
 def construction() -> Iterator[None]:
-    """Around constructors of classes that know no UserError: the values and missing packages that they reject are the user's mistakes.
+    """Context for constructors that don't raise UserError: converts their ValueError and ImportError (invalid values, missing packages).
 
-    Around nothing else: elsewhere a ValueError is a bug of ours, and keeps its traceback.
+    For constructors only: elsewhere a ValueError is a bug of this library, and its traceback must be shown.
     """
     try:
         yield
@@ -24,7 +24,7 @@ def construction() -> Iterator[None]:
 
 
 def message_of(error: UserError) -> str:
-    r"""What a user's mistake says; from one that a loader's worker process met, without the worker's traceback, which torch puts before.
+    r"""The message of a UserError; of one from a data loader's worker process without its traceback, which torch puts before it.
 
     >>> message_of(UserError("Caught UserError in DataLoader worker process 0.\nTraceback ...\nfusion.errors.UserError: a.png: missing"))
     'a.png: missing'
@@ -34,7 +34,7 @@ def message_of(error: UserError) -> str:
 
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
-    """A sentence with the known names closest to `name`, or all of them when none is close and they are few.
+    """A sentence with the known names closest to `name`, or if none is close, with the first 20 of them.
 
     >>> nearest("Gatd", ["Gated", "Concat", "LogitMean"])
     'Did you mean Gated?'
@@ -52,9 +52,9 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     return f"Known: {shown}." if len(known) <= 20 else f"Known: {shown} and {len(known) - 20} more."
 
 
-# What a command's process ends with.
+# Exit statuses of the commands
 USER_MISTAKE = 2
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
-UNHEARD = 141  # what a shell reports for a command whose output nobody reads any more (SIGPIPE)
+OUTPUT_CLOSED = 141  # what a shell reports for a command whose output pipe was closed (SIGPIPE)
 REQUEUE = 75  # EX_TEMPFAIL: stopped by SIGTERM or SIGUSR1, saved; a scheduler should start the command again
-LOST_RANK = 69  # EX_UNAVAILABLE: another rank has died or is silent; the run goes on from its last checkpoint
+LOST_RANK = 69  # EX_UNAVAILABLE: another rank has died or doesn't respond; the run continues from its last checkpoint

@@ -1,4 +1,4 @@
-"""How a process ends, alone or with the other ranks."""
+"""Ends a process, alone or together with the other ranks."""
 
 import os
 import signal
@@ -6,13 +6,13 @@ import sys
 
 from fusion.errors import INTERRUPTED, REQUEUE
 
-SIGNALS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE}  # that ask a run to end, and its status then
+SIGNALS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE}  # signals that stop a run, with its exit status
 
 
 def leave(status: int, *, together: bool) -> None:
-    """End the process; one that was in a gloo group without its destructors, which abort every third time.
+    """End the process; one in a gloo group ends without running destructors, which abort in about one of three cases.
 
-    together: all ranks have agreed on this end, so that each waits for the others; one that ends alone would wait for ever.
+    together: all ranks have agreed to end, so that each waits for the others; a rank that ends alone would wait forever.
     """
     if "torch" in sys.modules:
         distributed = sys.modules["torch"].distributed

@@ -1,7 +1,7 @@
-"""What a modality hands to a fusion head: tokens, which of them are real, and one pooled vector.
+"""A modality's input to a fusion head: tokens, a mask of the real ones, and one pooled vector.
 
-Presence travels in the mask: a sample without a modality has an all-False row, and nothing downstream may depend on
-the values that stand under a False mask.
+Presence is encoded in the mask: a sample without a modality has an all-False row, and nothing downstream may depend on
+masked values.
 """
 
 from collections.abc import Mapping
@@ -15,24 +15,25 @@ class Features(NamedTuple):
     """One modality of a batch.
 
     Shapes: tokens (B, N, D) float; mask (B, N) bool, True where a token is real; pooled (B, D) float.
-    A NamedTuple, so that pytrees, DDP, `torch.compile` and `torch.export` see through it.
+    A NamedTuple, so that pytrees, DDP, `torch.compile` and `torch.export` support it.
 
-    Where several samples share an input (questions about one picture), it may stand here once: with `rows` (B,) int64, tokens (U, N, D)
-    and pooled (U, D) hold the U distinct inputs, and sample b has number rows[b]. Samples that share one have the same mask, or lack it.
+    An input that several samples share (questions about one image) may be stored once: with `indices` (B,) int64, tokens (U, N, D)
+    and pooled (U, D) hold the U distinct inputs, and sample b has tokens[indices[b]]. Samples that share one have the same mask, or an
+    all-False one.
 
-    full: True where every token of every sample is known to be real, without asking the device; attention then needs no mask, which its
-    fastest kernels ask for.
+    full: True if every token of every sample is known to be real without a device synchronisation; attention then uses no mask, as its
+    fastest kernels require.
     """
 
     tokens: Tensor
     mask: Tensor
     pooled: Tensor
-    rows: Tensor | None = None
+    indices: Tensor | None = None
     full: bool | None = None
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """(B, N) for attention to these tokens, None where it needs none."""
+        """Mask (B, N) for attention to these tokens; None if all are known to be real."""
         return None if self.full else self.mask
 
     @property
@@ -47,21 +48,21 @@ class Features(NamedTuple):
 
     @property
     def distinct_mask(self) -> Tensor:
-        """(U, N) bool: the real tokens of the distinct inputs, none for one that no sample has; just `mask` where nothing is shared."""
-        if self.rows is None:
+        """(U, N) bool: the real tokens of the distinct inputs, none for one that no sample has; `mask` itself if nothing is shared."""
+        if self.indices is None:
             return self.mask
         counts = torch.zeros(self.tokens.shape[:2], dtype=torch.int32, device=self.mask.device)
-        return counts.index_add(0, self.rows, self.mask.int()) > 0
+        return counts.index_add(0, self.indices, self.mask.int()) > 0
 
     def unshared(self) -> "Features":
-        """The same with each sample's own tokens (B, N, D) and pooled (B, D)."""
-        if self.rows is None:
+        """The same features with each sample's own tokens (B, N, D) and pooled (B, D)."""
+        if self.indices is None:
             return self
-        return Features(self.tokens.index_select(0, self.rows), self.mask, self.pooled.index_select(0, self.rows), full=self.full)
+        return Features(self.tokens.index_select(0, self.indices), self.mask, self.pooled.index_select(0, self.indices), full=self.full)
 
 
 def promote(x: Features | Tensor) -> Features:
-    """Features as they are, or made from a plain tensor of which every row is real.
+    """Returns Features unchanged, or makes them from a plain tensor whose tokens are all real.
 
     A tensor (B, N, D) is taken as tokens, pooled by their mean; (B, D) as one token that is also the pooled vector.
 
@@ -78,7 +79,7 @@ def promote(x: Features | Tensor) -> Features:
 
 
 def zero_masked(features: Features) -> Features:
-    """The same features with exact zeros under every False mask, so that noise, inf or NaN there reach no output and no gradient."""
+    """The same features with masked values set to exactly 0, so that noise, inf or NaN there reach no output and no gradient."""
     if features.full:
         return features
     real = features.distinct_mask
@@ -91,25 +92,25 @@ def presence(features: Mapping[str, Features]) -> Tensor:
 
 
 def joint_mask(features: Mapping[str, Features]) -> Tensor | None:
-    """(B, K) of the tokens of all modalities one after another; None where attention needs none."""
+    """Mask (B, K) of the concatenated tokens of all modalities; None if all are known to be real."""
     return None if all(f.full for f in features.values()) else torch.cat([f.mask for f in features.values()], dim=1)
 
 
 def as_one_token(features: Features) -> Features:
-    """The pooled features alone, each sample's own, as one token (B, 1, D); zero where a sample lacks the modality."""
-    pooled = features.pooled if features.rows is None else features.pooled.index_select(0, features.rows)
+    """Each sample's pooled features as one token (B, 1, D); zero where the modality is absent."""
+    pooled = features.pooled if features.indices is None else features.pooled.index_select(0, features.indices)
     pooled = keep(pooled, features.present)
     return Features(pooled[:, None], features.present[:, None], pooled)
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` (*mask.shape, D) where `mask` is True, else zero. `where`, since a product would keep NaN alive (NaN * 0 = NaN)."""
+    """`x` (*mask.shape, D) where `mask` is True, else zero. Uses `where`, since a product would propagate NaN (NaN * 0 = NaN)."""
     return torch.where(mask.unsqueeze(-1), x, 0.0)
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the real tokens, (B, N, D) and (B, N) to (B, D); zero for a sample that has none. Summed in float32 at least: thousands of
-    tokens overflow fp16.
+    """Mean (B, D) of the real tokens, from (B, N, D) and (B, N); zero for a sample that has none. Summed in float32 at least: a sum of
+    thousands of tokens overflows fp16.
     """
     total = keep(tokens, mask).sum(dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
     return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(tokens.dtype)
@@ -117,6 +118,6 @@ def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
 
 def masked_softmax(scores: Tensor, mask: Tensor, dim: int) -> Tensor:
     """Softmax over the entries of `dim` where `mask` (broadcast to `scores`) is True; the others, and rows without any, get exactly 0."""
-    # The lowest number instead of -inf: softmax of a row that is all -inf is NaN, in value and gradient; such rows are zeroed after.
+    # The lowest finite number instead of -inf: softmax of a row of -inf is NaN, in value and gradient; such rows are zeroed below.
     allowed = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.where(mask, allowed.softmax(dim=dim), 0.0)

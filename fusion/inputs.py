@@ -1,4 +1,4 @@
-"""What encoders take: batches of inputs, each of which says by `present` (B,) bool which samples have it."""
+"""Batched inputs of the encoders; `present` (B,) bool is True for the samples that have the input."""
 
 from typing import NamedTuple
 
@@ -6,29 +6,30 @@ from torch import Tensor
 
 
 class Images(NamedTuple):
-    """A batch of images, RGB: pixels (B, 3, H, W), uint8 in 0..255 or float in 0..1; present (B,) bool, False where a sample has none.
+    """A batch of RGB images: pixels (B, 3, H, W), uint8 in 0..255 or float in 0..1; present (B,) bool, False for a sample without image.
 
-    With `picture` (B,) int64, pixels (U, 3, H, W) holds the distinct pictures only, of which sample b shows the one at picture[b]: where
-    several samples ask about one picture, it is encoded once.
+    With `image_index` (B,) int64, pixels (U, 3, H, W) holds only the distinct images, and sample b has the one at image_index[b]: an
+    image that several samples share is encoded once.
 
-    With `shown` (B, P) bool, a sample has up to P pictures, those at picture (B, P) where it is True; each is attended to as its own
-    tokens.
+    With `image_mask` (B, P) bool, a sample has up to P images, those at image_index (B, P) where `image_mask` is True; each contributes
+    tokens of its own.
 
-    anyone, everyone: whether any sample has an image, and whether all have one (or all P), where that is known without asking the device.
+    any_present, all_present: whether any sample has an image, and whether all have one (or all P); None if unknown without a device
+    synchronisation.
     """
 
     pixels: Tensor
     present: Tensor
-    picture: Tensor | None = None
-    anyone: bool | None = None
-    everyone: bool | None = None
-    shown: Tensor | None = None
+    image_index: Tensor | None = None
+    any_present: bool | None = None
+    all_present: bool | None = None
+    image_mask: Tensor | None = None
 
 
 class Texts(NamedTuple):
     """A batch of texts: ids (B, N) int64; mask (B, N) bool, True for real tokens, all False where a sample has no text.
 
-    full: True where every token is known to be real, without asking the device: attention then needs no mask.
+    full: True if every token is known to be real without a device synchronisation; attention then uses no mask.
     """
 
     ids: Tensor
@@ -42,10 +43,10 @@ class Texts(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """A batch of rows of a table: numbers (B, F) float, scaled; categories (B, G) int64, 0 for one that is not known; mask (B, F + G) bool,
+    """A batch of table rows: numbers (B, F) float, scaled; categories (B, G) int64, 0 for an unknown one; mask (B, F + G) bool,
     numbers first, False where a cell is missing.
 
-    full: True where no cell is known to be missing, without asking the device.
+    full: True if no cell is missing, where that is known without a device synchronisation.
     """
 
     numbers: Tensor

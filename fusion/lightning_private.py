@@ -1,4 +1,4 @@
-"""Every private name of Lightning that the project uses, and why: what to look at when another version of Lightning is allowed."""
+"""All private names of Lightning that the project uses: to be checked when another version of Lightning is allowed."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-# The loop of training.
+# Training loop
 
 
 def training_batches(trainer: Trainer) -> Any:
@@ -17,36 +17,36 @@ def training_batches(trainer: Trainer) -> Any:
 
 
 def batches_that_stepped(trainer: Trainer) -> int:
-    """The number by which loggers place a step."""
+    """The step number that loggers use."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def is_by_clock(trainer: Trainer) -> bool:
-    """Whether validation comes by time (val_check_interval as a time), on which ranks need not agree."""
+    """Whether validation runs at time intervals (val_check_interval as a time), on which the ranks' clocks may differ."""
     return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """Whether the batch at hand is followed by validation."""
+    """Whether validation follows the current batch."""
     return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
 
 def is_accumulating(trainer: Trainer) -> bool:
-    """Whether the batch at hand leaves its update unfinished."""
+    """Whether the current batch doesn't complete its update (gradient accumulation)."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
-def hear_no_signals(trainer: Trainer) -> None:
-    """Leave out Lightning's own exchange of signals before every batch: it waits for the device, hears of signals to the first rank alone,
-    and hides a lost rank."""
+def disable_sigterm_broadcast(trainer: Trainer) -> None:
+    """Disable Lightning's broadcast of SIGTERM before every batch: it synchronises with the device, only handles signals to the first
+    rank, and hides a lost rank."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
-# Logs.
+# Logging
 
 
 def logs_now(trainer: Trainer) -> bool:
-    """Whether what is logged at the batch at hand reaches the loggers."""
+    """Whether the metrics of the current batch are passed to the loggers."""
     return trainer._logger_connector.should_update_logs
 
 
@@ -55,11 +55,11 @@ def log_now(trainer: Trainer, metrics: dict[str, Any]) -> None:
 
 
 def step_metrics(trainer: Trainer) -> dict[str, float]:
-    """What the batch at hand has logged."""
+    """The metrics logged at the current batch."""
     return {name: float(value) for name, value in trainer.fit_loop.epoch_loop._results.metrics(on_step=True)["log"].items()}
 
 
-# Callbacks.
+# Callbacks
 
 
 def save_last(callback: ModelCheckpoint, trainer: Trainer) -> None:
@@ -68,17 +68,17 @@ def save_last(callback: ModelCheckpoint, trainer: Trainer) -> None:
         callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
 
 
-def looks_at_epoch_end(callback: Callback) -> bool | None:
-    """Whether early stopping looks at its metric after each epoch of training; None where it decides by itself, or is none."""
+def checks_at_epoch_end(callback: Callback) -> bool | None:
+    """Whether early stopping checks its metric at the end of training epochs; None where Lightning decides. False for other callbacks."""
     return getattr(callback, "_check_on_train_epoch_end", False)
 
 
-def look_after_validation(callback: EarlyStopping) -> None:
+def check_after_validation(callback: EarlyStopping) -> None:
     callback._check_on_train_epoch_end = False
 
 
 class AveragedWeights(WeightAveraging):
-    """Lightning's averages, with names for what it keeps."""
+    """Lightning's WeightAveraging, with public names for its state."""
 
     @property
     def averaged(self) -> Any:
@@ -87,7 +87,7 @@ class AveragedWeights(WeightAveraging):
 
     @property
     def latest_update(self) -> int:
-        """The last update whose weights were taken in."""
+        """The last update whose weights were averaged."""
         return self._latest_update_step
 
     @latest_update.setter
@@ -95,32 +95,32 @@ class AveragedWeights(WeightAveraging):
         self._latest_update_step = update
 
 
-# Strategies.
+# Strategies
 
 
 def timeout_of(strategy: Strategy) -> Any:
-    """How long its ranks wait for each other."""
+    """How long the strategy's ranks wait for each other, None where it isn't set."""
     return getattr(strategy, "_timeout", None)
 
 
 def syncs_batchnorm(strategy: Strategy) -> bool:
-    """Whether trainer.sync_batchnorm is asked for."""
+    """Whether trainer.sync_batchnorm is set."""
     return bool(getattr(strategy, "_layer_sync", None))
 
 
 class HookedDDP(DDPStrategy):
-    """Lightning's DDP with places to act that it has no public hooks for."""
+    """Lightning's DDP, with hooks that it has no public names for."""
 
     def _configure_launcher(self) -> None:
         self.before_launch()
         super()._configure_launcher()
 
     def before_launch(self) -> None:
-        """Called before any other process is started."""
+        """Called before the other processes are started."""
 
     @property
     def backend(self) -> str:
-        """Of the process group: "nccl" or "gloo"."""
+        """Backend of the process group: "nccl" or "gloo"."""
         return self._get_process_group_backend()
 
     def sync_batchnorm_by(self, plugin: Any) -> None:
@@ -134,18 +134,18 @@ class HookedDDP(DDPStrategy):
 
 
 class WholeMesh(ModelParallelStrategy):
-    """Lightning's FSDP2 over all processes of all nodes, instead of those of one."""
+    """Lightning's FSDP2 over the processes of all nodes, instead of those of one node."""
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
 
-# The command line.
+# Command line
 
 
 class LateCLI(LightningCLI):
-    """Parses, and seeds and makes nothing yet."""
+    """LightningCLI that only parses: it neither seeds nor instantiates classes."""
 
     def _set_seed(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Encoders and a head, joined: what is trained, exported, served and reused."""
+"""The model of encoders and a fusion head, which is trained, exported, served and reused."""
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,10 +19,10 @@ HeadFactory = Callable[[Mapping[str, Any], int], FusionHead]
 
 
 class FusionModel(nn.Module):
-    """One encoder a modality, and the head that joins them: a plain module without loss or Lightning.
+    """One encoder per modality, and a head that fuses their features: a plain module without loss or Lightning.
 
-    encoders: by the modality's name, in the order of the head's `dims`. The parts of an encoder that the head's stage never reads
-    are taken out. Use `FusionModel.build` to make the head for the widths of the encoders.
+    encoders: by the modality's name, in the order of the head's `dims`. Parts of an encoder that the head's stage doesn't use
+    are removed. Use `FusionModel.build` to make a head for the widths of the encoders.
     """
 
     def __init__(self, encoders: Mapping[str, Encoder], head: FusionHead) -> None:
@@ -37,39 +37,40 @@ class FusionModel(nn.Module):
 
     @classmethod
     def build(cls, encoders: Mapping[str, Encoder], head: HeadFactory, out_dim: int) -> "FusionModel":
-        """The model whose head fits these encoders.
+        """Builds the model with a head for the widths of these encoders.
 
-        head: gives a FusionHead for widths and `out_dim`: a class, a functools.partial of one, or any function. A function is called again
-        with other widths where the head that it gives reads levels or embeddings.
+        head: returns a FusionHead for widths and `out_dim`: a class, a functools.partial of one, or any function. A function is called
+        again with other widths if the head that it returns reads levels or embeddings.
 
-        Raises UserError for what the head's constructor rejects, and for encoders that lack what the head reads.
+        Raises UserError for arguments that the head's constructor rejects, and for encoders without the features that the head reads.
         """
         return cls(encoders, make_head(encoders, head, out_dim))
 
-    def forward(self, inputs: Mapping[str, Any], kept: Mapping[str, Tensor] | None = None) -> FusionOutput:
-        """`fuse` of `encode`: output (B, out_dim) and the predictions by modality.
+    def forward(self, inputs: Mapping[str, Any], modality_mask: Mapping[str, Tensor] | None = None) -> FusionOutput:
+        """Encodes and fuses the inputs: output (B, out_dim) and the predictions by modality.
 
-        inputs: by name, what its encoder takes (Images, Texts, Columns). kept: by name, (B,) bool, False for samples whose input is to
-        count as missing.
+        inputs: by name, the encoder's input (Images, Texts, Columns). modality_mask: by name, (B,) bool, False for samples whose input is
+        treated as missing.
         """
-        return self.fuse(self.encode(inputs, kept))
+        return self.fuse(self.encode(inputs, modality_mask))
 
-    def encode(self, inputs: Mapping[str, Any], kept: Mapping[str, Tensor] | None = None) -> dict[str, Features | list[Features]]:
-        """By name, the features that the head reads of each input; a list, one for each depth, where it reads levels.
+    def encode(self, inputs: Mapping[str, Any], modality_mask: Mapping[str, Tensor] | None = None) -> dict[str, Features | list[Features]]:
+        """Returns, by name, the features of each input that the head reads; a list with one entry per depth if it reads levels.
 
-        inputs, kept: as for `forward`.
+        inputs, modality_mask: as for `forward`.
         """
         features: dict[str, Features | list[Features]] = {}
         for name, encoder in self.encoders.items():
-            assert isinstance(encoder, Encoder)  # which nn.ModuleDict's types forget
-            read = encoder.read(inputs[name], self.head.stage, depths_of(self.head, name))
-            if kept is not None:
-                read = [hidden(f, kept[name]) for f in read] if isinstance(read, list) else hidden(read, kept[name])
-            features[name] = read
+            assert isinstance(encoder, Encoder)  # a type that nn.ModuleDict doesn't preserve
+            encoded = encoder.read(inputs[name], self.head.stage, depths_of(self.head, name))
+            if modality_mask is not None:
+                mask = modality_mask[name]
+                encoded = [mask_samples(f, mask) for f in encoded] if isinstance(encoded, list) else mask_samples(encoded, mask)
+            features[name] = encoded
         return features
 
     def fuse(self, features: Mapping[str, Features | list[Features]]) -> FusionOutput:
-        """The head's output of what `encode` gave: of features that were kept, a head is trained and compared without its encoders."""
+        """Applies the head to features from `encode`; with stored features, heads can be trained and compared without encoders."""
         return checkpoint(self.head, features, use_reentrant=False) if self.recompute_head and self.training else self.head(features)
 
     def parts(self) -> dict[str, nn.Module]:
@@ -77,7 +78,7 @@ class FusionModel(nn.Module):
         return {**dict(self.encoders.items()), "head": self.head}
 
     def checkpoint_activations(self, parts: Collection[str]) -> None:
-        """Compute the activations of these parts again in the backward pass instead of keeping them: less memory, more time."""
+        """Recompute the activations of these parts in the backward pass instead of storing them: less memory, more time."""
         for name, encoder in self.encoders.items():
             assert isinstance(encoder, Encoder)
             if name in parts:
@@ -86,7 +87,7 @@ class FusionModel(nn.Module):
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name as users see it: the part that it belongs to first.
+    """A parameter's name as shown to users, which begins with the part that it belongs to.
 
     >>> plain_name("encoders.text.body.embeddings.word_embeddings.weight"), plain_name("head.classifier.bias")
     ('text.body.embeddings.word_embeddings.weight', 'head.classifier.bias')
@@ -100,18 +101,18 @@ def part_of(name: str) -> str:
 
 
 def check_part(option: str, part: str, modalities: Sequence[str], more: str = "") -> None:
-    """Raises UserError for what is no part of the model."""
+    """Raises UserError if `part` is not a part of the model."""
     if part not in (*modalities, "head"):
         raise UserError(f"{option}: unknown part '{part}'. {nearest(part, [*modalities, 'head'])}{more}")
 
 
-def hidden(features: Features, kept: Tensor) -> Features:
-    """The features, all masked in the rows that are not kept."""
-    return features._replace(mask=features.mask & kept[:, None], full=None)
+def mask_samples(features: Features, modality_mask: Tensor) -> Features:
+    """The features with all tokens masked of the samples where modality_mask (B,) is False."""
+    return features._replace(mask=features.mask & modality_mask[:, None], full=None)
 
 
 def widths(encoder: Encoder, stage: Stage) -> int | list[int]:
-    """The width of the features that a head of this stage reads; for "levels" those of all depths."""
+    """The width of the features that a head of this stage reads; for "levels" the widths of all depths."""
     if stage == "levels":
         return encoder.level_dims(range(encoder.depth))
     return encoder.embed_dim if stage == "embeddings" else encoder.dim
@@ -123,7 +124,7 @@ def depths_of(head: FusionHead, name: str) -> list[int]:
 
 
 def make_head(encoders: Mapping[str, Encoder], factory: HeadFactory, out_dim: int) -> FusionHead:
-    """The head for the widths of what it reads."""
+    """Builds the head for the widths of the features that it reads."""
     known = head_class(factory)
     dims = all_widths(encoders, known.stage if known else "pooled")
     random_state = torch.get_rng_state()
@@ -131,7 +132,7 @@ def make_head(encoders: Mapping[str, Encoder], factory: HeadFactory, out_dim: in
     own_dims = all_widths(encoders, head.stage)
     if own_dims == dims:
         return head
-    torch.set_rng_state(random_state)  # so that its initial weights are those of a head built once
+    torch.set_rng_state(random_state)  # so that the initial weights equal those of a head built once
     return call_factory(factory, own_dims, out_dim)
 
 
@@ -140,17 +141,17 @@ def all_widths(encoders: Mapping[str, Encoder], stage: Stage) -> dict[str, int |
 
 
 def call_factory(factory: HeadFactory, dims: Mapping[str, Any], out_dim: int) -> FusionHead:
-    with construction():  # heads stand alone, and know no UserError
+    with construction():  # heads depend on torch alone, and don't raise UserError
         head = factory(dims, out_dim)
     if not isinstance(head, FusionHead):
-        raise TypeError(f"expected a function (dims, out_dim) that gives a FusionHead; {factory!r} gave a {type(head).__name__}")
+        raise TypeError(f"expected a function (dims, out_dim) that returns a FusionHead; {factory!r} returned a {type(head).__name__}")
     return head
 
 
 def head_spec(model: FusionModel) -> dict[str, Any]:
-    """What a checkpoint says of the model's head, as plain data: its class, and the arguments that build it again.
+    """The model's head as plain data for a checkpoint: its class, and the arguments that rebuild it.
 
-    Raises UserError for a head that this would not bring back.
+    Raises UserError for a head that these would not rebuild.
     """
     head = model.head
     cls = type(head)
@@ -163,19 +164,19 @@ def head_spec(model: FusionModel) -> dict[str, Any]:
                 "expected plain data (numbers, strings, lists, dicts)"
             )
     with torch.random.fork_rng(devices=[]):
-        again = make_head(dict(model.encoders.items()), partial(cls, **head.init_args), head.out_dim)  # type: ignore[arg-type]
-    shapes, expected = ({key: tuple(x.shape) for key, x in one.state_dict().items()} for one in (again, head))
+        rebuilt = make_head(dict(model.encoders.items()), partial(cls, **head.init_args), head.out_dim)  # type: ignore[arg-type]
+    shapes, expected = ({key: tuple(x.shape) for key, x in one.state_dict().items()} for one in (rebuilt, head))
     if shapes != expected:
         different = next(key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key))
         raise UserError(
             f"the head can't be saved: {cls.__name__} with arguments {head.init_args} has {different} of shape {shapes.get(different)}, "
-            f"this head {expected.get(different)}; it must not be changed after its constructor"
+            f"this head {expected.get(different)}; it must not be changed after construction"
         )
     return {"class": f"{cls.__module__}.{cls.__qualname__}", "init": dict(head.init_args)}
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is made of None, booleans, numbers, strings, lists, tuples and dicts alone.
+    """Whether a value consists only of None, booleans, numbers, strings, lists, tuples and dicts.
 
     >>> is_plain({"dim": 8, "depths": [1, 2]}), is_plain({"activation": len})
     (True, False)
@@ -188,7 +189,7 @@ def is_plain(value: Any) -> bool:
 
 
 def head_class(factory: HeadFactory) -> type[FusionHead] | None:
-    """The head class behind a factory; None where only calling it would show."""
+    """The head class of a factory; None if it is unknown until the factory is called."""
     try:
         return factory_parts(factory, FusionHead)[0]
     except TypeError:
@@ -196,7 +197,7 @@ def head_class(factory: HeadFactory) -> type[FusionHead] | None:
 
 
 def factory_parts(factory: Any, base: type) -> tuple[type, dict[str, Any]]:
-    """The class behind a factory, and the keyword arguments that it binds.
+    """The class of a factory, and the keyword arguments that it binds.
 
     A factory is a subclass of `base`, a functools.partial of one, or what the command line makes of `class_path` and `init_args`.
 
@@ -214,11 +215,11 @@ def factory_parts(factory: Any, base: type) -> tuple[type, dict[str, Any]]:
 
 
 def with_unimodal(factory: Callable[..., FusionHead]) -> Callable[..., FusionHead]:
-    """The factory of a head that also predicts from each modality alone, where that can be passed on; late heads do anyway."""
+    """Binds unimodal=True to a head's factory, if it accepts that; late heads predict from each modality alone anyway."""
     cls = head_class(factory)
     options = signature(cls or factory).parameters
-    takes = "unimodal" in options or (cls is not None and any(option.kind is option.VAR_KEYWORD for option in options.values()))
-    return partial(factory, unimodal=True) if takes and (cls is None or cls.family != "late") else factory
+    accepted = "unimodal" in options or (cls is not None and any(option.kind is option.VAR_KEYWORD for option in options.values()))
+    return partial(factory, unimodal=True) if accepted and (cls is None or cls.family != "late") else factory
 
 
 def predicts_alone(head: FusionHead) -> bool:

@@ -1,4 +1,4 @@
-"""A training from its settings to a scored run folder: what the command and the Python door do."""
+"""One training, from its settings to a scored run folder; used by the command line and the Python API."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from fusion.console import aligned, figure, is_rank_zero, print_rank_zero, printing, signs_of_life
+from fusion.console import aligned, figure, heartbeat, is_rank_zero, print_rank_zero, printing
 from fusion.data import FusionData
 from fusion.data.table import Table
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
@@ -28,9 +28,16 @@ from fusion.evaluation.bounds import bounds, repeated
 from fusion.exit import leave
 from fusion.predictor import model_of
 from fusion.runs.bundle import MODEL, of_checkpoint, write_bundle
-from fusion.runs.checkpoint_files import newest_whole, read_checkpoint
+from fusion.runs.checkpoint_files import newest_intact, read_checkpoint
 from fusion.settings.parser import FusionCLI, words
-from fusion.settings.resume import has_checkpoint, refuse_difference, refuse_other_data, refuse_past_end, resumed_run, to_go_on_from
+from fusion.settings.resume import (
+    has_checkpoint,
+    load_checkpoint,
+    reject_data_changes,
+    reject_end_in_the_past,
+    reject_recipe_changes,
+    resumed_run,
+)
 from fusion.tasks import Task
 from fusion.training import Engine
 from fusion.training.callbacks.checkpoints import BestAndLast
@@ -45,7 +52,7 @@ from fusion.training.weights import load_weights
 
 
 class Outcome(NamedTuple):
-    """How a training ended: with the status of its command, in which run folder (None on other ranks than the first), and what was said."""
+    """How a training ended: exit status, run folder (None on other ranks than the first) and printed message."""
 
     status: int
     folder: Path | None
@@ -53,20 +60,20 @@ class Outcome(NamedTuple):
 
 
 def fit(arguments: Sequence[str]) -> int:
-    """The command; gives its exit status."""
+    """The command `fusion fit`; returns its exit status."""
     with printing():
         return train(arguments).status
 
 
 def train(arguments: Sequence[str]) -> Outcome:
-    """Train as the command's arguments say, or go on with a run, and score it. Raises UserError for what can't be meant."""
-    quiet()
-    cli, resumed = settled(arguments)
+    """Train or resume a run as the command's arguments say, and score it. Raises UserError for invalid settings."""
+    silence_harmless_warnings()
+    cli, resumed = parse_settings(arguments)
     recipe = cli.resolved()
     if cli.config.init_from == "":
         raise UserError("--init_from is empty; expected a file of weights, or leave it out")
     if cli.config.trainer.enable_checkpointing is False:
-        raise UserError("trainer.enable_checkpointing is false: a run is scored, used and continued by its checkpoints; leave it out")
+        raise UserError("trainer.enable_checkpointing is false: a run needs checkpoints to be scored, used and resumed; leave it out")
     seed_everything(cli.config.seed_everything, workers=True)
     choose_kernels(cli.config.float32_matmul_precision)
     checkpoint = BestAndLast(cli.config.checkpoint.every_updates, cli.config.checkpoint.every_minutes)
@@ -75,22 +82,22 @@ def train(arguments: Sequence[str]) -> Outcome:
         folder = resumed or new_run_folder(Path(cli.config.runs), run_name(arguments))
     run = RunFolder(folder, recipe, checkpoint, log=cli.config.trainer.logger is None)
     try:
-        start, warning = newest_whole(resumed / "checkpoints") if resumed is not None else (None, None)
+        start, warning = newest_intact(resumed / "checkpoints") if resumed is not None else (None, None)
         if warning:
             print_rank_zero(warning)
         if resumed is not None and start is not None:
-            held = to_go_on_from(start)
-            refuse_difference(recipe, held.get("recipe", recipe), fix=f"Restore them in {resumed / 'recipe.yaml'}")
-            refuse_past_end(held, cli.config.trainer.max_epochs, cli.config.trainer.max_steps)
+            state = load_checkpoint(start)
+            reject_recipe_changes(recipe, state.get("recipe", recipe), fix=f"Restore them in {resumed / 'recipe.yaml'}")
+            reject_end_in_the_past(state, cli.config.trainer.max_epochs, cli.config.trainer.max_steps)
         model, data, trainer = cli.make([Plan(), *standing_callbacks(run, cli.config.seed_everything), checkpoint])
-        with signs_of_life("loading data and encoders"):
+        with heartbeat("loading data and encoders"):
             model.build(data)
         checkpoint.monitor_of(model.task.monitor, model.task.mode)
         if not validates(trainer, data.splits):
             checkpoint.without_validation()
         check_before_training(trainer, model, data)
         if resumed is not None and start is not None:
-            refuse_other_data(resumed, start, held["fusion"], data)
+            reject_data_changes(resumed, start, state["fusion"], data)
         print_data_notes(data)
         if resumed is None and cli.config.init_from:
             file = Path(cli.config.init_from).expanduser()
@@ -104,18 +111,18 @@ def train(arguments: Sequence[str]) -> Outcome:
             folder.rmdir()
         raise
     if folder is not None:
-        shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a run that goes on: what it holds is in best.ckpt
+        shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a resumed run, whose model is still in best.ckpt
     try:
         trainer.fit(model, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
         finish(trainer, model, data, checkpoint, run)
     except Interrupted as stopped:
-        return said(stopped.status, run, f"Interrupted after {model.updates:,} updates and saved. To go on:\n  {go_on(run)}")
-    except SystemExit as stopped:  # how Lightning ends at a signal that comes outside training, as while the best checkpoint is scored
+        return ended(stopped.status, run, f"Interrupted after {model.updates:,} updates and saved. To resume:\n  {resume_command(run)}")
+    except SystemExit as stopped:  # raised by Lightning for a signal outside training, for example while the best checkpoint is scored
         status = REQUEUE if isinstance(stopped, SIGTERMException) else INTERRUPTED
-        ended = said(status, run, f"Interrupted. From its last checkpoint the run goes on by:\n  {go_on(run)}")
-        if dist.is_initialized():  # the other ranks may know nothing of it
+        outcome = ended(status, run, f"Interrupted. To resume from the last checkpoint:\n  {resume_command(run)}")
+        if dist.is_initialized():  # the other ranks may not have got the signal
             leave(status, together=False)
-        return ended
+        return outcome
     except MisconfigurationException as error:  # Lightning's own UserError
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     except RuntimeError as error:
@@ -124,67 +131,68 @@ def train(arguments: Sequence[str]) -> Outcome:
         if not lost_a_rank(error):
             raise
         lost = f"rank {trainer.global_rank} {'lost' if dist.is_initialized() else 'could not reach'} another rank"
-        then = "Before its first checkpoint: start the run anew"
+        remedy = "There is no checkpoint yet: start the run again"
         if run.folder is not None and has_checkpoint(run.folder):
-            then = f"From its last checkpoint the run goes on by:\n  {go_on(run)}"
-        message = f"{lost} ({str(error).splitlines()[0]}). {then}"
+            remedy = f"To resume from the last checkpoint:\n  {resume_command(run)}"
+        message = f"{lost} ({str(error).splitlines()[0]}). {remedy}"
         print(f"error: {message}", file=sys.stderr)
         return Outcome(LOST_RANK, run.folder, message)
     return Outcome(0, run.folder)
 
 
-def said(status: int, run: RunFolder, message: str) -> Outcome:
+def ended(status: int, run: RunFolder, message: str) -> Outcome:
+    """Print the message; returns the outcome."""
     print_rank_zero(f"\n{message}")
     return Outcome(status, run.folder, message)
 
 
-def go_on(run: RunFolder) -> str:
+def resume_command(run: RunFolder) -> str:
     return f"{command('fit')} --resume {run.folder}"
 
 
-def settled(arguments: Sequence[str]) -> tuple[FusionCLI, Path | None]:
-    """The settings, and the run folder that they continue, if any. Raises UserError for what can't be meant."""
+def parse_settings(arguments: Sequence[str]) -> tuple[FusionCLI, Path | None]:
+    """The parsed settings, and the run folder to resume, if any. Raises UserError for invalid settings."""
     resumed = resumed_run(arguments)
     if resumed is not None:
         others = [word for is_value, word in words(arguments, "--resume") if not is_value]
         arguments = ["--config", str(resumed / "recipe.yaml"), *others]
     if not arguments:
         raise UserError(
-            "say what to train: --recipe quickstart, or --recipe own --data.manifest=FILE.csv; fusion fit --help tells the options"
+            "no recipe is given: use --recipe quickstart, or --recipe own --data.manifest=FILE.csv; fusion fit --help lists the options"
         )
     cli = FusionCLI(arguments)
     if resumed is not None:
-        refuse_difference(cli.resolved(), (resumed / "recipe.yaml").read_text(encoding="utf-8"), others)
+        reject_recipe_changes(cli.resolved(), (resumed / "recipe.yaml").read_text(encoding="utf-8"), others)
     return cli, resumed
 
 
 def standing_callbacks(run: RunFolder, seed: int) -> list[Callback]:
-    """What every run has, whatever its recipe."""
+    """The callbacks of every run, whatever its recipe."""
     save = SaveInTime()
     return [run, EpochLines(), SeedEachStep(seed), AgreeFirst(save), Guard(run), save]
 
 
 def choose_kernels(float32_matmul_precision: str) -> None:
-    """Of CUDA, for the process."""
+    """Set the precision and kernels of CUDA, for the whole process."""
     torch.set_float32_matmul_precision(float32_matmul_precision)
-    torch.backends.cudnn.allow_tf32 = float32_matmul_precision != "highest"  # of convolutions, which torch leaves apart
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each (batch, length), and texts have many lengths
+    torch.backends.cudnn.allow_tf32 = float32_matmul_precision != "highest"  # of convolutions, for which torch has a separate setting
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for each (batch, length), and texts have many lengths
 
 
 def print_data_notes(data: FusionData) -> None:
-    """What the data's preparer says of it, what was dropped and what was noted."""
+    """Print the data's card, the dropped samples and the notes on the data."""
     if data.card:
         print_rank_zero(data.card)
-    if data.ledger.issues:
-        print_rank_zero(f"warning: {data.ledger.summary()}")
-    for note in data.ledger.notes:
+    if data.issues.dropped:
+        print_rank_zero(f"warning: {data.issues.summary()}")
+    for note in data.issues.notes:
         print_rank_zero(f"note: {note}")
 
 
 def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelCheckpoint, run: RunFolder) -> None:
-    """Score the best checkpoint on the test split; print and keep the result."""
-    best = checkpoint.best_model_path or checkpoint.last_model_path or None  # None: of a run without a single update
-    updates = model.updates  # which the best checkpoint sets back
+    """Score the best checkpoint on the test split; print the result and write it with the model to the run folder."""
+    best = checkpoint.best_model_path or checkpoint.last_model_path or None  # None for a run without a single update
+    updates = model.updates  # read first, since testing loads the best checkpoint's number
     scores: dict[str, float] = {}
     lines: list[list[str]] = []
     if "test" in data.splits:
@@ -193,80 +201,84 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
     if scores:  # not with trainer.limit_test_batches=0
         table = data.splits["test"].table
         task = model.task
-        best_alone = telling_bounds(task, table, model.modalities)
-        scores |= {f"{'ceiling' if task.mode == 'max' else 'floor'}_{name}": bound for name, bound in best_alone.items()}
-        at_a_time = trainer.test_dataloaders[0].batch_sampler.batch_size * trainer.world_size  # type: ignore[index]
-        scored = min(len(table), trainer.num_test_batches[0] * at_a_time)  # fewer by trainer.limit_test_batches
-        of_all = f"{len(table):,}" if scored < len(table) else ""
+        informative = informative_bounds(task, table, model.modalities)
+        scores |= {f"{'ceiling' if task.mode == 'max' else 'floor'}_{name}": bound for name, bound in informative.items()}
+        batch_size = trainer.test_dataloaders[0].batch_sampler.batch_size * trainer.world_size  # type: ignore[index]
+        scored = min(len(table), trainer.num_test_batches[0] * batch_size)  # limited by trainer.limit_test_batches
+        all_samples = f"{len(table):,}" if scored < len(table) else ""
         lines = [
             ["test", *task.headline, "samples"],
             ["this model", *(figure(scores[name]) for name in task.headline.values()), f"{scored:,}"],
         ]
-        for name, bound in best_alone.items():
-            cells = [figure(bound) if score == task.bounded else "" for score in task.headline.values()]
-            lines.append([title_of(task, name), *cells, of_all])
+        for name, bound in informative.items():
+            entries = [figure(bound) if score == task.bounded else "" for score in task.headline.values()]
+            lines.append([bound_title(task, name), *entries, all_samples])
     if trainer.is_global_zero and run.folder is not None:
         rates = [round(rate, 1) for lines in trainer.callbacks if isinstance(lines, EpochLines) for rate in lines.rates]  # type: ignore[attr-defined]
-        results = {"test": finite(scores), "val": validated(run.folder, model.task), "updates": updates, "samples_per_s": rates}
-        (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        results = {"test": finite(scores), "val": validated(run.folder, model.task), "updates": updates}
+        for name, content in (
+            ("results.json", results),
+            ("timing.json", {"samples_per_s": rates}),
+        ):  # apart: no two runs take the same time
+            (run.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if best is not None and trainer.is_global_zero and run.folder is not None:
         write_bundle(run.folder / MODEL, *of_checkpoint(read_checkpoint(best), Path(best)))
     print_rank_zero("\n" + aligned(lines) if lines else "\nno test samples: nothing scored")
     print_rank_zero(f"\nrun folder  {run.folder}")
     if best is None:
-        print_rank_zero("no update was made, and no checkpoint: this model can't be used")
+        print_rank_zero("no update was made, so there is no checkpoint: this model can't be used")
         return
     print_rank_zero(f"score it    {command('evaluate')} --run {run.folder}")
     print_rank_zero(f"use it      {command('predict')} --run {run.folder} --manifest FILE")
 
 
-INFORMATIVE = 0.5  # least share of samples whose input repeats; where it doesn't, a bound counts nothing
+INFORMATIVE = 0.5  # least share of samples with a repeated input; unique inputs allow a perfect score, a bound without information
 
 
-def telling_bounds(task: Task, table: Table, modalities: Sequence[str]) -> dict[str, float]:
-    """The bounds that say something of these samples: of each modality that the model reads, if it mostly repeats; and of one answer for
-    all."""
+def informative_bounds(task: Task, table: Table, modalities: Sequence[str]) -> dict[str, float]:
+    """The bounds that are informative for these samples: of each modality that the model reads, if its inputs mostly repeat; and of one
+    answer for all samples."""
     inputs = {name: [table.kinds[name].identity(cell) for cell in table.inputs[name]] for name in modalities}
-    found = bounds(task, {name: seen for name, seen in inputs.items() if repeated(seen) >= INFORMATIVE}, table.labels)
-    of_all = found.pop(task.baseline)
-    return {**found, task.baseline: of_all}
+    by_name = bounds(task, {name: identities for name, identities in inputs.items() if repeated(identities) >= INFORMATIVE}, table.labels)
+    baseline = by_name.pop(task.baseline)
+    return {**by_name, task.baseline: baseline}
 
 
-def title_of(task: Task, bound: str) -> str:
-    """What a bound is called in the table of results."""
+def bound_title(task: Task, bound: str) -> str:
+    """Name of a bound in the printed table of results."""
     if bound == task.baseline:
         return "majority class" if task.one_of_classes else f"{bound} for all"
     return f"{'upper' if task.mode == 'max' else 'lower'} bound ({bound} only)"
 
 
 def validated(folder: Path, task: Task) -> dict[str, float]:
-    """The scores of the best validation, as they were logged; none where nothing was."""
+    """The logged scores of the best validation; none if there was no validation."""
     path, monitor = folder / METRICS, f"val/{task.monitor}"
-    rows = [row for row in read_metrics(path) if monitor in row] if path.is_file() else []
-    if not rows:
+    records = [record for record in read_metrics(path) if monitor in record] if path.is_file() else []
+    if not records:
         return {}
-    best = (max if task.mode == "max" else min)(rows, key=lambda row: float(row[monitor]))
+    best = (max if task.mode == "max" else min)(records, key=lambda record: float(record[monitor]))
     return finite({name.removeprefix("val/"): float(value) for name, value in best.items() if name.startswith("val/")})
 
 
 def finite(scores: Mapping[str, float]) -> dict[str, float]:
-    """Those that the samples define; JSON has no NaN."""
+    """Without scores that are undefined for the samples (NaN), which JSON has no value for."""
     return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
-# What is said, and how.
+# Console output
 
 
 def run_name(arguments: Sequence[str]) -> str:
-    """The name of the first recipe on the line, else "fit"."""
+    """The name of the first recipe on the command line, else "fit"."""
     return next((Path(word).stem for is_value, word in words(arguments, "--recipe") if is_value), "fit")
 
 
-FIT_COMMAND = "FUSION_FIT_COMMAND"  # set by what starts fit in its own way, and is to be used again to go on
+FIT_COMMAND = "FUSION_FIT_COMMAND"  # set by programs that start fit differently; the command to print for resuming
 
 
 def command(name: str) -> str:
-    """How this program was called, for another of its commands."""
+    """The command line of another command of this program, in the way this one was called."""
     if name == "fit" and FIT_COMMAND in os.environ:
         return os.environ[FIT_COMMAND]
     script = Path(sys.argv[0])
@@ -275,23 +287,23 @@ def command(name: str) -> str:
     return f"python {shlex.quote(str(script.with_name(f'{name}.py')))}" if script.suffix == ".py" else f"fusion {name}"
 
 
-def quiet() -> None:
-    """Keep back what is said on every run and concerns nobody."""
+def silence_harmless_warnings() -> None:
+    """Silence warnings and progress bars of libraries that appear in every run and need no action."""
     for pattern in (
-        ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our batches do begin where they stopped
-        ".*does not have many workers.*",  # images kept in memory need none
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # the batch sampler does resume within an epoch
+        ".*does not have many workers.*",  # images in memory need none
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metrics are already summed over the ranks
         ".*smaller than the logging interval.*",
         ".*LeafSpec.*",
-        ".*WeightAveraging callback with a model that overrides the configure_model.*",  # which shards, and only where asked to
-        ".*module\\(s\\) in eval mode at the start of training.*",  # what is frozen is
-        ".*Experiment logs directory .* exists and is not empty.*",  # RunFolder made it
+        ".*WeightAveraging callback with a model that overrides the configure_model.*",  # which only shards the model, under FSDP
+        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen modules
+        ".*Experiment logs directory .* exists and is not empty.*",  # made by RunFolder
     ):
         warnings.filterwarnings("ignore", message=pattern)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.utils.logging.disable_progress_bar()  # of weights that are loaded in a second
+    transformers.utils.logging.disable_progress_bar()  # of loading weights, which takes a second
     if not sys.stderr.isatty():
-        disable_progress_bars()  # of downloads, which a log would hold in a thousand lines
+        disable_progress_bars()  # of downloads, which would fill a log with thousands of lines

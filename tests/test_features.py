@@ -145,7 +145,7 @@ def test_shared_inputs_are_those_of_each_sample(mask: Tensor, data: st.DataObjec
     there = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
     shared = Features(values(distinct, count, 3, seed=0), mask[rows] & there[:, None], values(distinct, 3, seed=1), rows)
     own = shared.unshared()
-    assert own.rows is None
+    assert own.indices is None
     assert torch.equal(own.mask, shared.mask)
     for sample, row in enumerate(rows):
         assert torch.equal(own.tokens[sample], shared.tokens[row])
@@ -162,7 +162,7 @@ def test_zeroing_shared_inputs_keeps_them_shared_and_clears_those_that_no_sample
     clean = zero_masked(Features(tokens, mask, pooled, torch.tensor([0, 1, 0])))
     assert torch.equal(clean.tokens, torch.cat([tokens[:1], torch.zeros(2, 2, 4)]))
     assert torch.equal(clean.pooled, torch.cat([pooled[:1], torch.zeros(2, 4)]))
-    assert clean.rows is not None
+    assert clean.indices is not None
 
 
 def test_pooled_features_as_one_token_are_those_of_each_sample_and_zero_where_absent() -> None:
@@ -173,4 +173,4 @@ def test_pooled_features_as_one_token_are_those_of_each_sample_and_zero_where_ab
     assert torch.equal(one.pooled, torch.stack([pooled[0], torch.zeros(4, dtype=torch.float64), pooled[0]]))
     assert torch.equal(one.tokens[:, 0], one.pooled)
     assert one.mask.tolist() == [[True], [False], [True]]
-    assert one.rows is None
+    assert one.indices is None

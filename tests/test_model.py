@@ -152,7 +152,7 @@ def test_a_function_that_makes_a_head_builds_the_same_model_as_the_class(name: s
 def test_what_the_constructor_of_a_head_rejects_is_a_user_error_and_what_else_goes_wrong_is_not() -> None:
     with pytest.raises(UserError, match="Gated: dim is 0; expected at least 1"):
         FusionModel.build(encoders(), partial(Gated, dim=0), 3)
-    with pytest.raises(TypeError, match="gave a int"):
+    with pytest.raises(TypeError, match="returned a int"):
         FusionModel.build(encoders(), lambda dims, out: 3, 3)  # type: ignore[arg-type,return-value]
     with pytest.raises(TypeError, match="rank") as raised:
         FusionModel.build(encoders(), partial(Gated, rank=2), 3)
@@ -191,7 +191,7 @@ class Elsewhere:
     [
         (lambda dims, out: Scaled(dims, out, activation=torch.relu), "argument activation of Scaled is a builtin_function_or_method"),
         (lambda dims, out: Elsewhere.Nested(dims, out), "its class Elsewhere.Nested can't be imported"),
-        (widened, r"has classifier.bias of shape \(3,\), this head None; it must not be changed after its constructor"),
+        (widened, r"has classifier.bias of shape \(3,\), this head None; it must not be changed after construction"),
     ],
 )
 def test_a_head_that_a_checkpoint_could_not_bring_back_is_rejected_with_the_reason(factory: Any, message: str) -> None:

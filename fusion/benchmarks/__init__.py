@@ -1,1 +1,1 @@
-"""Benchmarks: what README's figures come from."""
+"""Benchmarks: the measurements reported in README."""

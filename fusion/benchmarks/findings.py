@@ -1,16 +1,16 @@
-"""What a check of `fusion benchmark gpu` has found."""
+"""The result of a check of `fusion benchmark gpu`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Finding:
-    """good: whether it is as it must be; None for a figure that nothing is asked of, here at least."""
+    """good: whether the check passed; None for a measurement without a target, at least on this machine."""
 
     good: bool | None
     what: str
-    told: str
+    detail: str
 
     def __str__(self) -> str:
         mark = {True: "pass", False: "FAIL", None: "figure"}[self.good]
-        return f"{mark:<7}{self.what}: {self.told}"
+        return f"{mark:<7}{self.what}: {self.detail}"

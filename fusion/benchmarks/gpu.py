@@ -1,7 +1,7 @@
-"""fusion benchmark gpu: a page of checks and figures by which one knows that a machine with GPUs trains rightly, and how fast.
+"""fusion benchmark gpu: a page of checks and measurements that show whether a machine with GPUs trains correctly, and how fast.
 
-Runs of the command are in benchmark_gpu_runs, models in this process in benchmark_gpu_models. Without a GPU all of it is run on the CPU, as
-small as it can be: the half of the checks that needs no device is judged, and of the rest it is seen that it runs.
+Checks that run the command are in gpu_runs, those that run models in this process in gpu_models. Without a GPU everything runs on the CPU
+at the smallest size: checks that need no GPU are evaluated; of the others it is only checked that they run.
 """
 
 import platform
@@ -16,19 +16,19 @@ import torch
 from fusion.benchmarks.findings import Finding
 from fusion.benchmarks.gpu_models import fit_loop, heads, long_texts, overlap, whole_model
 from fusion.benchmarks.gpu_runs import Runs, compressed, killed, lost_rank, precisions
-from fusion.session import choose_kernels, quiet
+from fusion.session import choose_kernels, silence_harmless_warnings
 
 Check = Callable[[], Iterator[Finding]]
 
 
 def benchmark_gpu(scenes: int) -> int:
-    """Print the page; 0 where nothing failed. scenes: of the embedded shapes that the runs train on (8 questions each)."""
-    quiet()
+    """Print the page; returns 0 if nothing failed. scenes: number of scenes that the runs train on (8 questions each)."""
+    silence_harmless_warnings()
     choose_kernels("highest")
     gpus = torch.cuda.device_count()
     print(machine(), flush=True)
     if not gpus:
-        print("no GPU here: what needs none is judged, the rest is run as small as it can be on the CPU\n", flush=True)
+        print("no GPU here: checks that need none are evaluated, the others only run on the CPU at the smallest size\n", flush=True)
     began, failed = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder), scenes if gpus else min(scenes, 150), on_gpu=gpus > 0)
@@ -51,7 +51,7 @@ def benchmark_gpu(scenes: int) -> int:
 
 
 def findings(check: Check) -> Iterator[Finding]:
-    """What a check finds; one that breaks loses no other, and its traceback is printed."""
+    """The findings of a check. An exception becomes a failure, so that other checks still run, and its traceback is printed."""
     try:
         yield from check()
     except Exception as error:
@@ -60,10 +60,10 @@ def findings(check: Check) -> Iterator[Finding]:
 
 
 def machine() -> str:
-    """What it runs on, in a line."""
-    told = [f"torch {torch.__version__}", f"Python {platform.python_version()}"]
+    """Versions and devices, on one line."""
+    parts = [f"torch {torch.__version__}", f"Python {platform.python_version()}"]
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        told += [f"{torch.cuda.device_count()} x {', '.join(sorted(names))}", f"CUDA {torch.version.cuda}"]
-        told += [f"cuDNN {torch.backends.cudnn.version()}", f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"]
-    return ", ".join(told)
+        parts += [f"{torch.cuda.device_count()} x {', '.join(sorted(names))}", f"CUDA {torch.version.cuda}"]
+        parts += [f"cuDNN {torch.backends.cudnn.version()}", f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"]
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Checks of `fusion benchmark gpu` that are runs of the command: their losses beside the CPU's, kills, and several ranks."""
+"""Checks of `fusion benchmark gpu` that run the command: losses compared with the CPU's, kills, and several ranks."""
 
 import math
 import os
@@ -35,7 +35,7 @@ class Runs:
 
     @property
     def short(self) -> list[str]:
-        """What all of them have: a loss a line, and next to no validation."""
+        """Options of every run: the loss of each update is logged, and validation is one batch."""
         data = [f"--data.preparer.init_args.scenes={self.scenes}", "--data.batch_size=64"]
         return ["--recipe", "quickstart", *data, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=1"]
 
@@ -43,36 +43,36 @@ class Runs:
     def one_device(self) -> list[str]:
         return [f"--trainer.accelerator={'gpu' if self.on_gpu else 'cpu'}", "--trainer.devices=1"]
 
-    def begin(self, name: str, options: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    def start(self, name: str, options: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         words = [sys.executable, "-m", "fusion", "fit", *self.short, *options, f"--runs={self.folder / name}"]
-        log = open(self.log(name), "w")  # noqa: SIM115 (the process's, which ends with it)
+        log = open(self.log(name), "w")  # noqa: SIM115 (belongs to the process, and is closed when it ends)
         environment = self.environment | dict(more or {})
         return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
 
     def log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
 
-    def all_of(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, int]:
-        """Run them, side by side on a GPU, one after the other on a CPU; gives their exit statuses."""
+    def all_of(self, options_by_name: Mapping[str, Sequence[str]]) -> dict[str, int]:
+        """Run them, concurrently on a GPU, one after the other on a CPU; returns their exit statuses."""
         statuses: dict[str, int] = {}
-        begun: dict[str, subprocess.Popen[str]] = {}
-        for name, options in wanted.items():
-            begun[name] = self.begin(name, options)
+        started: dict[str, subprocess.Popen[str]] = {}
+        for name, options in options_by_name.items():
+            started[name] = self.start(name, options)
             if not self.on_gpu:
-                statuses[name] = waited_for(begun.pop(name))
-        return statuses | {name: waited_for(process) for name, process in begun.items()}
+                statuses[name] = wait_for(started.pop(name))
+        return statuses | {name: wait_for(process) for name, process in started.items()}
 
     def column(self, name: str, column: str) -> list[float]:
         files = sorted((self.folder / name).glob(f"*/*/{METRICS}"))
-        return [float(row[column]) for file in files for row in read_metrics(file) if column in row]
+        return [float(record[column]) for file in files for record in read_metrics(file) if column in record]
 
     def last_line(self, name: str) -> str:
-        """What a run said of its end: its error, else its last line."""
+        """The error that a run printed, else the last line of its output."""
         lines = self.log(name).read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
         return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])[:140]
 
 
-def waited_for(process: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> int:
+def wait_for(process: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> int:
     try:
         return process.wait(timeout_s)
     except subprocess.TimeoutExpired:
@@ -82,25 +82,26 @@ def waited_for(process: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far a run's first loss, and the mean of its last ten, may be from the reference's, as shares of it."""
+    """The largest relative error, against the reference run, of the first loss and of the mean of the last ten."""
 
     first: float
     last: float
 
 
-def judged(runs: Runs, name: str, status: int, bounds: Bounds, reference: str) -> Finding:
+def loss_finding(runs: Runs, name: str, status: int, bounds: Bounds, reference: str) -> Finding:
+    """Whether a run succeeded, with losses within bounds of those of the reference run."""
     what, loss, expected = f"loss of {name}", runs.column(name, "train/loss_step"), runs.column(reference, "train/loss_step")
     if status or not loss or not expected:
         return Finding(False, what, f"ended with status {status}: {runs.last_line(name)}")
     tails = [sum(losses[-10:]) / len(losses[-10:]) for losses in (loss, expected)]
     first, last = abs(loss[0] / expected[0] - 1), abs(tails[0] / tails[1] - 1)
     good = first <= bounds.first and last <= bounds.last and math.isfinite(tails[0])
-    told = f"the first is off by {first:.1e} (at most {bounds.first}), the last ten by {last:.1%} (at most {bounds.last:.0%})"
+    detail = f"relative error of the first {first:.1e} (at most {bounds.first}), of the last ten {last:.1%} (at most {bounds.last:.0%})"
     skipped = runs.column(name, "train/skipped_updates")
-    return Finding(good, what, told + (f"; {skipped[-1]:.0f} updates skipped" if skipped else ""))
+    return Finding(good, what, detail + (f"; {skipped[-1]:.0f} updates skipped" if skipped else ""))
 
 
-OVERFLOW = "fp16 from a scale that overflows"
+OVERFLOW = "fp16 with an overflowing initial scale"
 PRECISIONS: dict[str, tuple[list[str], Bounds]] = {
     "float32": ([], Bounds(2e-3, 0.05)),
     "bf16": (BF16, Bounds(2e-2, 0.15)),
@@ -113,25 +114,25 @@ ON_A_CPU = ("fp16", OVERFLOW, "bf16")
 
 
 def precisions(runs: Runs) -> Iterator[Finding]:
-    """The same data, weights and order in every precision, beside float32 on the CPU."""
+    """The same data, weights and order in every precision, compared with float32 on the CPU."""
     reference = "float32 on the CPU"
     statuses = runs.all_of({reference: ["--recipe", "engine/cpu"]})
     if statuses[reference]:
         yield Finding(False, reference, runs.last_line(reference))
         return
-    chosen = {name: made for name, made in PRECISIONS.items() if runs.on_gpu or name in ON_A_CPU}
-    compiled = {name: made for name, made in chosen.items() if "compiled" in name}  # last and alone: it takes all cores
-    for part in ({name: made for name, made in chosen.items() if name not in compiled}, compiled):
+    chosen = {name: settings for name, settings in PRECISIONS.items() if runs.on_gpu or name in ON_A_CPU}
+    compiled = {name: settings for name, settings in chosen.items() if "compiled" in name}  # last and alone, since compiling uses all cores
+    for part in ({name: settings for name, settings in chosen.items() if name not in compiled}, compiled):
         statuses = runs.all_of({name: [*options, *runs.one_device] for name, (options, _) in part.items()})
         for name, (_, bounds) in part.items():
-            yield judged(runs, name, statuses[name], bounds, reference)
+            yield loss_finding(runs, name, statuses[name], bounds, reference)
     skipped = runs.column(OVERFLOW, "train/skipped_updates")
-    told = f"{skipped[-1] if skipped else 0:.0f} updates skipped until the scale fits"
-    yield Finding(bool(skipped) and 0 < skipped[-1] < 40, "overflow", told)
+    detail = f"{skipped[-1] if skipped else 0:.0f} updates skipped until the scale no longer overflows"
+    yield Finding(bool(skipped) and 0 < skipped[-1] < 40, "overflow", detail)
 
 
 def killed(runs: Runs) -> Iterator[Finding]:
-    """Killed and resumed it ends where the whole run ends, with `deterministic`: without, CUDA may add up gradients in any order."""
+    """A killed and resumed run ends as an undisturbed one. With `deterministic`: otherwise CUDA may sum gradients in any order."""
     for name, optimizer in (("Muon", []), ("AdamW", ADAMW)) if runs.on_gpu else (("Muon", []),):
         kills = 2 if runs.on_gpu else 1
         options = [*runs.short, *runs.one_device, *optimizer, "--trainer.max_epochs=4", "--trainer.deterministic=true"]
@@ -144,40 +145,40 @@ def killed(runs: Runs) -> Iterator[Finding]:
 # Several ranks: GPUs, or two processes on a CPU.
 
 
-def two(runs: Runs, compress: str = "none", timeout_s: float = 60) -> list[str]:
+def two_ranks(runs: Runs, compress: str = "none", timeout_s: float = 60) -> list[str]:
     strategy = [f"--trainer.strategy.init_args.compress={compress}", f"--trainer.strategy.init_args.timeout_s={timeout_s}"]
     return ["--recipe", "engine/ddp", f"--trainer.accelerator={'gpu' if runs.on_gpu else 'cpu'}", "--trainer.devices=2", *strategy]
 
 
-# The first loss differs by the batch statistics, which are of each rank's half.
+# The first loss differs, since batch normalisation sees each rank's half of the batch.
 COMPRESSIONS = {"none": Bounds(2e-2, 0.1), "fp16": Bounds(2e-2, 0.2), "bf16": Bounds(2e-2, 0.2), "sign": Bounds(2e-2, 0.5)}
 
 
 def compressed(runs: Runs) -> Iterator[Finding]:
-    """What the exchange of gradients leaves of the loss."""
+    """The loss of two ranks under each compression of the gradients."""
     for compress, bounds in COMPRESSIONS.items():
-        if compress == "bf16" and not runs.on_gpu:  # which gloo doesn't sum
+        if compress == "bf16" and not runs.on_gpu:  # gloo doesn't sum bf16
             continue
         name = f"two ranks, compress={compress}"
-        yield judged(runs, name, runs.all_of({name: two(runs, compress)})[name], bounds, "float32 on the CPU")
+        yield loss_finding(runs, name, runs.all_of({name: two_ranks(runs, compress)})[name], bounds, "float32 on the CPU")
 
 
 def lost_rank(runs: Runs) -> Iterator[Finding]:
-    """One of two ranks is killed: the other ends with a word and its status, and not by NCCL's watchdog."""
+    """When one of two ranks is killed, the other ends with a message and its own exit status, not by NCCL's watchdog."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     address |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "lost"}
     names = ["rank 0 of two", "rank 1 of two"]
     ranks = [
-        runs.begin(name, [*two(runs), "--trainer.max_epochs=5000"], {**address, "RANK": str(i), "LOCAL_RANK": str(i)})
+        runs.start(name, [*two_ranks(runs), "--trainer.max_epochs=5000"], {**address, "RANK": str(i), "LOCAL_RANK": str(i)})
         for i, name in enumerate(names)
     ]
-    until = time.monotonic() + TIMEOUT_S / 2
-    while time.monotonic() < until and not any((runs.folder / names[0]).glob("*/*/checkpoints/*.ckpt")):  # after an epoch
+    deadline = time.monotonic() + TIMEOUT_S / 2
+    while time.monotonic() < deadline and not any((runs.folder / names[0]).glob("*/*/checkpoints/*.ckpt")):  # after an epoch
         time.sleep(0.5)
     os.killpg(ranks[1].pid, signal.SIGKILL)
     began = time.monotonic()
-    status = waited_for(ranks[0], 120)
-    told = f"status {status} after {time.monotonic() - began:.0f} s (expected {LOST_RANK}): {runs.last_line(names[0])}"
-    yield Finding(status == LOST_RANK, "a rank that lost another", told)
+    status = wait_for(ranks[0], 120)
+    detail = f"status {status} after {time.monotonic() - began:.0f} s (expected {LOST_RANK}): {runs.last_line(names[0])}"
+    yield Finding(status == LOST_RANK, "a rank that lost another", detail)

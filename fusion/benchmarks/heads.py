@@ -1,4 +1,4 @@
-"""fusion benchmark heads: what each head costs, beside the plainest way to write it."""
+"""fusion benchmark heads: parameters, time and memory of each head, compared with a plain implementation."""
 
 import gc
 import os
@@ -23,83 +23,85 @@ LEVELS = 4
 
 
 def benchmark_heads(pattern: str, *, batch: int, text: int, image: int, width: int, rounds: int, options: dict[str, Any]) -> None:
-    """Print parameters, times and peak memory of the heads that match, and their ratios to the plain formulations."""
+    """Print parameters, times and peak memory of the matching heads, and their ratios to the plain implementations."""
     print(
         f"{batch} samples, text {text} tokens x {width}, image {image} x {width}, float32 on {device()}, "
         f"{torch.get_num_threads()} threads, median of {rounds} rounds\n"
-        "plain: the plainest PyTorch of the formula (fusion/benchmarks/plain_heads.py), in turns in the same run\n"
+        "plain: a plain PyTorch implementation (fusion/benchmarks/plain_heads.py), alternating in the same run\n"
     )
-    rows = [["", "parameters", "forward ms", "of plain", "with backward ms", "of plain", "peak MiB", "of plain"]]
+    lines = [["", "parameters", "forward ms", "/ plain", "with backward ms", "/ plain", "peak MiB", "/ plain"]]
     for name in available(pattern):
-        rows.append([name, *compare(*made(name, {"text": text, "image": image}, batch, width, options), rounds)])
-    print(aligned(rows))
+        lines.append([name, *compare(*build(name, {"text": text, "image": image}, batch, width, options), rounds)])
+    print(aligned(lines))
 
 
 def curve(pattern: str, *, batch: int, image: int, width: int, rounds: int, options: dict[str, Any]) -> None:
-    """Print how time and peak memory of a training pass grow with the text's tokens, for the heads that match and read tokens."""
+    """Print how time and peak memory of a training pass grow with the number of text tokens, for the matching heads that read tokens."""
     lengths = [512, 1024, 2048, 4096, 8192]
     print(f"{batch} samples, image {image} tokens x {width}, float32 on {device()}, forward and backward: ms / peak MiB by text tokens\n")
-    rows = [["", *[f"{length:,}" for length in lengths]]]
+    lines = [["", *[f"{length:,}" for length in lengths]]]
     for name in [name for name in available(pattern) if HEADS[name].stage in ("tokens", "embeddings")]:
-        cells = []
+        entries = []
         for length in lengths:
-            head, given = made(name, {"text": length, "image": image}, batch, width, options)
-            one = partial(once, head, partial(output, head, given), True)
-            (times,) = taking_turns([one], rounds)
-            peak = peak_bytes(one, partial(forget_gradients, head, given))
-            cells.append(f"{1000 * statistics.median(times):,.0f} / {peak / 2**20:,.0f}")
-        rows.append([name, *cells])
-    print(aligned(rows))
+            head, inputs = build(name, {"text": length, "image": image}, batch, width, options)
+            training_pass = partial(run_pass, head, partial(output, head, inputs), True)
+            (times,) = alternate([training_pass], rounds)
+            peak = peak_bytes(training_pass, partial(clear_gradients, head, inputs))
+            entries.append(f"{1000 * statistics.median(times):,.0f} / {peak / 2**20:,.0f}")
+        lines.append([name, *entries])
+    print(aligned(lines))
 
 
-def compare(head: FusionHead, given: Any, rounds: int) -> list[str]:
-    """The cells of a head's row."""
-    ways: list[Callable[[], Tensor]] = [partial(output, head, given), partial(plain_output, head, given)]
-    refuse_unlike(head, ways)
-    cells = [f"{sum(p.numel() for p in head.parameters()):,}"]
+def compare(head: FusionHead, inputs: Any, rounds: int) -> list[str]:
+    """The entries of a head's line."""
+    forwards: list[Callable[[], Tensor]] = [partial(output, head, inputs), partial(plain_output, head, inputs)]
+    check_same_output(head, forwards)
+    entries = [f"{sum(p.numel() for p in head.parameters()):,}"]
     for backward in (False, True):
-        own, other = taking_turns([partial(once, head, way, backward) for way in ways], rounds)
-        ratio = statistics.median(a / b for a, b in zip(own, other, strict=True))
-        cells += [f"{1000 * statistics.median(own):.2f}", f"{ratio:.2f}"]
-    own_peak, plain_peak = (peak_bytes(partial(once, head, way, True), forget=partial(forget_gradients, head, given)) for way in ways)
-    return [*cells, f"{own_peak / 2**20:.1f}", f"{own_peak / plain_peak:.2f}"]
+        own, plain = alternate([partial(run_pass, head, forward, backward) for forward in forwards], rounds)
+        ratio = statistics.median(a / b for a, b in zip(own, plain, strict=True))
+        entries += [f"{1000 * statistics.median(own):.2f}", f"{ratio:.2f}"]
+    own_peak, plain_peak = (
+        peak_bytes(partial(run_pass, head, forward, True), clear=partial(clear_gradients, head, inputs)) for forward in forwards
+    )
+    return [*entries, f"{own_peak / 2**20:.1f}", f"{own_peak / plain_peak:.2f}"]
 
 
 @torch.no_grad()
-def refuse_unlike(head: FusionHead, ways: list[Callable[[], Tensor]]) -> None:
-    """Raises UserError where the plain formulation computes something else: it doesn't know all options."""
+def check_same_output(head: FusionHead, forwards: list[Callable[[], Tensor]]) -> None:
+    """Raises UserError if the plain implementation computes something else, since it doesn't support all options."""
     head.eval()
     try:
-        own, plain = (way() for way in ways)
+        own, plain = (forward() for forward in forwards)
         same = torch.allclose(own, plain, atol=1e-3, rtol=1e-3)
-    except AttributeError:  # a part that the option replaces
+    except AttributeError:  # a module that the option replaces
         same = False
     head.train()
     if not same:
         raise UserError(
-            f"the plain formulation of {type(head).__name__} (fusion/benchmarks/plain_heads.py) doesn't know these options; try --curve"
+            f"the plain implementation of {type(head).__name__} (fusion/benchmarks/plain_heads.py) doesn't know these options; try --curve"
         )
 
 
-def output(head: FusionHead, given: Any) -> Tensor:
-    return head(given).output
+def output(head: FusionHead, inputs: Any) -> Tensor:
+    return head(inputs).output
 
 
-def once(head: FusionHead, way: Callable[[], Tensor], backward: bool) -> None:
-    """One pass; with gradients of every parameter and of the features, as between encoders and loss."""
+def run_pass(head: FusionHead, forward: Callable[[], Tensor], backward: bool) -> None:
+    """One forward pass; with `backward` also the gradients of every parameter and of the features."""
     if backward:
         head.zero_grad()
-        way().sum().backward()
+        forward().sum().backward()
     else:
         with torch.no_grad():
-            way()
+            forward()
 
 
-def forget_gradients(head: FusionHead, given: Any) -> None:
-    """So that every pass that is measured has all of them to make."""
+def clear_gradients(head: FusionHead, inputs: Any) -> None:
+    """Set all gradients to None, so that every measured pass allocates them."""
     head.zero_grad()
-    for found in given.values():
-        for f in found if isinstance(found, list) else [found]:
+    for levels in inputs.values():
+        for f in levels if isinstance(levels, list) else [levels]:
             f.tokens.grad = f.pooled.grad = None
 
 
@@ -107,67 +109,67 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def made(name: str, counts: dict[str, int], batch: int, width: int, options: dict[str, Any]) -> tuple[FusionHead, Any]:
-    """A head with its own defaults but for these options, and features of so many tokens a modality for it."""
+def build(name: str, counts: dict[str, int], batch: int, width: int, options: dict[str, Any]) -> tuple[FusionHead, Any]:
+    """A head with these options, and random features for it with so many tokens per modality."""
     torch.manual_seed(0)
     levels = LEVELS if HEADS[name].stage == "levels" else 0
-    make: Any = HEADS[name]
-    head = make({m: [width] * levels or width for m in counts}, CLASSES, **options).to(device())
-    given = {m: features(batch, count, width) for m, count in counts.items()}
-    return head, {m: [f] * levels or f for m, f in given.items()}
+    cls: Any = HEADS[name]
+    head = cls({m: [width] * levels or width for m in counts}, CLASSES, **options).to(device())
+    inputs = {m: features(batch, count, width) for m, count in counts.items()}
+    return head, {m: [f] * levels or f for m, f in inputs.items()}
 
 
 def features(batch: int, count: int, width: int) -> Features:
-    """Random features that want a gradient; the last quarter of each sample's tokens is padding for every other sample."""
+    """Random features that require gradients; in every other sample the last quarter of the tokens is padding."""
     mask = torch.ones(batch, count, dtype=torch.bool, device=device())
     mask[::2, count - count // 4 :] = False
     tokens = torch.randn(batch, count, width, device=device(), requires_grad=True)
     return Features(tokens, mask, torch.randn(batch, width, device=device(), requires_grad=True))
 
 
-def taking_turns(ways: list[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each way, round by round, the order reversed every other round; each round lasts a hundredth of a second or more."""
+def alternate(functions: list[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """Seconds of each function in each round; the order is reversed every other round, and calls are repeated to last at least 0.01 s."""
     repeats = []
-    for way in ways:
-        way()
-        repeats.append(max(1, int(0.02 / seconds(way, 1))))
-    found: list[list[float]] = [[] for _ in ways]
+    for function in functions:
+        function()
+        repeats.append(max(1, int(0.02 / seconds(function, 1))))
+    times: list[list[float]] = [[] for _ in functions]
     for turn in range(rounds):
-        for place in range(len(ways))[:: 1 if turn % 2 else -1]:
-            found[place].append(seconds(ways[place], max(repeats)))
-    return found
+        for i in range(len(functions))[:: 1 if turn % 2 else -1]:
+            times[i].append(seconds(functions[i], max(repeats)))
+    return times
 
 
-def seconds(way: Callable[[], None], repeats: int) -> float:
-    """Of one repeat."""
-    settle()
+def seconds(function: Callable[[], None], repeats: int) -> float:
+    """Mean seconds of a call."""
+    synchronize()
     began = time.perf_counter()
     for _ in range(repeats):
-        way()
-    settle()
+        function()
+    synchronize()
     return (time.perf_counter() - began) / repeats
 
 
-def settle() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def peak_bytes(way: Callable[[], None], forget: Callable[[], None] = lambda: None) -> int:
-    """The most memory that tensors made in one pass hold at once; what `forget` frees is freed before."""
-    forget()
+def peak_bytes(function: Callable[[], None], clear: Callable[[], None] = lambda: None) -> int:
+    """Peak memory of the tensors allocated by one call, after calling `clear`."""
+    clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        way()
+        function()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler remarks on missing GPUs
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's warning about missing GPUs
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        way()
-    held = most = 0
+        function()
+    allocated = peak = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return peak

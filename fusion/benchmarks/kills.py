@@ -1,4 +1,4 @@
-"""fusion benchmark kills: a run killed at random moments and resumed each time ends where the run that nobody disturbed does."""
+"""fusion benchmark kills: checks that a run killed at random moments and resumed each time ends exactly as an undisturbed run."""
 
 import os
 import random
@@ -21,91 +21,93 @@ from fusion.runs.checkpoint_files import read_checkpoint
 from fusion.training.callbacks.run_folder import read_metrics
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "Fp16", "current_model_state", "averaging_state", "fusion")
-BEGUN = "environment.json"  # which a run writes as its training begins
+STARTED = "environment.json"  # written when training begins
 
 
 def benchmark_kills(arguments: Sequence[str], kills: int, seed: int) -> int:
-    """Run the command `fit` with these arguments whole, then with kills; print what happened. 0 if both ends are the same to the bit."""
+    """Run `fit` with these arguments undisturbed, then with kills, and print the comparison. Returns 0 if both ends are bitwise equal."""
     with tempfile.TemporaryDirectory() as folder:
         whole = Run(arguments, Path(folder) / "whole")
-        whole_s, began_s = whole.to_its_end()
+        whole_s, startup_s = whole.to_its_end()
         disturbed = Run(arguments, Path(folder) / "killed")
         chance = random.Random(seed)
-        rows = [["kill", "seconds into training", "its last checkpoint"]]
+        lines = [["kill", "seconds into training", "last checkpoint"]]
         resumed_s: list[float] = []
         for number in range(1, kills + 1):
-            # Every fifth at any moment, the start of Python included; the others while it trains, validates or saves.
-            span = whole_s - began_s
+            # Every fifth kill at any moment, including startup; the others during training, validation or saving.
+            span = whole_s - startup_s
             anywhere = number % 5 == 0
-            # Short enough that all the kills find it at work.
-            seconds = chance.uniform(0, began_s + 2 * span / kills if anywhere else 2 * span / kills)
-            began, ended = disturbed.killed_after(seconds, from_start=anywhere)
+            # Short enough that every kill comes before the run ends.
+            seconds = chance.uniform(0, startup_s + 2 * span / kills if anywhere else 2 * span / kills)
+            began, trained = disturbed.kill_after(seconds, from_start=anywhere)
             if began is not None:
                 resumed_s.append(began)
-            rows.append([str(number), "before it" if ended is None else f"{ended:.1f}", disturbed.position()])
+            lines.append([str(number), "before it" if trained is None else f"{trained:.1f}", disturbed.position()])
         disturbed.to_its_end()
-        found = difference(disturbed.checkpoint(), whole.checkpoint()) or difference_of_logs(disturbed.log(), whole.log())
-        print(aligned(rows))
+        different = difference(disturbed.checkpoint(), whole.checkpoint()) or difference_of_logs(disturbed.log(), whole.log())
+        print(aligned(lines))
         print(
-            f"\nwhole run: {whole_s:.1f} s, of them {began_s:.1f} until training begins; resumed, until it goes on: "
+            f"\nundisturbed run: {whole_s:.1f} s, {startup_s:.1f} s of it before training; startup of resumed runs: "
             f"{statistics.median(resumed_s):.1f} s"
-            f"\nafter {kills} kills: " + ("the same to the bit" if found is None else f"DIFFERENT: {found}")
+            f"\nafter {kills} kills: " + ("bitwise equal" if different is None else f"DIFFERENT: {different}")
         )
-    return 0 if found is None else 1
+    return 0 if different is None else 1
 
 
 class Run:
-    """One run folder, and the processes that work on it one after the other."""
+    """A run folder, and the processes that train in it one after the other."""
 
     def __init__(self, arguments: Sequence[str], runs: Path) -> None:
         self.arguments, self.runs = list(arguments), runs
 
     @property
     def folder(self) -> Path | None:
-        """The run's folder, once there is a checkpoint in it to go on from; one that was killed before is done away with."""
-        for found in sorted(self.runs.glob("*/*")):
-            if any((found / "checkpoints").glob("*.ckpt")):
-                return found
-            shutil.rmtree(found)
+        """The run folder, if it has a checkpoint to resume from; folders of runs killed before their first checkpoint are removed."""
+        for folder in sorted(self.runs.glob("*/*")):
+            if any((folder / "checkpoints").glob("*.ckpt")):
+                return folder
+            shutil.rmtree(folder)
         return None
 
     @property
     def output(self) -> Path:
-        """What the last of its processes printed."""
+        """The output of the latest process."""
         return self.runs.with_suffix(".log")
 
     def start(self) -> subprocess.Popen[bytes]:
         folder = self.folder
         words = ["--resume", str(folder)] if folder else [*self.arguments, f"--runs={self.runs}"]
-        # Which the other ranks can be started by too.
+        # As a module, by which Lightning can start the other ranks too.
         words = [sys.executable, "-m", "fusion", "fit", *words]
         with open(self.output, "wb") as output:
             return subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
-    def training_begun(self, process: subprocess.Popen[bytes], since_s: float) -> bool:
-        """Waits until training begins, in a process that was started then (in seconds since 1970); whether it did."""
+    def training_began(self, process: subprocess.Popen[bytes], since_s: float) -> bool:
+        """Wait until the process begins training; False if it ends before. since_s: the time of its start, in seconds since 1970."""
         while process.poll() is None:
-            if any(file.stat().st_mtime >= since_s for file in self.runs.glob(f"*/*/{BEGUN}")):
+            if any(file.stat().st_mtime >= since_s for file in self.runs.glob(f"*/*/{STARTED}")):
                 return True
             time.sleep(0.02)
         return False
 
     def to_its_end(self) -> tuple[float, float]:
-        """Seconds in all, and until training began. Raises UserError where the run fails."""
+        """Run to the end; returns the seconds in total and until training began. Raises UserError if the run fails."""
         began, since = time.monotonic(), time.time()
         process = self.start()
-        training_s = time.monotonic() - began if self.training_begun(process, since) else 0.0
+        training_s = time.monotonic() - began if self.training_began(process, since) else 0.0
         if process.wait():
             last = self.output.read_text(errors="replace").strip().splitlines()[-1]
             raise UserError(f"the run ended with status {process.returncode}: {last}")
         return time.monotonic() - began, training_s
 
-    def killed_after(self, seconds: float, *, from_start: bool) -> tuple[float | None, float | None]:
-        """Kill the run and all its ranks so long after its start, or after its training began; seconds until that, and since."""
+    def kill_after(self, seconds: float, *, from_start: bool) -> tuple[float | None, float | None]:
+        """Kill the run and all its ranks so many seconds after its start, or after training began. Returns the seconds until training
+        began, and those trained.
+        """
         began, since = time.monotonic(), time.time()
         process = self.start()
         training_s = None
-        if not from_start and self.training_begun(process, since):
+        if not from_start and self.training_began(process, since):
             training_s = time.monotonic() - began
         time.sleep(seconds)
         if process.poll() is None:
@@ -116,7 +118,7 @@ class Run:
     def position(self) -> str:
         folder = self.folder
         if folder is None:
-            return "none yet: begins anew"
+            return "none yet: starts again"
         try:
             return f"{read_checkpoint(folder / 'checkpoints' / 'last.ckpt')['fusion']['updates']:,} updates"
         except UserError as error:
@@ -132,26 +134,26 @@ class Run:
 
 
 def difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
-    """The first difference of two checkpoints, None if there is none."""
-    return next((f"{part}: {found}" for part in PARTS if (found := unlike(a.get(part), b.get(part))) is not None), None)
+    """The first difference between two checkpoints, or None."""
+    return next((f"{part}: {what}" for part in PARTS if (what := difference_of(a.get(part), b.get(part))) is not None), None)
 
 
 def difference_of_logs(a: list[dict[str, str]], b: list[dict[str, str]]) -> str | None:
-    """The same of two logs, whatever the order of their columns."""
-    rows = [[dict(sorted(row.items())) for row in log] for log in (a, b)]
-    return None if (found := unlike(*rows)) is None else f"metrics.csv, row {found}"
+    """The first difference between two logs, whatever the order of their columns, or None."""
+    records = [[dict(sorted(record.items())) for record in log] for log in (a, b)]
+    return None if (what := difference_of(*records)) is None else f"metrics.csv, record {what}"
 
 
-def unlike(a: Any, b: Any) -> str | None:
-    """The first difference of two nested states of tensors and plain data; None if there is none."""
+def difference_of(a: Any, b: Any) -> str | None:
+    """The first difference between two nested states of tensors and plain data, or None."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return None if torch.equal(a, b) else f"tensors differ by up to {float((a - b).abs().max()):.1e}"
     if isinstance(a, dict) and isinstance(b, dict):
         if list(a) != list(b):
             return f"keys {list(a)} and {list(b)}"
-        return next((f"{key}: {found}" for key in a if (found := unlike(a[key], b[key])) is not None), None)
+        return next((f"{key}: {what}" for key in a if (what := difference_of(a[key], b[key])) is not None), None)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         if len(a) != len(b):
-            return f"{len(a)} and {len(b)} long"
-        return next((f"{i}: {found}" for i, (x, y) in enumerate(zip(a, b, strict=True)) if (found := unlike(x, y)) is not None), None)
+            return f"lengths {len(a)} and {len(b)}"
+        return next((f"{i}: {what}" for i, (x, y) in enumerate(zip(a, b, strict=True)) if (what := difference_of(x, y)) is not None), None)
     return None if a == b or (a != a and b != b) else f"{a!r} and {b!r}"

@@ -1,7 +1,7 @@
-"""The heads as one would write them first: the plainest PyTorch of the same formulas, from a head's own weights.
+"""Plain PyTorch implementations of the heads' formulas, which use a head's own weights.
 
-What `fusion benchmark heads` measures the heads against, and one more check that they compute what they say. What stands under a False
-mask is filled with zeros once, at the entrance; from there on masks are honoured as is usual, by multiplying and by filling scores.
+`fusion benchmark heads` compares speed and memory with them, and tests compare outputs. Values under a False mask are set to zero once, on
+entry; from there on masks are applied as usual, by multiplication and by filling attention scores.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Given = dict[str, Features]
 
 
 def plain_output(head: Any, given: Any) -> Tensor:
-    """What the head gives, in the plain way."""
+    """The head's output, computed by its plain implementation."""
     cleaned = {name: [clean(f, head.stage) for f in x] if isinstance(x, list) else clean(x, head.stage) for name, x in given.items()}
     return PLAIN[type(head).__module__.rpartition(".")[2]](head, cleaned)
 
@@ -30,12 +30,12 @@ def clean(f: Features, stage: str) -> Features:
 
 
 def there(f: Features) -> Tensor:
-    """(B, 1) 1 where a sample has the modality, else 0."""
+    """(B, 1): 1 where a sample has the modality, else 0."""
     return f.mask.any(dim=1, keepdim=True).float()
 
 
 def presence(given: Given) -> Tensor:
-    """(B, M, 1)."""
+    """(B, M, 1): 1 where a sample has the modality, else 0."""
     return torch.stack([there(f) for f in given.values()], dim=1)
 
 
@@ -66,10 +66,10 @@ def cross_layer(layer: Any, x: Tensor, mask: Tensor, context: Tensor, context_ma
     if layer.self_attention is not None:
         normed = layer.norm_self(x)
         x = x + attention(layer.self_attention, normed, normed, mask)
-    read = attention(layer.cross_attention, layer.norm_query(x), layer.norm_context(context), context_mask)
-    x = x + (read if layer.gate_attention is None else layer.gate_attention.tanh() * read)
-    passed = layer.feed_forward(layer.norm_feed_forward(x))
-    return x + (passed if layer.gate_feed_forward is None else layer.gate_feed_forward.tanh() * passed)
+    attended = attention(layer.cross_attention, layer.norm_query(x), layer.norm_context(context), context_mask)
+    x = x + (attended if layer.gate_attention is None else layer.gate_attention.tanh() * attended)
+    update = layer.feed_forward(layer.norm_feed_forward(x))
+    return x + (update if layer.gate_feed_forward is None else layer.gate_feed_forward.tanh() * update)
 
 
 def joint_transformer(head: Any, given: Given) -> Tensor:
@@ -150,18 +150,18 @@ def mutan(head: Any, given: Given) -> Tensor:
 
 def embrace(head: Any, given: Given) -> Tensor:
     docked = torch.stack([head.dock[name](f.pooled) for name, f in given.items()], dim=1)
-    likely = presence(given)[..., 0] * head.probabilities
+    weights = presence(given)[..., 0] * head.probabilities
     if head.training:
-        drawn = torch.multinomial(likely, docked.shape[-1], replacement=True)
+        drawn = torch.multinomial(weights, docked.shape[-1], replacement=True)
         chosen = nn.functional.one_hot(drawn, len(given)).transpose(1, 2)
         return head.classifier(head.mix((docked * chosen).sum(dim=1)))
-    return head.classifier(head.mix((docked * (likely / likely.sum(dim=1, keepdim=True))[..., None]).sum(dim=1)))
+    return head.classifier(head.mix((docked * (weights / weights.sum(dim=1, keepdim=True))[..., None]).sum(dim=1)))
 
 
 def level_weighted(head: Any, given: dict[str, list[Features]]) -> Tensor:
     h = {
-        name: torch.stack([project(f.pooled) * there(f) for project, f in zip(head.project[name], found, strict=True)], dim=1)
-        for name, found in given.items()
+        name: torch.stack([project(f.pooled) * there(f) for project, f in zip(head.project[name], levels, strict=True)], dim=1)
+        for name, levels in given.items()
     }
     joint = torch.cat([x.flatten(1) for x in h.values()], dim=-1)
     mixed = [(head.weigh[name](joint).softmax(dim=-1)[..., None] * x).sum(dim=1) for name, x in h.items()]
@@ -193,12 +193,12 @@ def bottleneck(head: Any, given: Given) -> Tensor:
         mask[name] = torch.cat([torch.ones_like(f.mask[:, :1]), f.mask], dim=1)
     everyone = torch.ones(size, shared.shape[1], dtype=torch.bool, device=shared.device)
     for layer in head.layers:
-        said = []
+        copies = []
         for name in x:
             y = self_layer(layer[name], torch.cat([x[name], shared], dim=1), torch.cat([mask[name], everyone], dim=1))
             x[name], own = y.split([x[name].shape[1], shared.shape[1]], dim=1)
-            said.append(own)
-        shared = (torch.stack(said, dim=1) * present[..., None]).sum(dim=1) / present.sum(dim=1, keepdim=True)
+            copies.append(own)
+        shared = (torch.stack(copies, dim=1) * present[..., None]).sum(dim=1) / present.sum(dim=1, keepdim=True)
     ends = torch.stack([head.norm[name](x[name][:, 0]) for name in x], dim=1)
     return head.classifier((ends * present).sum(dim=1) / present.sum(dim=1))
 
@@ -246,8 +246,8 @@ def product_of_experts(head: Any, given: Given) -> Tensor:
 def confidence_weighted(head: Any, given: Given) -> Tensor:
     logits = decisions(head, given)
     p = logits.softmax(dim=-1)
-    sure = 1 + (p * p.log()).sum(dim=-1) / torch.tensor(float(logits.shape[-1])).log()
-    return (softmax(head.log_sharpness.exp() * sure[..., None], presence(given) > 0, dim=1) * logits).sum(dim=1)
+    confidence = 1 + (p * p.log()).sum(dim=-1) / torch.tensor(float(logits.shape[-1])).log()
+    return (softmax(head.log_sharpness.exp() * confidence[..., None], presence(given) > 0, dim=1) * logits).sum(dim=1)
 
 
 def stacking(head: Any, given: Given) -> Tensor:
@@ -290,7 +290,7 @@ def gated_cross_attention(head: Any, given: Given) -> Tensor:
     return head.classifier(head.norm(x)[:, 0])
 
 
-# By the name of the head's own module.
+# By the name of the head's module.
 PLAIN: dict[str, Callable[[Any, Any], Tensor]] = {
     function.__name__: function
     for function in (

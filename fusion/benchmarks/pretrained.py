@@ -1,4 +1,4 @@
-"""fusion benchmark pretrained: every head on shares of the training data, with several seeds: validation and test accuracy."""
+"""fusion benchmark pretrained: validation and test accuracy of every head on fractions of the training data, with several seeds."""
 
 import csv
 import json
@@ -22,9 +22,9 @@ BOUNDS = {"image": "upper bound (image only)", "text": "upper bound (text only)"
 
 
 class Score(NamedTuple):
-    """What one run gave: the validation accuracy of its best epoch, the test accuracy of that epoch, how many updates it made."""
+    """The result of a run: validation and test accuracy of its best epoch, its number of updates, and the bounds."""
 
-    recipe: str  # a digest of the settings that all runs share
+    recipe: str  # hash of the settings common to all runs
     share: str
     head: str
     seed: int
@@ -36,34 +36,34 @@ class Score(NamedTuple):
     majority: float
 
 
-def benchmark_pretrained(arguments: Sequence[str], pattern: str, seeds: int, shares: Sequence[str], kept: Path | None) -> int:
-    """Train with these arguments for every head that matches, seed and share of the training samples; print accuracies over the seeds.
+def benchmark_pretrained(arguments: Sequence[str], pattern: str, seeds: int, shares: Sequence[str], csv_file: Path | None) -> int:
+    """Train every matching head with every seed on every share of the training samples; print accuracies over the seeds.
 
-    shares: numbers of training samples, or "all". kept: a CSV file to which each run adds a line, and whose runs of
-    the same recipe are not made again.
+    shares: numbers of training samples, or "all". csv_file: file to which each run adds a line; runs of the same recipe that are already
+    in it are not repeated.
     """
     names = available(pattern)
     if not names:
         raise UserError(f"no head matches '{pattern}'. {nearest(pattern, available())}")
     for share in shares:
         if share != ALL and not share.isdigit():
-            raise UserError(f"--shares: '{share}' is no number of samples; expected such as 400, or {ALL}")
+            raise UserError(f"--shares: '{share}' is not a number of samples; expected for example 400, or {ALL}")
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}; expected at least 1")
     recipe = blake2b(FusionCLI(arguments).resolved().encode(), digest_size=6).hexdigest()
-    scores = [score for score in read_scores(kept) if score.recipe == recipe]
-    there = {(score.share, score.head, score.seed) for score in scores}
-    for seed, share, name in product(range(seeds), shares, names):  # cut short, it has every head
-        if (share, name, seed) not in there:
+    scores = [score for score in read_scores(csv_file) if score.recipe == recipe]
+    finished = {(score.share, score.head, score.seed) for score in scores}
+    for seed, share, name in product(range(seeds), shares, names):  # seeds outermost: an interrupted benchmark has results for every head
+        if (share, name, seed) not in finished:
             scores.append(score_of(arguments, recipe, share, name, seed))
             print(f"{share} samples, {name}, seed {seed}: val {scores[-1].val:.4f}  {scores[-1].updates} updates", flush=True)
-            add_score(kept, scores[-1])
+            add_score(csv_file, scores[-1])
     print(f"\n{table(scores, names, shares, seeds)}")
     return 0
 
 
 def score_of(arguments: Sequence[str], recipe: str, share: str, name: str, seed: int) -> Score:
-    """Train once. Raises UserError where a run doesn't end, or has no validation or test samples to score."""
+    """Train once. Raises UserError if the run fails, or has no validation or test samples to score."""
     options = [f"--model.head={name}", f"--seed_everything={seed}", *([] if share == ALL else [f"--data.train_samples={share}"])]
     with tempfile.TemporaryDirectory() as folder:
         with silent():
@@ -81,37 +81,37 @@ def score_of(arguments: Sequence[str], recipe: str, share: str, name: str, seed:
 
 
 def table(scores: Sequence[Score], names: Sequence[str], shares: Sequence[str], seeds: int) -> str:
-    """A row a head: for each share, mean (lowest to highest) over the seeds; then what needs no fusion."""
-    rows = [["training samples", *(cell for share in shares for cell in (f"{share}: val", f"{share}: test"))]]
+    """A line per head with, for each share, the mean (lowest to highest) over the seeds; then the bounds."""
+    lines = [["training samples", *(title for share in shares for title in (f"{share}: val", f"{share}: test"))]]
     for name in names:
-        rows.append([name])
+        lines.append([name])
         for share in shares:
-            found = [score for score in scores if (score.share, score.head) == (share, name) and score.seed < seeds]
-            rows[-1] += [spread([score.val for score in found]), spread([score.test for score in found])]
-    for of, words in BOUNDS.items():
+            matching = [score for score in scores if (score.share, score.head) == (share, name) and score.seed < seeds]
+            lines[-1] += [spread([score.val for score in matching]), spread([score.test for score in matching])]
+    for of, title in BOUNDS.items():
         bound: float = getattr(scores[-1], of)
         if not math.isnan(bound):
-            rows.append([words, *(cell for _ in shares for cell in ("", f"{bound:.4f}"))])
-    return aligned(rows)
+            lines.append([title, *(entry for _ in shares for entry in ("", f"{bound:.4f}"))])
+    return aligned(lines)
 
 
 def spread(accuracies: Sequence[float]) -> str:
     return f"{statistics.mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})"
 
 
-def read_scores(kept: Path | None) -> list[Score]:
-    if kept is None or not kept.is_file():
+def read_scores(csv_file: Path | None) -> list[Score]:
+    if csv_file is None or not csv_file.is_file():
         return []
-    with open(kept, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if tuple(rows.fieldnames or ()) != Score._fields:
-            raise UserError(f"--csv {kept}: its columns are not {', '.join(Score._fields)}; give a new file")
-        return [Score(*(kind(row[name]) for name, kind in Score.__annotations__.items())) for row in rows]
+    with open(csv_file, newline="", encoding="utf-8") as file:
+        records = csv.DictReader(file)
+        if tuple(records.fieldnames or ()) != Score._fields:
+            raise UserError(f"--csv {csv_file}: its columns are not {', '.join(Score._fields)}; give a new file")
+        return [Score(*(kind(record[name]) for name, kind in Score.__annotations__.items())) for record in records]
 
 
-def add_score(kept: Path | None, score: Score) -> None:
-    if kept is None:
+def add_score(csv_file: Path | None, score: Score) -> None:
+    if csv_file is None:
         return
-    begun = kept.is_file()
-    with open(kept, "a", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([*([] if begun else [Score._fields]), score])
+    exists = csv_file.is_file()
+    with open(csv_file, "a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([*([] if exists else [Score._fields]), score])

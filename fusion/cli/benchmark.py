@@ -1,4 +1,4 @@
-"""fusion benchmark: what the training loop, heads, activations and ranks cost, and whether a run survives being killed."""
+"""fusion benchmark: cost of the training loop, heads, activation memory and ranks; recovery from kills."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "ta
 
 
 def benchmark(arguments: Sequence[str]) -> int:
-    """Run the command; gives the exit status."""
+    """Run the command; returns the exit status."""
     words = list(arguments)
     if not words or words[0] in ("-h", "--help"):
         print(
@@ -37,17 +37,17 @@ def benchmark(arguments: Sequence[str]) -> int:
             "       fusion benchmark table [--rows N] [--rounds N]\n"
             "       fusion benchmark gpu [--scenes N]\n\n"
             "overhead: samples per second of the whole fit loop, of a bare PyTorch loop fed by the same loader, and of a bare loop\n"
-            "over batches that already sit in memory; same model, same optimiser, taken in turns in one process.\n"
-            "heads: parameters, time and peak memory of each head, beside the plainest PyTorch of its formula, taken in turns;\n"
-            "with --curve, how time and memory grow from 512 to 8,192 text tokens; --options: of the heads, as JSON.\n"
-            "kills: a run killed (SIGKILL) at random moments and resumed each time, compared with one that nobody disturbed.\n"
-            "ranks: one process, accumulation, and several processes of one core each with every compression: speed, bytes sent, losses\n"
-            "and scores beside each other; --csv: the loss of every update.\n"
-            "memory: peak memory and time of a training batch, the activations of each part kept or computed again.\n"
-            "pretrained: validation and test accuracy of every head on shares of the training samples, over the seeds;\n"
-            "--csv: a line a run, and the runs that it has already are not made again.\n"
-            "table: time and memory of reading a large CSV manifest, beside pyarrow's reader alone.\n"
-            "gpu: checks and figures of this machine's GPUs on a page, in under ten minutes; without one, the half that needs none."
+            "over batches already in memory; same model and optimiser, alternating in one process.\n"
+            "heads: parameters, time and peak memory of each head, compared with a plain PyTorch implementation, alternating;\n"
+            "with --curve, how time and memory grow from 512 to 8,192 text tokens; --options: the heads' arguments, as JSON.\n"
+            "kills: a run killed (SIGKILL) at random moments and resumed each time, compared with an undisturbed run.\n"
+            "ranks: compares one process, accumulation, and several processes of one core each with every compression: speed, bytes sent,\n"
+            "losses and scores; --csv: file for the loss of every update.\n"
+            "memory: peak memory and time of a training batch, with the activations of each part stored or recomputed.\n"
+            "pretrained: validation and test accuracy of every head on fractions of the training samples, over several seeds;\n"
+            "--csv: file to which each run adds a line; runs already in it are not repeated.\n"
+            "table: time and memory of reading a large CSV manifest, compared with pyarrow's reader alone.\n"
+            "gpu: one page of checks and measurements of this machine's GPUs, in under ten minutes; without one, those that need none."
         )
         return 0
     if words[0] not in BENCHMARKS:
@@ -57,66 +57,66 @@ def benchmark(arguments: Sequence[str]) -> int:
     if words[0] == "gpu":
         return benchmark_gpu(own_options_alone(words, scenes=600).scenes)
     if words[0] == "table":
-        asked = own_options_alone(words, rows=1_000_000, rounds=5)
-        return benchmark_table(asked.rows, asked.rounds)
+        options = own_options_alone(words, rows=1_000_000, rounds=5)
+        return benchmark_table(options.rows, options.rounds)
     if words[0] == "kills":
-        asked, rest = own_options(words, kills=20, seed=0)
-        return benchmark_kills(rest, asked.kills, asked.seed)
+        options, rest = own_options(words, kills=20, seed=0)
+        return benchmark_kills(rest, options.kills, options.seed)
     if words[0] == "memory":
-        asked, rest = own_options(words, rounds=5)
-        return benchmark_memory(rest, asked.rounds)
+        options, rest = own_options(words, rounds=5)
+        return benchmark_memory(rest, options.rounds)
     if words[0] == "pretrained":
-        asked, rest = own_options(words, heads="*", seeds=3, shares=["400", "2000", "all"], csv=None)
-        return benchmark_pretrained(rest, asked.heads, asked.seeds, asked.shares, asked.csv and Path(asked.csv))
+        options, rest = own_options(words, heads="*", seeds=3, shares=["400", "2000", "all"], csv=None)
+        return benchmark_pretrained(rest, options.heads, options.seeds, options.shares, options.csv and Path(options.csv))
     if words[0] == "ranks":
-        asked, rest = own_options(words, ranks=2, rounds=1, compress=["fp16", "sign"], csv=None)
-        return benchmark_ranks(rest, asked.ranks, asked.rounds, asked.compress, asked.csv and Path(asked.csv))
-    asked, rest = own_options(words, rounds=5, updates=40)
-    return benchmark_overhead(rest, asked.rounds, asked.updates)
+        options, rest = own_options(words, ranks=2, rounds=1, compress=["fp16", "sign"], csv=None)
+        return benchmark_ranks(rest, options.ranks, options.rounds, options.compress, options.csv and Path(options.csv))
+    options, rest = own_options(words, rounds=5, updates=40)
+    return benchmark_overhead(rest, options.rounds, options.updates)
 
 
 def own_options(words: Sequence[str], **defaults: Any) -> tuple[Any, list[str]]:
-    """The values of a benchmark's own options, and the words that are fit's."""
-    options = Options(f"fusion benchmark {words[0]}", "")
+    """The values of a benchmark's own options, and the remaining arguments, which are passed to fit."""
+    parser = Options(f"fusion benchmark {words[0]}", "")
     for name, default in defaults.items():
         if isinstance(default, list):
-            options.add_argument(f"--{name}", nargs="*", default=default)
+            parser.add_argument(f"--{name}", nargs="*", default=default)
         else:
-            options.add_argument(f"--{name}", type=int if isinstance(default, int) else str, default=default)
-    return options.parse_known_args(words[1:])
+            parser.add_argument(f"--{name}", type=int if isinstance(default, int) else str, default=default)
+    return parser.parse_known_args(words[1:])
 
 
 def own_options_alone(words: Sequence[str], **defaults: Any) -> Any:
-    """The same of a benchmark that takes none of fit's. Raises UserError for others."""
-    asked, unknown = own_options(words, **defaults)
+    """The same for a benchmark that takes no options of fit. Raises UserError for unknown options."""
+    options, unknown = own_options(words, **defaults)
     if unknown:
         known = ", ".join(f"--{name}" for name in defaults)
         raise UserError(f"fusion benchmark {words[0]}: unknown option {unknown[0]}. Known: {known}.")
-    return asked
+    return options
 
 
 def heads(arguments: Sequence[str]) -> int:
     """Print the costs of the heads that match a pattern."""
-    options = Options("fusion benchmark heads", "")
-    options.add_argument("--heads", default="*")
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--batch", type=int, default=64)
-    options.add_argument("--text", type=int, default=64)
-    options.add_argument("--image", type=int, default=196)
-    options.add_argument("--width", type=int, default=384)
-    options.add_argument("--options", type=json.loads, default={})
-    options.add_argument("--curve", action="store_true")
-    asked = options.parse_args(list(arguments))
-    if not available(asked.heads):
-        raise UserError(f"no head matches '{asked.heads}'. {nearest(asked.heads, available())}")
-    sizes = {"batch": asked.batch, "image": asked.image, "width": asked.width, "rounds": asked.rounds, "options": asked.options}
+    parser = Options("fusion benchmark heads", "")
+    parser.add_argument("--heads", default="*")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--text", type=int, default=64)
+    parser.add_argument("--image", type=int, default=196)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--options", type=json.loads, default={})
+    parser.add_argument("--curve", action="store_true")
+    options = parser.parse_args(list(arguments))
+    if not available(options.heads):
+        raise UserError(f"no head matches '{options.heads}'. {nearest(options.heads, available())}")
+    sizes = {"batch": options.batch, "image": options.image, "width": options.width, "rounds": options.rounds, "options": options.options}
     try:
-        if asked.curve:
-            curve(asked.heads, **sizes)
+        if options.curve:
+            curve(options.heads, **sizes)
         else:
-            benchmark_heads(asked.heads, text=asked.text, **sizes)
+            benchmark_heads(options.heads, text=options.text, **sizes)
     except TypeError as error:
-        if not asked.options:
+        if not options.options:
             raise
-        raise UserError(f"--options={json.dumps(asked.options)}: {error}") from error
+        raise UserError(f"--options={json.dumps(options.options)}: {error}") from error
     return 0

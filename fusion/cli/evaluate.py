@@ -11,38 +11,38 @@ from fusion.errors import UserError
 from fusion.scoring import evaluate_run, print_issues
 from fusion.settings.reading import HELP, reading_options
 
-UNFIT = r'[/\\:*?"<>|\0]'  # for the name of a file
+NOT_IN_FILE_NAMES = r'[/\\:*?"<>|\0]'
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Run the command; gives the exit status."""
-    options = Options("fusion evaluate", f"Score a run on one of its splits, or on another manifest. {HELP}")
-    options.add_argument("--run", required=True, help="run folder that fit printed")
-    options.add_argument("--split", help="train, val or test, of the run's own data; test if neither is given")
-    options.add_argument("--manifest", help="another manifest with labels, instead of a split")
-    options.add_argument("--by", help="column of the manifest to score by")
-    options.add_argument("--checkpoint", default="best", help="best or last")
-    options.add_argument("--batch_size", type=above_zero, default=256)
+    """Run the command; returns the exit status."""
+    parser = Options("fusion evaluate", f"Score a run on one of its splits, or on another manifest. {HELP}")
+    parser.add_argument("--run", required=True, help="run folder printed by fit")
+    parser.add_argument("--split", help="train, val or test split of the run's own data; test if neither this nor --manifest is given")
+    parser.add_argument("--manifest", help="another manifest with labels, scored instead of a split")
+    parser.add_argument("--by", help="column of the manifest by which samples are grouped")
+    parser.add_argument("--checkpoint", default="best", help="best or last")
+    parser.add_argument("--batch_size", type=above_zero, default=256)
     own, reading = reading_options(arguments)
-    asked = options.parse_args(own)
-    if asked.manifest and asked.split:
-        raise UserError("give --split, of the run's own data, or --manifest, of which every row is scored; not both")
-    split, run = asked.split or "test", Path(asked.run).expanduser()
-    given = {"split": split, "manifest": asked.manifest, "by": asked.by or "", "checkpoint": asked.checkpoint}
-    found = evaluate_run(run, **given, batch_size=asked.batch_size, reading=reading)
-    task = found.task
-    rows = [[f"{asked.by or ''}", *task.headline, task.baseline, "samples"]]
-    for name, scores in found.scores.items():
-        shown = [figure(scores[key]) if key in scores else "" for key in (*task.headline.values(), task.baseline)]
-        rows.append([name, *shown, f"{scores['samples']:,}"])
-    print(f"{asked.manifest or split} of {asked.run}\n\n{aligned(rows)}")
-    print(f"\n{task.baseline}: the {task.bounded} of the best single answer for all samples of the row")
-    if found.unseen:
-        share = found.unseen / found.samples
-        print(f"{found.unseen:,} samples ({share:.1%}) have a label that never occurred in training: always misses")
-    print_issues(found.ledger, run / "evaluation_issues.csv")
-    if not asked.manifest:
-        by = f"-by-{re.sub(UNFIT, '_', asked.by)[:100]}" if asked.by else ""
-        kept = run / f"evaluation-{split}{by}.json"
-        kept.write_text(json.dumps(found.scores, indent=2) + "\n", encoding="utf-8")
+    options = parser.parse_args(own)
+    if options.manifest and options.split:
+        raise UserError("give either --split (of the run's own data) or --manifest (whose rows are all scored), not both")
+    split, run = options.split or "test", Path(options.run).expanduser()
+    selection = {"split": split, "manifest": options.manifest, "by": options.by or "", "checkpoint": options.checkpoint}
+    evaluation = evaluate_run(run, **selection, batch_size=options.batch_size, reading=reading)
+    task = evaluation.task
+    lines = [[f"{options.by or ''}", *task.headline, task.baseline, "samples"]]
+    for name, scores in evaluation.scores.items():
+        entries = [figure(scores[key]) if key in scores else "" for key in (*task.headline.values(), task.baseline)]
+        lines.append([name, *entries, f"{scores['samples']:,}"])
+    print(f"{options.manifest or split} of {options.run}\n\n{aligned(lines)}")
+    print(f"\n{task.baseline}: the {task.bounded} of the best constant prediction for the samples of each line")
+    if evaluation.unseen:
+        share = evaluation.unseen / evaluation.samples
+        print(f"{evaluation.unseen:,} samples ({share:.1%}) have a label that never occurred in training, and always count as wrong")
+    print_issues(evaluation.issues, run / "evaluation_issues.csv")
+    if not options.manifest:
+        by = f"-by-{re.sub(NOT_IN_FILE_NAMES, '_', options.by)[:100]}" if options.by else ""
+        scores_file = run / f"evaluation-{split}{by}.json"
+        scores_file.write_text(json.dumps(evaluation.scores, indent=2) + "\n", encoding="utf-8")
     return 0

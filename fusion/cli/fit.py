@@ -1,4 +1,4 @@
-"""fusion fit: train a model by recipe, or continue a run."""
+"""fusion fit: train a model from a recipe, or resume a run."""
 
 from fusion.session import fit
 

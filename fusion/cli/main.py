@@ -1,4 +1,4 @@
-"""The fusion command: finds the sub-command, and tells a user's mistake in one line."""
+"""The fusion command: runs the sub-command, and prints a user's mistake as one line."""
 
 import os
 import sys
@@ -7,25 +7,25 @@ from importlib import import_module
 from importlib.metadata import version
 
 from fusion.console import printing
-from fusion.errors import INTERRUPTED, UNHEARD, USER_MISTAKE, UserError, message_of, nearest
+from fusion.errors import INTERRUPTED, OUTPUT_CLOSED, USER_MISTAKE, UserError, message_of, nearest
 from fusion.exit import leave
 
 COMMANDS = {
-    "fit": "train a model by recipe, or continue a run",
-    "evaluate": "score a run on any split or manifest, also by group",
+    "fit": "train a model from a recipe, or resume a run",
+    "evaluate": "score a run on any split or manifest, optionally by group",
     "predict": "write a run's predictions for a manifest",
-    "launch": "train by recipe on a Ray cluster",
-    "schedule": "draw the learning rate over a recipe's updates, before training",
-    "benchmark": "measure speed, memory, heads, several ranks, and runs that are killed",
+    "launch": "train from a recipe on a Ray cluster",
+    "schedule": "plot a recipe's learning rate over its updates, without training",
+    "benchmark": "measure speed, memory, heads, several ranks, and recovery from kills",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console command; ends the process with its status."""
+    """The console command; exits with the sub-command's status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print("usage: fusion COMMAND [OPTION ...]\n\n" + "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items()))
-        print("\nfusion COMMAND --help tells a command's options.")
+        print("\nfusion COMMAND --help lists a command's options.")
         raise SystemExit(0)
     if words[0] == "--version":
         print(version("fusion"))
@@ -34,13 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> None:
-    """One command with its arguments (the process's own if None); ends the process with its status."""
+    """Run one command with these arguments (those of the process if None) and exit with its status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     together = False
     try:
         if name not in COMMANDS:
             raise UserError(f"unknown command '{name}'. {nearest(name, COMMANDS)}")
-        # Imported here, so that help and mistakes don't wait for torch.
+        # Imported here, so that help and mistyped commands don't wait for torch.
         command: Callable[[list[str]], int] = getattr(import_module(f"fusion.cli.{name}"), name)
         with printing():
             status = command(words)
@@ -52,17 +52,17 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
         print("\ninterrupted", file=sys.stderr)
         status = INTERRUPTED
     except BrokenPipeError:
-        if heard():  # it is another pipe that broke
+        if stdout_is_open():  # another pipe broke
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does Python find it closed when it ends
-        status = UNHEARD
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's flush at exit doesn't fail as well
+        status = OUTPUT_CLOSED
     leave(status, together=together)
 
 
-def heard() -> bool:
-    """Whether what is printed is still read: not once a reader such as `head` has gone."""
+def stdout_is_open() -> bool:
+    """Whether the output still has a reader; False once a reader such as `head` has exited."""
     try:
-        print(flush=True)  # flushing alone finds nothing left to write
+        print(flush=True)  # flush alone has nothing to write, and so would not fail
     except BrokenPipeError:
         return False
     return True

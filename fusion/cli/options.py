@@ -1,4 +1,4 @@
-"""Options of the commands that are not configured by recipes."""
+"""Option parser of the commands that take no recipe."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from fusion.errors import UserError, nearest
 
 
 class Options(argparse.ArgumentParser):
-    """argparse, with mistakes as UserError that names the nearest option."""
+    """argparse.ArgumentParser that raises UserError, naming the nearest option."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse, but a mistyped option is told before the required one that it leaves missing."""
+        """As in argparse, but reports a mistyped option rather than the required one that is therefore missing."""
         known = [option.removeprefix("--") for action in self._actions for option in action.option_strings if option.startswith("--")]
         for word in args or ():
             name = word.partition("=")[0].removeprefix("--")
@@ -27,7 +27,7 @@ class Options(argparse.ArgumentParser):
 
 
 def above_zero(text: str) -> int:
-    """An option's whole number, at least 1."""
+    """argparse type: an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}; expected at least 1")

@@ -1,4 +1,4 @@
-"""fusion schedule: the learning rate over the updates of a recipe, before any training."""
+"""fusion schedule: the learning rate of a recipe over its updates, without training."""
 
 import csv
 from collections.abc import Sequence
@@ -11,29 +11,29 @@ from torch.optim import Optimizer
 from fusion.cli.options import Options
 from fusion.data.sampler import GlobalBatches, planned_updates
 from fusion.model import factory_parts
-from fusion.session import print_data_notes, quiet
+from fusion.session import print_data_notes, silence_harmless_warnings
 from fusion.settings.parser import FusionCLI, accumulate
 from fusion.training import Engine, Rate
-from fusion.training.callbacks.plan import shares
+from fusion.training.callbacks.plan import describe_batch
 
 WIDTH, HEIGHT = 72, 10
 LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 def schedule(arguments: Sequence[str]) -> int:
-    """Run the command; gives the exit status."""
+    """Run the command; returns the exit status."""
     words = list(arguments)
     if not words or words[0] in ("-h", "--help"):
         print(
             "usage: fusion schedule [--csv FILE] --recipe NAME [any option of fit]\n\n"
-            "The plan of a recipe and its learning rate over the updates, drawn; --csv also writes it, update by update.\n"
-            "The devices need not be here: --trainer.devices=64 --trainer.num_nodes=8 shows the same schedule."
+            "Prints a recipe's plan and plots its learning rate over the updates; --csv also writes the rate of every update.\n"
+            "The devices need not be available: --trainer.devices=64 --trainer.num_nodes=8 shows the schedule for them."
         )
         return 0
-    options = Options("fusion schedule", "")
-    options.add_argument("--csv", type=Path)
-    asked, rest = options.parse_known_args(words)
-    quiet()
+    parser = Options("fusion schedule", "")
+    parser.add_argument("--csv", type=Path)
+    options, rest = parser.parse_known_args(words)
+    silence_harmless_warnings()
     cli = FusionCLI(rest)
     engine, data = cli.model_and_data()
     engine.build(data)
@@ -43,13 +43,13 @@ def schedule(arguments: Sequence[str]) -> int:
     batches = GlobalBatches(len(data.splits["train"].samples), data.batch_size, seed=0, world=devices, accumulate=accumulated)
     epoch, horizon = planned_updates(cli.config.trainer, batches)
     count = len(data.splits["train"].samples)
-    lines = [f"{count:,} samples, global batch {shares(batches)}: {epoch:,} updates an epoch, {horizon:,} in all"]
+    lines = [f"{count:,} samples, global batch {describe_batch(batches)}: {epoch:,} updates an epoch, {horizon:,} in all"]
     curves = {part: curve(engine, rate, horizon) for part, rate in rates(engine).items()}
     for part, values in curves.items():
-        lines += ["", f"{part}: {told(engine, rates(engine)[part], horizon)}", *drawn(values)]
+        lines += ["", f"{part}: {description(engine, rates(engine)[part], horizon)}", *plot(values)]
     print("\n".join(lines))
-    if asked.csv:
-        with open(asked.csv, "w", newline="", encoding="utf-8") as file:
+    if options.csv:
+        with open(options.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["update", *curves])
             writer.writerows([update, *values] for update, *values in zip(range(horizon), *curves.values(), strict=True))
@@ -57,7 +57,7 @@ def schedule(arguments: Sequence[str]) -> int:
 
 
 def world(trainer: Any) -> int:
-    """Processes that the recipe asks for; what it leaves to the machine counts as one device."""
+    """The number of processes that the recipe requests; devices left to the machine ("auto") count as one."""
     devices = trainer.devices
     if isinstance(devices, str):
         devices = len(devices.split(",")) if "," in devices else int(devices) if devices.isdigit() else 1
@@ -66,7 +66,7 @@ def world(trainer: Any) -> int:
 
 
 def rates(engine: Engine) -> dict[str, Rate]:
-    """By part of the model, how fast it learns; all of it together where the recipe makes no difference."""
+    """The rate of each part of the model; one for the whole model if the recipe sets none."""
     return {part: engine.rates.get(part, Rate()) for part in (*engine.modalities, "head")} if engine.rates else {"all of the model": Rate()}
 
 
@@ -81,21 +81,21 @@ def curve(engine: Engine, rate: Rate, horizon: int) -> list[float]:
     return [peak(engine, rate) * engine.factor(rate.schedule, update) for update in range(horizon)]
 
 
-def told(engine: Engine, rate: Rate, horizon: int) -> str:
+def description(engine: Engine, rate: Rate, horizon: int) -> str:
     warmup = engine.schedule.warmup_updates(horizon)
     kinds = " x ".join(type(s).__name__ for s in (engine.schedule, rate.schedule) if s is not None)
-    layers = f"; each layer {rate.layer_decay:g} times the one after it" if rate.layer_decay != 1 else ""
-    return f"{kinds}, {warmup:,} updates of warm-up, peak {peak(engine, rate):g}{layers}"
+    decay = f"; each layer {rate.layer_decay:g} times the one after it" if rate.layer_decay != 1 else ""
+    return f"{kinds}, {warmup:,} updates of warm-up, peak {peak(engine, rate):g}{decay}"
 
 
-def drawn(values: Sequence[float]) -> list[str]:
-    """The values over the updates, as lines of block characters."""
+def plot(values: Sequence[float]) -> list[str]:
+    """A plot of the values over the updates, as lines of block characters."""
     width = min(WIDTH, len(values))
     columns = [values[round(i * (len(values) - 1) / max(1, width - 1))] for i in range(width)]
     top = max(values) or 1.0
     lines = []
-    for row in reversed(range(HEIGHT)):
-        eighths = [min(8, max(0, round(8 * (value / top * HEIGHT - row)))) for value in columns]
-        label = f"{top * (row + 1) / HEIGHT:>9.2e} " if row % 3 == 0 or row == HEIGHT - 1 else " " * 10
+    for level in reversed(range(HEIGHT)):
+        eighths = [min(8, max(0, round(8 * (value / top * HEIGHT - level)))) for value in columns]
+        label = f"{top * (level + 1) / HEIGHT:>9.2e} " if level % 3 == 0 or level == HEIGHT - 1 else " " * 10
         lines.append(label + "│" + "".join(LEVELS[e] for e in eighths))
     return [*lines, " " * 10 + "└" + "─" * width, " " * 11 + f"0{len(values):>{width - 1},} updates"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fusion.data.shapes import Shapes
     from fusion.data.table import Columns
 
-# Imported when they are asked for: a predictor reads raw values without Lightning, and without the module of training data.
+# Imported on first access: a predictor reads raw values without importing Lightning and the data module.
 PLACES = {
     "Batch": "samples",
     "Columns": "table",

@@ -1,4 +1,4 @@
-"""What a manifest's file holds, before it means anything; and its cells as text."""
+"""The raw cells of a manifest's file, and their conversion to text."""
 
 import json
 import re
@@ -9,15 +9,15 @@ from typing import Any
 from fusion.cell_text import canonical, cell_text
 from fusion.data.column import Column
 
-RawColumn = Column[str | None] | list[Any]  # texts, or whatever a file has
-NUMERIC = "^[-0-9]"  # how a number or a time begins
+RawColumn = Column[str | None] | list[Any]  # texts, or values of any type
+NUMERIC = "^[-0-9]"  # the beginning of a number or a time
 
 
 @dataclass
 class Cells:
-    """A file's columns before they mean anything. Rows that have no cells to speak of are in `malformed` (row, reason) and nowhere else;
-    those whose cells can't be trusted are in the columns too, with the reason under their position in `flawed`. opaque: columns that
-    can't be text, and what they hold. notes: sentences about cells that were read, but perhaps not as they were meant."""
+    """A file's raw columns. malformed: (row, reason) of rows that could not be divided into cells; they are not in the columns. flawed:
+    reasons, by position, for rows that are in the columns but have invalid text. opaque: columns that can't be converted to text, and
+    their types. notes: sentences about cells that may have been read differently from what was meant."""
 
     columns: dict[str, RawColumn] = field(default_factory=dict)
     rows: Sequence[int] = ()
@@ -30,8 +30,8 @@ class Cells:
 def as_texts(
     name: str, cells: RawColumn, nulls: Collection[str], bad: dict[int, str], *, is_path: bool = False, lists: bool = False
 ) -> Column[str | None]:
-    """Cells as text, None where there is none. A row whose cell is an object, or a list (where no `lists` are expected, which become JSON),
-    goes to `bad`. The text of a path is left alone."""
+    """Cells as text, None for a missing one. Positions whose cell is an object, or a list (unless `lists` are expected, which become JSON),
+    go to `bad`. The text of a path is unchanged."""
     if isinstance(cells, Column):
         texts = cells if is_path else cells.map(canonical, touches=NUMERIC)
     else:
@@ -42,7 +42,7 @@ def as_texts(
 
 
 def texts_of_values(name: str, cells: list[Any], bad: dict[int, str], *, is_path: bool, lists: bool) -> list[str | None]:
-    """Whatever a file has, as text."""
+    """Values of any type as text."""
     if lists:
         cells = [listed_texts(cell) if isinstance(cell, list | tuple) else cell for cell in cells]
     kinds = set(map(type, cells))
@@ -59,7 +59,7 @@ def texts_of_values(name: str, cells: list[Any], bad: dict[int, str], *, is_path
 
 
 def cell_texts(cells: list[Any]) -> list[str | None]:
-    """`cell_text` of each cell, worked out once for each distinct value."""
+    """`cell_text` of each cell, computed once for each distinct value."""
     if set(map(type, cells)) <= {str, int, type(None)}:
         return each(cell_text, cells)
     # 1 == 1.0 == True, but they are different values.
@@ -67,7 +67,7 @@ def cell_texts(cells: list[Any]) -> list[str | None]:
 
 
 def listed_texts(cells: Sequence[Any]) -> Any:
-    """A list of values as a JSON list of texts; as it is where one of them is none."""
+    """A list of values as a JSON list of texts; unchanged where a value can't be text."""
     if any(isinstance(cell, list | dict | bytes) for cell in cells):
         return list(cells)
     return json.dumps([text for cell in cells if (text := cell_text(cell)) is not None], ensure_ascii=False)

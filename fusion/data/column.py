@@ -1,4 +1,4 @@
-"""Columns of a table, held by Arrow: a fraction of the memory of a list of Python's texts, and of the time to look at them all."""
+"""Columns of a table stored in Arrow: a fraction of the memory of lists of Python strings, and of the time to scan them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar, overload
@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-BLOCK = 2**16  # cells that are Python's at a time while a column is iterated
+BLOCK = 2**16  # cells converted to Python at a time while iterating over a column
 TEXT = pa.large_string()
-# For `touches`: texts that are empty or begin, or end too, with what may be a blank. (RE2 knows no blanks but those of ASCII.)
+# For `touches`: texts that are empty or begin (PADDED: or end) with what may be whitespace. (RE2 knows only ASCII whitespace.)
 BLANK = r"^$|^[^\x21-\x7e]"
 PADDED = rf"{BLANK}|[^\x21-\x7e]$"
 
@@ -18,7 +18,7 @@ Positions: TypeAlias = Sequence[int] | np.ndarray
 
 
 class Column(Sequence[T], Generic[T]):
-    """One column's cells, None where there is none. Equal to any sequence of the same cells.
+    """One column's cells, None for missing ones. Equal to any sequence of the same cells.
 
     >>> column = Column.of(["3.0", "red", None])
     >>> column.map(str.upper, touches="^[a-z]") == ["3.0", "RED", None], column[1], column.take([2, 0])
@@ -32,7 +32,7 @@ class Column(Sequence[T], Generic[T]):
 
     @staticmethod
     def of(texts: Iterable[str | None]) -> "Column[str | None]":
-        """Of Python's texts; lone surrogates, which stand for bytes that can't be decoded, become escapes."""
+        """A column of Python strings; lone surrogates, which stand for undecodable bytes, are escaped."""
         if isinstance(texts, Column):
             return texts
         texts = texts if isinstance(texts, list) else list(texts)
@@ -43,12 +43,12 @@ class Column(Sequence[T], Generic[T]):
 
     @staticmethod
     def numbers(numbers: Iterable[int]) -> "Column[int]":
-        """Of whole numbers."""
+        """A column of integers."""
         return Column(pa.array(numbers, pa.int64()))
 
     @staticmethod
     def repeat(text: str, count: int) -> "Column[str]":
-        """The same text so many times, stored once."""
+        """A column of `count` times the same text, stored once."""
         return Column(pa.DictionaryArray.from_arrays(np.zeros(count, dtype=np.int32), pa.array([text], TEXT)))
 
     def __len__(self) -> int:
@@ -83,19 +83,19 @@ class Column(Sequence[T], Generic[T]):
         return Column(self.array.take(pa.array(indices, pa.int64())))
 
     def missing(self) -> np.ndarray:
-        """(n,) bool: where there is no cell."""
+        """(n,) bool: where the cell is missing."""
         return self.array.is_null().to_numpy(zero_copy_only=False)
 
     def coded(self) -> tuple[list[T], np.ndarray]:
-        """The distinct cells, in the order of first appearance, and which of them each is (n,), -1 where there is none."""
+        """The distinct cells, in order of first appearance, and the index (n,) of each cell among them, -1 for missing ones."""
         coded = self.array.dictionary_encode()
         return coded.dictionary.to_pylist(), coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
 
     def map(self, function: Callable[[Any], str | None], touches: str | np.ndarray = "") -> "Column[str | None]":
         """`function` of every text, called once for each distinct one.
 
-        touches: a regular expression (RE2) that is found in every text which `function` changes, or (n,) bool where they are; no other
-        text becomes Python's.
+        touches: a regular expression (RE2) that matches every text that `function` changes, or (n,) bool that marks them; other texts are
+        not converted to Python.
         """
         if isinstance(touches, str) and not touches:
             distinct, codes = self.coded()
@@ -108,21 +108,21 @@ class Column(Sequence[T], Generic[T]):
         return Column(pc.replace_with_mask(self.array, pa.array(touched), pa.array([made[text] for text in texts], TEXT)))
 
     def touched(self, pattern: str) -> np.ndarray:
-        """(n,) bool: the texts in which a regular expression (RE2) is found."""
+        """(n,) bool: the texts in which a regular expression (RE2) has a match."""
         return pc.match_substring_regex(self.array, pattern).fill_null(False).to_numpy(zero_copy_only=False)
 
     def prefixed(self, prefix: str, where: np.ndarray) -> "Column[str | None]":
-        """With this before the texts that are marked (n,)."""
-        longer = pc.binary_join_element_wise(pa.scalar(prefix, TEXT), self.array, pa.scalar("", TEXT))
-        return Column(pc.if_else(pa.array(where), longer, self.array))
+        """With a prefix before the texts that are marked in `where` (n,)."""
+        prefixed = pc.binary_join_element_wise(pa.scalar(prefix, TEXT), self.array, pa.scalar("", TEXT))
+        return Column(pc.if_else(pa.array(where), prefixed, self.array))
 
     def filled(self, by: "str | Column[int]") -> "Column[str]":
-        """With another text, or the number at the same place, where there is no text."""
+        """With missing texts replaced by a text, or by the numbers at the same positions."""
         return Column(self.array.fill_null(by) if isinstance(by, str) else pc.coalesce(self.array, by.array.cast(TEXT)))
 
 
 class Rows(Sequence[tuple[str | None, ...] | None]):
-    """Several columns of texts side by side: a cell is a tuple of theirs, None where all of them lack one.
+    """Several columns of texts side by side: a cell is the tuple of their cells, None where all of them are missing.
 
     >>> list(Rows([Column.of(["1", None]), Column.of([None, None])]))
     [('1', None), None]
@@ -135,7 +135,7 @@ class Rows(Sequence[tuple[str | None, ...] | None]):
 
     @classmethod
     def of(cls, cells: Sequence[tuple[str | None, ...] | None], width: int) -> "Rows":
-        """Of Python's tuples, each of `width` texts."""
+        """From Python tuples, each of `width` texts."""
         if isinstance(cells, Rows):
             return cells
         return cls([Column.of(None if row is None else row[place] for row in cells) for place in range(width)])
@@ -162,11 +162,11 @@ class Rows(Sequence[tuple[str | None, ...] | None]):
         return Rows([column.take(indices) for column in self.columns])
 
     def missing(self) -> np.ndarray:
-        """(n,) bool: where no column has a cell."""
+        """(n,) bool: where the cells of all columns are missing."""
         return np.logical_and.reduce([column.missing() for column in self.columns])
 
 
-# Cells that may also be a list: pictures, tuples of pictures.
+# Columns that may also be lists: images, tuples of images
 
 
 def take(cells: Sequence[T], indices: Positions) -> Sequence[T]:
@@ -175,18 +175,18 @@ def take(cells: Sequence[T], indices: Positions) -> Sequence[T]:
 
 
 def absent(cells: Sequence[Any]) -> np.ndarray:
-    """(n,) bool: where there is no cell."""
+    """(n,) bool: where the cell is missing."""
     return cells.missing() if isinstance(cells, Column | Rows) else np.array([cell is None for cell in cells], dtype=bool)
 
 
 def concat(parts: Sequence[Sequence[Any]]) -> Sequence[Any]:
-    """The cells of all parts, one after another."""
+    """The cells of all parts, concatenated."""
     if len(parts) == 1:
         return parts[0]
     columns = [part for part in parts if isinstance(part, Column)]
     if len(columns) == len(parts) and len({column.array.type for column in columns}) == 1:
         return Column(pa.concat_arrays([column.array for column in columns]))
-    rows = [part for part in parts if isinstance(part, Rows)]
-    if len(rows) == len(parts):
-        return Rows([concat(columns) for columns in zip(*(one.columns for one in rows), strict=True)])  # type: ignore[misc]
+    tuples = [part for part in parts if isinstance(part, Rows)]
+    if len(tuples) == len(parts):
+        return Rows([concat(columns) for columns in zip(*(one.columns for one in tuples), strict=True)])  # type: ignore[misc]
     return [cell for part in parts for cell in part]

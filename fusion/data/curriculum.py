@@ -1,4 +1,4 @@
-"""Samples that enter training by their difficulty, the easy ones first."""
+"""Curriculum learning: admits training samples by difficulty, the easy ones first."""
 
 import math
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ class Curriculum:
 
         linear: c(t) = start + (1 - start) t / full_at        root: c(t) = sqrt(start^2 + (1 - start^2) t / full_at)        at most 1
 
-    t is the share of the training's updates that are made. Each update draws its samples from those that are in, each as likely as the
-    others; an epoch that begins with all of them in sees each once, as without a curriculum.
+    t is the share of the training's updates that are done. Each update draws its samples uniformly from the admitted ones; an epoch that
+    begins with all samples admitted visits each once, as without a curriculum.
 
     Source: Platanios et al. (2019), "Competence-based Curriculum Learning for Neural Machine Translation".
 
     Args:
-        by: what tells the difficulty: "text_length" (tokens), a column of the manifest with numbers, or "loss", the model's own.
-        start: share of the samples that are in at first; above 0, up to 1.
-        full_at: share of the training's updates after which all samples are in; above 0, up to 1.
-        pacing: how the share grows between them, "linear" or "root", above.
+        by: measure of difficulty: "text_length" (tokens), a column of the manifest with numbers, or "loss", the model's own.
+        start: share of the samples that are admitted at first; above 0, up to 1.
+        full_at: share of the training's updates after which all samples are admitted; above 0, up to 1.
+        pacing: growth of the share in between, "linear" or "root" (see above).
         first_pass: for "loss", number of epochs on all samples after which it is measured, at least 1.
     """
 
@@ -39,14 +39,14 @@ class Curriculum:
     first_pass: int = 1
 
     def check(self) -> None:
-        """Raises UserError for shares that are none."""
+        """Raises UserError for values out of range."""
         if not 0 < self.start <= 1 or not 0 < self.full_at <= 1:
             raise UserError(f"data.curriculum: start is {self.start}, full_at {self.full_at}; expected shares above 0, up to 1")
         if self.first_pass < 1:
             raise UserError(f"data.curriculum: first_pass is {self.first_pass}; expected at least one epoch")
 
     def share(self, progress: float) -> float:
-        """Of the samples that are in when this share of the updates is made.
+        """The share of the samples that are admitted when this share of the updates is done.
 
         >>> [round(Curriculum("loss", start=0.2, full_at=0.5).share(t), 3) for t in (0.0, 0.25, 0.5, 1.0)]
         [0.2, 0.721, 1.0, 1.0]
@@ -58,7 +58,7 @@ class Curriculum:
 
 
 def difficulty(curriculum: Curriculum, table: Table, samples: Samples) -> np.ndarray:
-    """(len,) how difficult each sample is by its text or a column. Raises UserError where neither says it."""
+    """(len,) difficulty of each sample, by its text length or a column. Raises UserError where that is missing."""
     if curriculum.by == TEXT_LENGTH:
         lengths = [sizes for store in samples.stores.values() if (sizes := store.sizes()) is not None]
         if not lengths:
@@ -83,9 +83,9 @@ def difficulty(curriculum: Curriculum, table: Table, samples: Samples) -> np.nda
 
 
 class Admission:
-    """Which samples are in: the easiest, in an order that is the same on every rank.
+    """The schedule of admitted samples: the easiest first, in the same order on every rank.
 
-    horizon: updates in the whole training; updates: in an epoch.
+    horizon: updates in the whole training. updates: updates in an epoch.
     """
 
     def __init__(self, curriculum: Curriculum, difficulty: np.ndarray | None, *, updates: int, horizon: int, batch_size: int) -> None:
@@ -96,7 +96,7 @@ class Admission:
         self.easiest = None if values is None else np.argsort(values, kind="stable")
 
     def samples(self, epoch: int, update: int) -> np.ndarray | None:
-        """Those that are in at an update of an epoch, easiest first; None for all."""
+        """The samples that are admitted at an update of an epoch, easiest first; None for all."""
         if self.easiest is None:
             return None
         share = self.curriculum.share((epoch * self.updates + update) / self.horizon)

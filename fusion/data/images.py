@@ -1,4 +1,4 @@
-"""Any image as a viewer would show it, in RGB and upright; and from there to one size."""
+"""Image decoding: RGB and upright, as a viewer would show the image; and resizing to one size."""
 
 import os
 import stat
@@ -21,7 +21,7 @@ FileOrBytes: TypeAlias = str | bytes
 Resize: TypeAlias = Literal["squash", "crop", "pad"]
 Interpolation: TypeAlias = Literal["bicubic", "bilinear", "nearest"]
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
-ORIENTATION = 0x0112  # the EXIF tag; below, what undoes each of its values
+ORIENTATION = 0x0112  # the EXIF tag; below, the transposition that undoes each of its values
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,17 +35,17 @@ EXPECTED_ARRAY = "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, u
 
 
 def cores() -> int:
-    """The cores that this process may use: a job's share of its machine, where the system can tell."""
+    """Number of cores that this process may use: a job's share of its machine, where the system reports it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ImageError(UserError):
-    """Why an image can't be used, in a few words: "missing", "truncated", "not an image", "400.0 megapixels, limit 100"."""
+    """The reason why an image can't be used, in a few words: "missing", "truncated", "not an image", "400.0 megapixels, limit 100"."""
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How images come to one size (height, width)."""
+    """How images are resized to one size (height, width)."""
 
     size: tuple[int, int]
     resize: Resize = "squash"
@@ -55,12 +55,12 @@ class ImageSpec:
 
 def load_image(source: Source, spec: ImageSpec) -> np.ndarray:
     """One image as uint8 (3, H, W). Raises ImageError with the reason."""
-    picture = decode(source, max_megapixels=spec.max_megapixels, at_least=spec.size)
-    return resize(picture, spec.size, spec.resize, interpolation=spec.interpolation)
+    image = decode(source, max_megapixels=spec.max_megapixels, at_least=spec.size)
+    return resize(image, spec.size, spec.resize, interpolation=spec.interpolation)
 
 
 def decoded(sources: Sequence[Source | None], spec: ImageSpec) -> list[np.ndarray | ImageError | None]:
-    """Each picture as uint8 (3, H, W), or why not; files on all cores, since Pillow decodes outside the interpreter's lock."""
+    """Each image as uint8 (3, H, W), or the error; files are decoded on all cores, since Pillow releases the GIL."""
 
     def one(source: Source | None) -> np.ndarray | ImageError | None:
         try:
@@ -68,7 +68,7 @@ def decoded(sources: Sequence[Source | None], spec: ImageSpec) -> list[np.ndarra
         except ImageError as error:
             return error
 
-    files = all(isinstance(source, str | Path | bytes | None) for source in sources)  # others may be one object twice
+    files = all(isinstance(source, str | Path | bytes | None) for source in sources)  # others may be the same object twice
     if not files or len(sources) < 2:
         return [one(source) for source in sources]
     with ThreadPoolExecutor(max_workers=min(32, cores())) as pool:
@@ -79,11 +79,11 @@ def decode(source: Source, *, max_megapixels: float = 100, at_least: tuple[int, 
     """The image in RGB, as a viewer shows it: upright by its EXIF orientation, transparency over white, the first of several frames.
 
     source: a file, its bytes, a Pillow image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, or floats in 0..1.
-    max_megapixels: a larger image is refused by its header, before it takes memory. at_least: (height, width) that would do; a large
-    JPEG is then decoded at 1/2, 1/4 or 1/8 of its size, faster, but never below this.
+    max_megapixels: a larger image is rejected by its header, before it is decoded. at_least: (height, width) that is needed; a large JPEG
+    is then decoded at 1/2, 1/4 or 1/8 of its size, which is faster, but never below this size.
 
-    16 bits become 8 by their full range, as do whole numbers (mode I) above 255; floats (mode F) are taken to end at 1, 255 or 65535,
-    whichever holds them. Numbers that are negative or beyond have no agreed white: they are stretched from their least to their greatest.
+    16 bits are scaled to 8 by their full range, as are integers (mode I) above 255; floats (mode F) are scaled from 0..1, 0..255 or
+    0..65535, the smallest range that contains them. Values that are negative or larger are scaled from their minimum to their maximum.
 
     Raises ImageError with the reason.
 
@@ -94,10 +94,10 @@ def decode(source: Source, *, max_megapixels: float = 100, at_least: tuple[int, 
     fusion.data.images.ImageError: missing
     """
     if isinstance(source, np.ndarray):
-        refuse_size(source.shape[1::-1], max_megapixels)
+        reject_size(source.shape[1::-1], max_megapixels)
         return in_rgb(from_array(source))
     if isinstance(source, Image.Image):
-        refuse_size(source.size, max_megapixels)
+        reject_size(source.size, max_megapixels)
         return upright_rgb(source)
     if isinstance(source, str | Path):
         with opened_file(source) as file:
@@ -119,8 +119,8 @@ def resize(
 ) -> np.ndarray:
     """An RGB image at `size` (height, width), as uint8 (3, H, W).
 
-    how: "squash" both sides to the size; "crop" the middle of the image with its shorter side at the size; "pad" around the image with
-    its longer side at the size, centred, with the grey `fill`. "bicubic" and "bilinear" average over what they shrink (antialias).
+    how: "squash" both sides to the size; "crop" the centre of the image with its shorter side at the size; "pad" the image, centred, with
+    its longer side at the size and the grey `fill` around it. "bicubic" and "bilinear" are antialiased.
 
     >>> resize(Image.new("RGB", (40, 20), "red"), (8, 8), "pad")[0, :, 0].tolist()
     [128, 128, 255, 255, 255, 255, 128, 128]
@@ -128,26 +128,26 @@ def resize(
     if interpolation not in FILTERS:
         raise UserError(f"interpolation '{interpolation}' is unknown. {nearest(interpolation, FILTERS)}")
     kernel = FILTERS[interpolation]
-    (height, width), (have_width, have_height) = size, image.size
+    (height, width), (image_width, image_height) = size, image.size
     if how == "squash":
         fitted = image if image.size == (width, height) else image.resize((width, height), kernel)
     elif how == "crop":
-        scale = max(width / have_width, height / have_height)
-        # The middle in the image's own pixels, so that only what is kept gets resized.
-        left, top = max(have_width - width / scale, 0) / 2, max(have_height - height / scale, 0) / 2
-        fitted = image.resize((width, height), kernel, box=(left, top, have_width - left, have_height - top))
+        scale = max(width / image_width, height / image_height)
+        # The centre in the image's own pixels, so that only the cropped part is resized.
+        left, top = max(image_width - width / scale, 0) / 2, max(image_height - height / scale, 0) / 2
+        fitted = image.resize((width, height), kernel, box=(left, top, image_width - left, image_height - top))
     elif how == "pad":
-        scale = min(width / have_width, height / have_height)
-        inner = max(round(have_width * scale), 1), max(round(have_height * scale), 1)
+        scale = min(width / image_width, height / image_height)
+        inner = max(round(image_width * scale), 1), max(round(image_height * scale), 1)
         fitted = Image.new("RGB", (width, height), (fill, fill, fill))
         fitted.paste(image.resize(inner, kernel), ((width - inner[0]) // 2, (height - inner[1]) // 2))
     else:
         raise UserError(f"resize '{how}' is unknown. {nearest(how, ('squash', 'crop', 'pad'))}")
-    # A copy, because what Pillow lends is read-only, and torch warns of tensors over such memory.
+    # A copy, because Pillow's memory is read-only, and torch warns about tensors that share it.
     return np.array(np.asarray(fitted).transpose(2, 0, 1), order="C", copy=True)
 
 
-# From a file to pixels.
+# Decoding files
 
 
 def opened_file(path: str | Path) -> IO[bytes]:
@@ -166,18 +166,18 @@ def opened_file(path: str | Path) -> IO[bytes]:
 
 def from_file(file: IO[bytes], max_megapixels: float, at_least: tuple[int, int] | None) -> Image.Image:
     image = opened_image(file)
-    refuse_size(image.size, max_megapixels)
+    reject_size(image.size, max_megapixels)
     if at_least is not None:
         height, width = at_least if orientation(image) < 5 else at_least[::-1]
         image.draft(None, (max(width, 1), max(height, 1)))
     if hasattr(image, "_tile_size") and prod(image.size) > (Image.MAX_IMAGE_PIXELS or inf):
-        image.im = Image.core.new(image.mode, image._tile_size)  # a large TIFF warns again when it asks for memory; so it has it already
+        image.im = Image.core.new(image.mode, image._tile_size)  # a large TIFF would warn again when it allocates; so allocate first
     return upright_rgb(image)
 
 
 def opened_image(file: IO[bytes]) -> ImageFile.ImageFile:
-    """Image.open without its limit on pixels: ours is checked instead. Pillow's is one for the process, and its warning can't be held back
-    in one thread alone. EPS is left out: it is a program, which Pillow would have Ghostscript run."""
+    """Image.open without its limit on pixels, since max_megapixels is checked instead: Pillow's limit is global to the process, and its
+    warning can't be silenced in one thread only. EPS is excluded: it is a program, which Pillow would run by Ghostscript."""
     prefix = file.read(16)
     tried = {"EPS"}
     recognised = False
@@ -188,10 +188,10 @@ def opened_image(file: IO[bytes]) -> ImageFile.ImageFile:
             factory, accept = Image.OPEN[name]
             try:
                 accepted = accept is None or accept(prefix)
-                if accepted and not isinstance(accepted, str):  # a string says which library is lacking
+                if accepted and not isinstance(accepted, str):  # a string is a message about a missing library
                     file.seek(0)
                     return factory(file, "")
-            except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say "not mine"
+            except (SyntaxError, IndexError, TypeError, struct.error):  # plugins raise these for files of another format
                 recognised = recognised or accept is not None
             except MemoryError:
                 raise
@@ -203,24 +203,24 @@ def opened_image(file: IO[bytes]) -> ImageFile.ImageFile:
 def upright_rgb(image: Image.Image) -> Image.Image:
     try:
         image.load()
-        # Asked after loading: a TIFF has turned itself by then, and says so.
+        # Read after loading, when Pillow has already rotated a TIFF and removed the tag.
         turn = UPRIGHT.get(orientation(image))
         rgb = in_rgb(image)
     except (MemoryError, ImageError):
         raise
-    except Exception as error:  # plugins raise whatever comes to hand
+    except Exception as error:  # plugins raise exceptions of any type
         raise ImageError(reason_of(error)) from error
     if turn is None:
         return rgb
     turned = rgb.transpose(turn)
-    turned.info.clear()  # EXIF came along in it, and would have the picture turned again whenever it is decoded again
+    turned.info.clear()  # it has the EXIF tag, by which the image would be rotated again when decoded again
     return turned
 
 
 def orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # corrupt EXIF: a viewer shows the picture as it lies
+    except Exception:  # corrupt EXIF: viewers show the image unrotated
         return 1
 
 
@@ -233,7 +233,7 @@ def reason_of(error: Exception) -> str:
     return f"corrupt: {message or type(error).__name__}"
 
 
-def refuse_size(size: tuple[int, ...], max_megapixels: float) -> None:
+def reject_size(size: tuple[int, ...], max_megapixels: float) -> None:
     megapixels = prod(size) / 1e6
     if not megapixels:
         raise ImageError("no pixels")
@@ -241,7 +241,7 @@ def refuse_size(size: tuple[int, ...], max_megapixels: float) -> None:
         raise ImageError(f"{megapixels:.1f} megapixels, limit {max_megapixels:g}")
 
 
-# From pixels of any kind to RGB.
+# Conversion to RGB
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
@@ -261,7 +261,7 @@ def from_numbers(numbers: np.ndarray, transparent: object) -> Image.Image:
 
 
 def black_and_white(numbers: np.ndarray) -> tuple[float, float]:
-    """The numbers that mean black and white."""
+    """The values that become black and white."""
     if numbers.dtype.itemsize == 2:
         return 0, 65535
     finite = numbers[np.isfinite(numbers)]

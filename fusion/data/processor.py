@@ -1,4 +1,4 @@
-"""How raw samples become tensors, and what the outputs mean: all that a checkpoint needs beside the model."""
+"""Converts raw samples to tensors and outputs to predictions: the state that a checkpoint stores besides the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fusion.tasks import Task
 
 @dataclass
 class Processor:
-    """The inputs that a model reads, by name in the order of its encoders, and its task."""
+    """The inputs of a model, by name in the order of its encoders, and its task."""
 
     inputs: Mapping[str, Kind]
     task: Task

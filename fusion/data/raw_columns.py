@@ -1,4 +1,4 @@
-"""Columns of raw samples as Python programs hold them: lists, generators, NumPy arrays, columns of a data frame."""
+"""Columns of raw values from Python: lists, generators, NumPy arrays, columns of a data frame."""
 
 import os
 from collections.abc import Iterable, Mapping, Set
@@ -19,7 +19,7 @@ ONE_VALUE = (str, bytes, bytearray, os.PathLike, Image.Image)
 
 
 def text_column(values: Iterable[Any], name: str = "texts") -> list[str | None]:
-    """Texts, None for a missing or blank one; numbers, booleans and times as in a manifest.
+    """Texts, None for a missing or blank one; numbers, booleans and times are converted as in a manifest.
 
     >>> text_column(["red?", " ", None, float("nan"), 3.0, 0.1, "nan"])
     ['red?', None, None, None, '3', '0.1', 'nan']
@@ -36,19 +36,19 @@ def text_column(values: Iterable[Any], name: str = "texts") -> list[str | None]:
 
 
 def image_column(values: Iterable[Any], name: str = "images") -> list[Any]:
-    """Images as `decode` takes them, None for a missing one, a tuple for several of one sample; paths are corrected as in a manifest (see
-    `locate`), and structs of bytes and path are read as there."""
+    """Images as `decode` accepts them, None for a missing one, a tuple for several of one sample. As in a manifest, oddly written paths are
+    corrected (see `locate`), and structs of bytes and path are read."""
     return [images_of(value, i) for i, value in enumerate(column(values, name, single_ndim=3))]
 
 
 def images_of(value: Any, i: int) -> Any:
-    """One sample's image; a tuple of several."""
+    """One sample's image, or a tuple of its images."""
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
         value = bytes_or_path(value)
     if not isinstance(value, list | tuple):
         return image(value, i)
-    found = tuple(one for one in (images_of(one, i) for one in value) if one is not None)
-    return found if len(found) > 1 else found[0] if found else None
+    images = tuple(one for one in (images_of(one, i) for one in value) if one is not None)
+    return images if len(images) > 1 else images[0] if images else None
 
 
 def image(value: Any, i: int) -> Any:
@@ -62,14 +62,15 @@ def image(value: Any, i: int) -> Any:
         return value
     if not odd_paths([value]):
         return Path(value) if value and not value.isspace() else None
-    found = locate(str(value))
-    if found.missing:
-        raise ImageError(f"sample {i}: image missing: {found.missing}")
-    return Path(found.path)
+    located = locate(str(value))
+    if located.missing:
+        raise ImageError(f"sample {i}: image missing: {located.missing}")
+    return Path(located.path)
 
 
 def column(values: Iterable[Any], name: str, single_ndim: int = 0) -> list[Any]:
-    """The values in order. Raises UserError for one value alone and for what is no column. single_ndim: dimensions of an array of one."""
+    """The values as a list. Raises UserError for a single value and for what is not a column. single_ndim: dimensions of a single value
+    that is an array."""
     if isinstance(values, ONE_VALUE):
         raise UserError(f"{name} is one {type(values).__name__}; expected a list, as {name}=[...]")
     dimensions = getattr(values, "ndim", 1)
@@ -78,9 +79,9 @@ def column(values: Iterable[Any], name: str, single_ndim: int = 0) -> list[Any]:
     if isinstance(values, Mapping | Set) or not isinstance(values, Iterable):
         raise UserError(f"{name} is a {type(values).__name__}; expected a list, an array or a column of a data frame")
     if isinstance(values, pa.Array | pa.ChunkedArray):
-        if getattr(values.type, "extension_name", "").startswith("pandas."):  # periods, which are whole numbers there
+        if getattr(values.type, "extension_name", "").startswith("pandas."):  # periods, which Arrow stores as integers
             raise UserError(f"{name} is an Arrow column of {values.type.extension_name}; expected texts, numbers or times")
         return column_values(name, values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values]), {})
-    if hasattr(values, "to_numpy"):  # a data frame's column, which is indexed by its labels and turns narrow floats into Python's
+    if hasattr(values, "to_numpy"):  # iterating over a data frame's column would turn narrow floats into Python's
         values = values.to_numpy()
     return list(values)

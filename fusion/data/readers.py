@@ -1,4 +1,4 @@
-"""The readers of a manifest's file: CSV and TSV, JSON Lines and Parquet, chosen by its name."""
+"""Readers of manifests: CSV, TSV, JSON Lines and Parquet, chosen by the file's name."""
 
 import json
 import os
@@ -22,30 +22,30 @@ from fusion.errors import UserError, nearest
 
 
 def read_cells(path: str, format: Format, rich: Collection[str] = ()) -> Cells:
-    """The cells of a file; in the `rich` columns they may be bytes, structs of bytes and path, and lists. Raises UserError for a file that
+    """The cells of a file; in the `rich` columns they may be bytes, structs of bytes and path, or lists. Raises UserError for a file that
     can't be read or has no rows."""
     folder, name = os.path.split(os.path.abspath(path))
-    known = f"expected {', '.join(READERS)}"
+    expected = f"expected {', '.join(READERS)}"
     if not os.path.exists(path):
         if not os.path.isdir(folder):
             raise UserError(f"there is no manifest {path}: there is no folder {folder}")
         raise UserError(f"there is no manifest {path}. In its folder: {nearest(name, os.listdir(folder))}")
     if os.path.isdir(path):
-        raise UserError(f"the manifest {path} is a folder, {known} file")
+        raise UserError(f"the manifest {path} is a folder, {expected} file")
     lowered = name.lower()
     suffix = os.path.splitext(lowered.removesuffix(".gz"))[1]
     if suffix not in READERS:
-        raise UserError(f"the manifest {path} is a {suffix or 'nameless'} file, {known} (all but the last also as .gz)")
+        raise UserError(f"the manifest {path} is a {suffix or 'nameless'} file, {expected} (all but the last also as .gz)")
     if suffix == ".parquet" and lowered.endswith(".gz"):
-        raise UserError(f"the manifest {path} is compressed twice, for Parquet compresses its columns itself: unpack it by gunzip")
+        raise UserError(f"the manifest {path} is compressed twice, since Parquet compresses its columns itself: unpack it by gunzip")
     try:
         cells = read_parquet(path, format, rich) if suffix == ".parquet" else READERS[suffix](path, format)
         if suffix != ".parquet" and not format.is_utf8 and may_be_utf8(path):
-            cells.notes.append(f"{path} is read as {format.encoding}, but is valid UTF-8; if it is that: --data.format.encoding=utf-8")
+            cells.notes.append(f"{path} is read as {format.encoding}, but is valid UTF-8; to read it as such: --data.format.encoding=utf-8")
     except UnicodeError as error:
         raise UserError(f"the manifest {path} is not {format.encoding}: {error}. Another encoding: --data.format.encoding=NAME") from error
     except (EOFError, zlib.error) as error:
-        raise UserError(f"the manifest {path} is a gzip file that is cut short or corrupt ({error})") from error
+        raise UserError(f"the manifest {path} is a truncated or corrupt gzip file ({error})") from error
     except OSError as error:
         raise UserError(f"can't read the manifest {path}: {error.strerror or ' '.join(str(error).split())}") from error
     if not cells.rows and not cells.malformed:
@@ -54,28 +54,28 @@ def read_cells(path: str, format: Format, rich: Collection[str] = ()) -> Cells:
 
 
 def read_jsonl(path: str, format: Format) -> Cells:
-    """One JSON object a line; a key that a line lacks is null there."""
+    """One JSON object per line; a key that is missing in a line is null there."""
     cells, rows, columns = Cells(), list[int](), dict[str, list[Any]]()
     with open_text(path, format, newline="\n") as file:
         for line, text in enumerate(file, 1):
-            if text.startswith(BYTE_ORDER_MARK):  # the decoder takes one off the file; joined files have more
+            if text.startswith(BYTE_ORDER_MARK):  # the decoder removes the file's first one; concatenated files have more
                 text = text.removeprefix(BYTE_ORDER_MARK)
             if not text or text.isspace():
                 continue
             if text[0] == "[" and not rows and not cells.malformed:
-                raise UserError(f"the manifest {path} is a JSON array; expected one object a line, as by pandas' to_json(lines=True)")
+                raise UserError(f"the manifest {path} is a JSON array; expected one object per line, as by pandas' to_json(lines=True)")
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
                 cells.malformed.append((line, f"not JSON ({error.msg} at character {error.colno})"))
                 continue
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in brackets
-                cells.malformed.append((line, f"not JSON that can be read ({error})"))
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; deeply nested brackets
+                cells.malformed.append((line, f"unreadable JSON ({error})"))
                 continue
             if not isinstance(row, dict):
                 cells.malformed.append((line, "not a JSON object"))
                 continue
-            # Bytes that don't decode became lone surrogates, which say in which column they stood.
+            # Undecodable bytes became lone surrogates, by which their column is found.
             if not text.isascii() or "\\u" in text:
                 flaw = undecodable(((name, cell) for name, cell in row.items() if isinstance(cell, str)), format)
                 if flaw:
@@ -93,21 +93,21 @@ def read_jsonl(path: str, format: Format) -> Cells:
 
 
 def read_parquet(path: str, format: Format, rich: Collection[str] = ()) -> Cells:
-    """Columns of text, numbers, booleans, times and categories; lists, structs and bytes stay unread but in the `rich` columns. No text
-    file's format concerns it."""
+    """Columns of text, numbers, booleans, times and categories; lists, structs and bytes are read only in the `rich` columns. `format` is
+    not used."""
     try:
-        # Not pq.read_table, which would make columns of the folders' names (label=3/part.parquet).
+        # Not pq.read_table, which would add columns for the folders' names (label=3/part.parquet).
         with pq.ParquetFile(path) as file:
             kinds = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
             opaque = {name: str(kind) for name, kind in kinds.items() if pa.types.is_nested(kind) or "binary" in str(kind)}
             opaque = {name: kind for name, kind in opaque.items() if name not in rich or not is_rich(kinds[name])}
-            for field in file.schema_arrow:  # pandas' periods are whole numbers there, counted from 1970
+            for field in file.schema_arrow:  # Arrow stores pandas' periods as integers, counted from 1970
                 extension = (field.metadata or {}).get(b"ARROW:extension:name", b"").decode() or getattr(field.type, "extension_name", "")
                 if extension.startswith("pandas."):
                     opaque[field.name] = extension
             table = file.read(columns=[name for name in kinds if name not in opaque])
     except pa.ArrowException as error:
-        raise UserError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
     cells = Cells(rows=range(1, len(table) + 1), opaque=opaque)
     for name, column in zip(table.column_names, table.columns, strict=True):
         cells.columns[name] = column_cells(name, column, cells.flawed)
@@ -115,7 +115,7 @@ def read_parquet(path: str, format: Format, rich: Collection[str] = ()) -> Cells
 
 
 def column_cells(name: str, column: pa.ChunkedArray, flawed: dict[int, str]) -> RawColumn:
-    """A column as it is where it holds text; else, and where not all of it decodes, its values as Python has them."""
+    """A column of valid text as a `Column`; any other as a list of Python values."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if is_text(column.type):
@@ -131,7 +131,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_rich(kind: pa.DataType) -> bool:
-    """Whether a column holds bytes, or one or several pictures or texts: (a list of) bytes, texts, numbers, structs of bytes and path."""
+    """Whether a column holds (lists of) bytes, texts, numbers or structs of bytes and path: one or several images or texts."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         kind = kind.value_type
     if pa.types.is_struct(kind):
@@ -140,13 +140,13 @@ def is_rich(kind: pa.DataType) -> bool:
 
 
 def column_values(name: str, column: pa.ChunkedArray, flawed: dict[int, str]) -> list[Any]:
-    """A column as Python has it; rows whose text doesn't decode go to `flawed`."""
+    """A column as a list of Python values; positions whose text can't be decoded go to `flawed`."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_temporal(column.type):
         return times(column)
     if column.type in (pa.float16(), pa.float32()):
-        return list(column.to_numpy())  # as Python floats they would have digits that only doubles have
+        return list(column.to_numpy())  # Python floats would show more digits than these have
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -159,7 +159,7 @@ def column_values(name: str, column: pa.ChunkedArray, flawed: dict[int, str]) ->
 
 
 def times(column: pa.ChunkedArray) -> list[str | None]:
-    """Times as text, for Python's own lack the nanoseconds; time zones as +01:00."""
+    """Times as text, since Python's have no nanoseconds; time zones as +01:00."""
     if pa.types.is_duration(column.type):
         unit = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}[column.type.unit]
         return [None if count is None else duration_text(count * unit) for count in column.cast(pa.int64()).to_pylist()]

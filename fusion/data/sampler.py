@@ -1,4 +1,4 @@
-"""Which samples make up each batch: pure functions of seed, epoch, rank and position, so that a run can be continued exactly."""
+"""Batch samplers: pure functions of seed, epoch, rank and position, so that a run can be resumed exactly."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -12,17 +12,17 @@ PLACEHOLDER = -1
 
 
 class Admission(Protocol):
-    """Which samples may be drawn at an update: those of a curriculum."""
+    """The samples that a curriculum admits at each update."""
 
     def samples(self, epoch: int, update: int) -> np.ndarray | None:
-        """Their numbers, None for all."""
+        """The numbers of the admitted samples, None for all."""
 
 
 class Draw(NamedTuple):
-    """The samples of one batch, and the seed of whatever is random in making them. PLACEHOLDER stands for a sample not to be counted.
+    """The samples of one batch, and the seed of their augmentation. PLACEHOLDER stands for a sample that is not to be counted.
 
-    update: all samples of the update that the batch is a share of, the other ranks' and the other accumulated batches' included; none
-    in evaluation.
+    update: all samples of the update that the batch is a share of, including those of other ranks and other accumulated batches; empty in
+    evaluation.
     """
 
     indices: list[int]
@@ -31,14 +31,14 @@ class Draw(NamedTuple):
 
 
 class GlobalBatches(Sampler[Draw]):
-    """Training batches: one permutation an epoch, cut into global batches, each shared out among ranks and accumulation steps.
+    """Training batches: one permutation per epoch, cut into global batches, each distributed among ranks and accumulation steps.
 
-    Every device count sees the same global batches in the same order. What is left over at the end of an epoch, less than one
-    global batch, waits for another permutation. `batch_size` is the global batch, a multiple of world * accumulate.
-    admission: which samples are in at an update, by a curriculum; without it all are. An epoch in which some are still out draws each of
-    its global batches from those that are in.
-    together (count,): samples with the same number there stay next to each other, so that what they share is in one batch; the
-    permutation is then one of these blocks, and of the samples in each.
+    The global batches and their order do not depend on the number of devices. The remainder of an epoch, less than one global batch, is
+    left out of that epoch. `batch_size` is the global batch, a multiple of world * accumulate.
+    admission: the samples that a curriculum admits at each update; None: all. An epoch that begins before all are admitted draws each of
+    its global batches from the admitted ones.
+    together (count,): samples with the same number stay next to each other, so that inputs that they share are in one batch; blocks are
+    permuted, and the samples within each block.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class GlobalBatches(Sampler[Draw]):
         shares = world * accumulate
         if batch_size % shares:
             below = batch_size - batch_size % shares
-            near = f"{below} or {below + shares}" if below else f"{shares}"
-            ways = f"{world} devices x {accumulate} accumulated batches"
-            raise UserError(f"data.batch_size (the global batch) is {batch_size}, not a multiple of {ways}; nearest: {near}")
+            multiples = f"{below} or {below + shares}" if below else f"{shares}"
+            factors = f"{world} devices x {accumulate} accumulated batches"
+            raise UserError(f"data.batch_size (the global batch) is {batch_size}, not a multiple of {factors}; nearest: {multiples}")
         if count < batch_size:
             batch_size = count - count % shares
         if not batch_size:
-            raise UserError(f"{count} training samples are fewer than {world} devices x {accumulate} accumulated batches can share")
+            raise UserError(f"{count} training samples are too few for {world} devices x {accumulate} accumulated batches")
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.together, self.admission = together, admission
@@ -77,7 +77,7 @@ class GlobalBatches(Sampler[Draw]):
             self.epoch, self.start = epoch, 0
 
     def begin_at(self, epoch: int, batch: int) -> None:
-        """Let the next iteration of this epoch begin at a batch other than the first (for resuming)."""
+        """Start the next iteration of this epoch at this batch (for resuming)."""
         self.epoch, self.start = epoch, batch
 
     @property
@@ -100,7 +100,7 @@ class GlobalBatches(Sampler[Draw]):
         return shuffled[np.argsort(place[self.together[shuffled]], kind="stable")]
 
     def global_batch(self, update: int, order: np.ndarray | None) -> np.ndarray:
-        """The samples of one update of this epoch; `order` is the epoch's permutation if all samples are in from its start."""
+        """The samples of one update of this epoch; `order` is the epoch's permutation if all samples are admitted from its start."""
         if order is not None:
             return order[update * self.batch_size : (update + 1) * self.batch_size]
         assert self.admission is not None
@@ -109,8 +109,8 @@ class GlobalBatches(Sampler[Draw]):
         return self.shuffled(rng, np.arange(self.count) if admitted is None else admitted)[: self.batch_size]
 
     def __iter__(self) -> Iterator[Draw]:
-        all_in = self.admission is None or self.admission.samples(self.epoch, 0) is None
-        order = self.order() if all_in else None
+        all_admitted = self.admission is None or self.admission.samples(self.epoch, 0) is None
+        order = self.order() if all_admitted else None
         share = self.batch_size // (self.world * self.accumulate)
         for batch in range(self.start, len(self)):
             update, step = divmod(batch, self.accumulate)
@@ -120,7 +120,7 @@ class GlobalBatches(Sampler[Draw]):
 
 
 def planned_updates(trainer: Any, batches: GlobalBatches) -> tuple[int, int]:
-    """Updates in an epoch and in the whole training, as a trainer (or its settings) plans them. Raises UserError where there is no end."""
+    """Updates in an epoch and in the whole training, as a trainer (or its settings) plans them. Raises UserError if training has no end."""
     count, limit = len(batches), trainer.limit_train_batches
     if limit is not None:
         count = min(count, limit) if isinstance(limit, int) else int(count * limit)
@@ -134,9 +134,9 @@ def planned_updates(trainer: Any, batches: GlobalBatches) -> tuple[int, int]:
 
 
 def accumulation(batch_size: int, devices: int, most: int) -> int:
-    """Into how many accumulated batches a device's share of a global batch is cut, so that each has at most so many samples.
+    """The number of accumulated batches into which a device's share of a global batch is divided, so that each has at most `most` samples.
 
-    Raises UserError where no such cut is even.
+    Raises UserError where no even division exists.
 
     >>> accumulation(256, devices=2, most=50)
     4
@@ -145,16 +145,16 @@ def accumulation(batch_size: int, devices: int, most: int) -> int:
         if batch_size % (devices * steps) == 0 and batch_size // (devices * steps) <= most:
             return steps
     raise UserError(
-        f"data.batch_size (the global batch) is {batch_size}, which {devices} devices can't share evenly in batches of at most {most} "
-        "(data.device_batch_size)"
+        f"data.batch_size (the global batch) is {batch_size}, which can't be divided evenly among {devices} devices in batches of at "
+        f"most {most} (data.device_batch_size)"
     )
 
 
 class EvaluationBatches(Sampler[Draw]):
-    """Every sample once, whatever the number of ranks: rank r takes samples r, r + world, ...
+    """Every sample once, for any number of ranks: rank r takes samples r, r + world, ...
 
-    A rank that has one sample less ends with a placeholder, so that all ranks make the same number of steps (a collective in one of
-    them would wait for ever) and no sample is counted twice.
+    A rank that has one sample less ends with a placeholder, so that all ranks make the same number of steps (otherwise a collective would
+    wait forever) and no sample is counted twice.
     """
 
     def __init__(self, count: int, batch_size: int, *, rank: int = 0, world: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Samples in memory or on disk, and the batches made of them."""
+"""The samples of a split, and batches of them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,20 +13,21 @@ from fusion.data.sampler import PLACEHOLDER, Draw
 
 
 class Batch(NamedTuple):
-    """What a step gets: inputs by name; target (B, ...), as the task encodes it; row (B,) int64 in the split, -1 where not to be counted.
+    """One batch. inputs: by name. target (B, ...): as the task encodes it. sample (B,) int64: number of the sample in its split, -1 if not
+    to be counted.
 
-    update_target (G, ...): the targets of all samples of the update, of which a training batch holds this rank's share of one accumulation
-    step. Every rank knows them, since batches are drawn alike everywhere: a weighted mean needs no exchange.
+    update_target (G, ...): the targets of all samples of the update, of which a training batch is this rank's share of one accumulation
+    step. Every rank draws the same global batches and so knows them: a weighted mean needs no communication.
     """
 
     inputs: dict[str, Any]
     target: Tensor
-    row: Tensor
+    sample: Tensor
     update_target: Tensor | None = None
 
 
 class Samples(Dataset[Batch]):
-    """One split, ready to be cut into batches; a Draw of indices gives a whole Batch at once.
+    """The samples of one split; indexing with a Draw gives a whole Batch at once.
 
     target: (n, ...) as the task encodes it. stores: the inputs, by name.
     """
@@ -37,29 +38,29 @@ class Samples(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.target)
 
-    def as_they_are(self) -> "Samples":
+    def unaugmented(self) -> "Samples":
         """The same without augmentation."""
-        return Samples(self.target, {name: store.plain() for name, store in self.stores.items()})
+        return Samples(self.target, {name: store.unaugmented() for name, store in self.stores.items()})
 
     def blocks(self) -> np.ndarray:
-        """(len,) a number for each sample, alike for samples that share an input of which sharing saves work (the same image); those that
-        share none stand alone."""
-        shared = (found for store in self.stores.values() if (found := store.distinct()) is not None)
-        rows = next(shared, np.full(len(self), -1))
-        alone = np.where(rows < 0, np.arange(len(self)) + rows.max(initial=-1) + 1, rows)
-        return np.unique(alone, return_inverse=True)[1]
+        """(len,) block number of each sample, equal for samples that share an input of which sharing saves work (the same image); samples
+        without such an input are blocks of their own."""
+        shared = (index for store in self.stores.values() if (index := store.distinct()) is not None)
+        index = next(shared, np.full(len(self), -1))
+        separate = np.where(index < 0, np.arange(len(self)) + index.max(initial=-1) + 1, index)
+        return np.unique(separate, return_inverse=True)[1]
 
     def __getitem__(self, index: int) -> Batch:
         return self.__getitems__(Draw([index], 0))
 
     def __getitems__(self, draw: Draw) -> Batch:
-        index = np.asarray(draw.indices)
-        rows = np.where(index == PLACEHOLDER, 0, index)
-        inputs = {name: store.batch(rows, draw.seed) for name, store in self.stores.items()}
+        sample = np.asarray(draw.indices)
+        filled = np.where(sample == PLACEHOLDER, 0, sample)
+        inputs = {name: store.batch(filled, draw.seed) for name, store in self.stores.items()}
         of_update = torch.from_numpy(self.target[np.asarray(draw.update)]) if len(draw.update) else None
-        return Batch(inputs, torch.from_numpy(self.target[rows]), torch.from_numpy(index), of_update)
+        return Batch(inputs, torch.from_numpy(self.target[filled]), torch.from_numpy(sample), of_update)
 
 
 def as_is(batch: Any) -> Any:
-    """Samples give whole batches; there is nothing left to collate."""
+    """The collate function: `Samples` returns whole batches, so there is nothing to collate."""
     return batch

@@ -1,4 +1,4 @@
-"""Questions about scenes whose answers are sets of labels, or numbers, or need a table: the embedded sets of the other tasks and inputs."""
+"""Generated questions about scenes whose answers are label sets or numbers, or need a table: embedded data for other tasks and inputs."""
 
 import csv
 import hashlib
@@ -22,23 +22,23 @@ PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SH
 
 
 class SceneTargets(Preparer):
-    """The scenes of Shapes, 64x64 pixels, and ten questions about each of which some are drawn.
+    """The scenes of Shapes, 64x64 pixels, and questions drawn at random from ten about each.
 
-    labels: "which colours do the crosses have?", "which shapes are red?": a set of labels with ; between them, often empty.
+    labels: "which colours do the crosses have?", "which shapes are red?": a set of labels separated by ;, often empty.
     number: "how much of the picture is red?", "how much do the crosses cover?": percent of the pixels.
-    table: "is there a red one like this?", where two more columns say what: its shape, and its side in pixels. Of two such questions about
-    a colour one is answered yes, the other names a shape and a side of another colour in the picture: without the picture, the text or the
-    table there is nothing but chance. questions_per_scene counts the pairs, at most 5.
+    table: "is there a red one like this?", where two more columns give its shape and its side in pixels. Of two such questions about a
+    colour one is answered yes, the other has the shape and side of another colour in the image: without the image, the text or the table
+    accuracy is at chance. questions_per_scene counts the pairs, at most 5.
 
-    Neither the picture nor the question alone tells the answer; how much each could, the card counts.
+    Neither the image nor the text alone determines the answer; the card has the upper bounds of each.
 
     Args:
         target: "labels" (for the task MultiLabel), "number" (for Regression), or "table" (for Classification, with a TableInput).
-        scenes: how many.
-        questions_per_scene: about each, 1 to 10, all different.
-        seed: the same seed gives the same bytes.
-        val: the share of the scenes for validation.
-        test: the share for testing.
+        scenes: number of scenes, at least 20.
+        questions_per_scene: number of questions about each scene, 1 to 10, all different.
+        seed: seed of the scenes and questions, at least 0; the same seed gives the same bytes.
+        val: share of the scenes for validation, above 0.
+        test: share of the scenes for testing, above 0; val and test together are below 1.
 
     Raises UserError for options out of their range.
     """
@@ -73,7 +73,7 @@ class SceneTargets(Preparer):
         return f"scenes-v{VERSION}-{hashlib.sha256(json.dumps(self.options).encode()).hexdigest()[:12]}"
 
     def prepare(self, folder: Path, root: Path | None = None) -> str:
-        """Write manifest.csv and images/*.png into `folder`; gives the card. Nothing is read: `root` is not used."""
+        """Write manifest.csv and images/*.png into `folder`. Returns the card as text; `root` is not used."""
         count = self.scenes
         rng = np.random.default_rng([self.seed, VERSION])
         scenes = draw_scenes(count, rng)
@@ -82,28 +82,28 @@ class SceneTargets(Preparer):
         split_of = np.full(count, "train", dtype=object)
         split_of[order[:val]], split_of[order[val : val + test]] = "val", "test"
         (folder / "images").mkdir(parents=True)
-        for number, picture in enumerate(render(scenes)):
-            Image.fromarray(picture).save(folder / image_of(number), compress_level=1)
+        for number, image in enumerate(render(scenes)):
+            Image.fromarray(image).save(folder / image_of(number), compress_level=1)
         if self.target == "table":
-            rows = pairs_like(scenes, self.questions_per_scene, rng)
+            samples = pairs_like(scenes, self.questions_per_scene, rng)
         else:
-            asked = label_questions(scenes) if self.target == "labels" else number_questions(scenes)
-            texts = list(asked)
+            answers = label_questions(scenes) if self.target == "labels" else number_questions(scenes)
+            texts = list(answers)
             drawn = ((scene, texts[q]) for scene in range(count) for q in rng.permutation(len(texts))[: self.questions_per_scene].tolist())
-            rows = [Question(scene, text, asked[text][scene]) for scene, text in drawn]
+            samples = [Question(scene, text, answers[text][scene]) for scene, text in drawn]
         with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             more = ["shape", "side"] if self.target == "table" else []
             writer.writerow(["image", "text", "label", "split", "id", "group", *more])
-            for i, row in enumerate(rows):
-                writer.writerow([image_of(row.scene), row.text, row.label, split_of[row.scene], i, row.scene, *row.facts])
+            for i, one in enumerate(samples):
+                writer.writerow([image_of(one.scene), one.text, one.label, split_of[one.scene], i, one.scene, *one.facts])
         tasks: dict[str, Task] = {"labels": MultiLabel(), "number": Regression()}
-        tested = [row for row in rows if split_of[row.scene] == "test"]
-        return card(len(rows), tested, tasks.get(self.target) or Classification())
+        tested = [one for one in samples if split_of[one.scene] == "test"]
+        return card(len(samples), tested, tasks.get(self.target) or Classification())
 
 
 class Question(NamedTuple):
-    """About a scene, with its answer and, where it needs one, its row of a table."""
+    """A question about a scene, its answer and, for target "table", the values of its table columns."""
 
     scene: int
     text: str
@@ -113,65 +113,65 @@ class Question(NamedTuple):
 
 def pairs_like(scenes: Scenes, per_scene: int, rng: np.random.Generator) -> list[Question]:
     """Pairs of questions about a colour, of which one is answered yes and one no."""
-    rows = []
+    questions = []
     colours, shapes, sides = list(COLOURS), list(SHAPES), [2 * half + 1 for half in SIZES.values()]
     for s in range(len(scenes)):
-        there = np.flatnonzero(scenes.there[s]).tolist()
-        look = {k: (int(scenes.shape[s, k]), int(scenes.size[s, k])) for k in there}
+        present = np.flatnonzero(scenes.there[s]).tolist()
+        appearance = {k: (int(scenes.shape[s, k]), int(scenes.size[s, k])) for k in present}
         of_colour: dict[int, set[tuple[int, int]]] = {}
-        for k in there:
-            of_colour.setdefault(int(scenes.colour[s, k]), set()).add(look[k])
-        asked = 0
-        for k in rng.permutation(there).tolist():
+        for k in present:
+            of_colour.setdefault(int(scenes.colour[s, k]), set()).add(appearance[k])
+        pairs = 0
+        for k in rng.permutation(present).tolist():
             colour = int(scenes.colour[s, k])
-            others = sorted(set(look.values()) - of_colour[colour])
-            if asked == per_scene or not others:
+            others = sorted(set(appearance.values()) - of_colour[colour])
+            if pairs == per_scene or not others:
                 continue
-            asked += 1
+            pairs += 1
             other = others[int(rng.integers(len(others)))]
-            for (shape, size), label in ((look[k], "yes"), (other, "no")):
+            for (shape, size), label in ((appearance[k], "yes"), (other, "no")):
                 facts = (shapes[shape], str(sides[size]))
-                rows.append(Question(s, f"is there a {colours[colour]} one like this?", label, facts))
-    return rows
+                questions.append(Question(s, f"is there a {colours[colour]} one like this?", label, facts))
+    return questions
 
 
 def label_questions(scenes: Scenes) -> dict[str, list[str]]:
-    """By question, its answer for every scene: labels in the order of their lists."""
-    asked = {}
+    """The answer to each question for every scene: labels in the order of their lists."""
+    answers = {}
     for i, shape in enumerate(SHAPES):
         which = scenes.there & (scenes.shape == i)
-        asked[f"which colours do the {PLURALS[shape]} have?"] = joined(which, scenes.colour, list(COLOURS))
+        answers[f"which colours do the {PLURALS[shape]} have?"] = joined(which, scenes.colour, list(COLOURS))
     for i, colour in enumerate(COLOURS):
-        asked[f"which shapes are {colour}?"] = joined(scenes.there & (scenes.colour == i), scenes.shape, list(SHAPES))
-    return asked
+        answers[f"which shapes are {colour}?"] = joined(scenes.there & (scenes.colour == i), scenes.shape, list(SHAPES))
+    return answers
 
 
 def joined(which: np.ndarray, value: np.ndarray, names: Sequence[str]) -> list[str]:
-    """(S,) the names of the values (S, K) that are there."""
-    there = np.stack([(which & (value == i)).any(axis=1) for i in range(len(names))], axis=1)
-    return [";".join(np.array(names)[row].tolist()) for row in there]
+    """(S,) the names of the values (S, K) that occur in each scene, separated by ;."""
+    present = np.stack([(which & (value == i)).any(axis=1) for i in range(len(names))], axis=1)
+    return [";".join(np.array(names)[row].tolist()) for row in present]
 
 
 def number_questions(scenes: Scenes) -> dict[str, list[str]]:
-    """By question, its answer for every scene, in percent of the pixels."""
+    """The answer to each question for every scene, in percent of the pixels."""
     percent = area(scenes.shape, scenes.size) / SIDE**2 * 100
 
     def covered(which: np.ndarray) -> list[str]:
         return [f"{share:.4f}" for share in np.where(which & scenes.there, percent, 0.0).sum(axis=1).tolist()]
 
-    asked = {f"how much do the {PLURALS[shape]} cover?": covered(scenes.shape == i) for i, shape in enumerate(SHAPES)}
-    return asked | {f"how much of the picture is {colour}?": covered(scenes.colour == i) for i, colour in enumerate(COLOURS)}
+    answers = {f"how much do the {PLURALS[shape]} cover?": covered(scenes.shape == i) for i, shape in enumerate(SHAPES)}
+    return answers | {f"how much of the picture is {colour}?": covered(scenes.colour == i) for i, colour in enumerate(COLOURS)}
 
 
 def card(count: int, tested: Sequence[Question], task: Task) -> str:
-    """What was made, and what one answer, and parts of the inputs alone, could score on the test questions at best."""
-    parts: dict[str, list[Hashable]] = {"image": [row.scene for row in tested], "text": [row.text for row in tested]}
+    """The number of questions, and upper bounds on test of a constant answer and of parts of the inputs alone."""
+    parts: dict[str, list[Hashable]] = {"image": [one.scene for one in tested], "text": [one.text for one in tested]}
     if tested and tested[0].facts:
         parts |= {
-            "image and text": [(row.scene, row.text) for row in tested],
-            "image and table": [(row.scene, row.facts) for row in tested],
-            "text and table": [(row.text, row.facts) for row in tested],
+            "image and text": [(one.scene, one.text) for one in tested],
+            "image and table": [(one.scene, one.facts) for one in tested],
+            "text and table": [(one.text, one.facts) for one in tested],
         }
-    best = bounds(task, parts, [row.label for row in tested])
-    told = ", ".join(f"{name} {value:.4f}" for name, value in best.items())
-    return f"scenes: {count:,} questions. Bounds of {task.bounded} on test from one answer, and from parts of the inputs alone: {told}"
+    limits = bounds(task, parts, [one.label for one in tested])
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in limits.items())
+    return f"scenes: {count:,} questions. Bounds of {task.bounded} on test from one answer, and from parts of the inputs alone: {shown}"

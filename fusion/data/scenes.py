@@ -1,4 +1,4 @@
-"""Scenes of several coloured shapes, as numbers and as pictures."""
+"""Scenes of several coloured shapes, as arrays and rendered as images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -15,18 +15,18 @@ COLOURS = {
     "grey": (130, 130, 130),
 }
 SIZES = {"small": 5, "medium": 8, "large": 12}  # half the side without the middle pixel: sides of 11, 17 and 25
-SIDE = 64  # pixels of a picture
+SIDE = 64  # pixels of an image
 FEWEST, MOST = 3, 5  # shapes of a scene
 GAP = 2  # pixels of background between the bounding squares of any two shapes, at least
 BACKGROUND = (245, 245, 240)
-TRIES = 40  # places drawn for a shape before the scene goes without it
-BATCH = 2048  # scenes drawn at a time: keeps the places tried within the processor's cache
+TRIES = 40  # positions drawn for a shape before it is left out of the scene
+BATCH = 2048  # scenes drawn at a time: the tried positions fit into the processor's cache
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """S scenes of up to K = MOST shapes: shape, colour and size (each a number into the list of that name) and x, y, the centre in
-    pixels from the top left corner, all (S, K) int; there (S, K) bool says which of the K exist.
+    """S scenes of up to K = MOST shapes: shape, colour and size (each an index into the list of that name) and x, y, the centre in pixels
+    from the top left corner, all (S, K) int; there (S, K) bool: which of the K exist.
     """
 
     shape: np.ndarray
@@ -41,9 +41,9 @@ class Scenes:
 
 
 def draw_scenes(count: int, rng: np.random.Generator) -> Scenes:
-    """`count` scenes, no two alike, in which no two shapes touch and at least two colours, or two kinds of shape, occur just once.
+    """`count` distinct scenes, in which no two shapes touch and at least two colours, or two kinds of shape, occur exactly once.
 
-    Without the last, three scenes in ten would have no two shapes that a single word each singles out, and nothing to ask about them.
+    Without the last condition, three scenes in ten would have no two shapes that a single word each identifies, and no questions on them.
 
     >>> scenes = draw_scenes(5, np.random.default_rng(0))
     >>> scenes.x.shape, bool((scenes.there.sum(axis=1) >= FEWEST).all())
@@ -54,18 +54,18 @@ def draw_scenes(count: int, rng: np.random.Generator) -> Scenes:
     while len(seen) < count:
         drawn = draw_batch(BATCH, rng)
         useful = (drawn.there.sum(axis=1) >= FEWEST) & (singled_out(drawn.shape, drawn.there) | singled_out(drawn.colour, drawn.there))
-        keep = []
+        selected = []
         for s in np.flatnonzero(useful).tolist():
             if len(seen) < count and (what := fingerprint(drawn, s)) not in seen:
                 seen.add(what)
-                keep.append(s)
+                selected.append(s)
         for column, field in zip(columns, fields(Scenes), strict=True):
-            column.append(getattr(drawn, field.name)[keep])
+            column.append(getattr(drawn, field.name)[selected])
     return Scenes(*(np.concatenate(column) for column in columns))
 
 
 def draw_batch(count: int, rng: np.random.Generator) -> Scenes:
-    """Half of the scenes draw their colours from a palette of two or three, so that counts of 2 and 3 are not rare."""
+    """Random scenes. Half of them have colours from a palette of two or three, so that counts of 2 and 3 are not rare."""
     shape = rng.integers(len(SHAPES), size=(count, MOST))
     palette = rng.permuted(np.tile(np.arange(len(COLOURS)), (count, 1)), axis=1)
     colours = np.where(rng.random(count) < 0.5, len(COLOURS), rng.integers(2, 4, size=count))
@@ -76,38 +76,38 @@ def draw_batch(count: int, rng: np.random.Generator) -> Scenes:
 
 
 def place(size: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, y, there (S, K): the wanted shapes one after another, each at the first place tried that is free; left out if none is."""
+    """x, y, there (S, K): positions of the wanted shapes in turn, each the first tried one that is free; left out if none is."""
     half = np.array(list(SIZES.values()))[size]
     x, y, there = np.zeros_like(half), np.zeros_like(half), np.zeros_like(wanted)
-    rows = np.arange(len(size))
+    scene = np.arange(len(size))
     for k in range(MOST):
         h = half[:, k, None]
         tried_x, tried_y = (rng.integers(h + 1, SIDE - h - 1, size=(len(size), TRIES)) for _ in "xy")
         free = np.ones((len(size), TRIES), dtype=bool)
         for other in range(k):
-            # Bounding squares are apart when they are along one axis: alike for every pair of shapes, and no corner slips into a gap.
+            # Bounding squares are apart if they are apart along one axis: the same rule for every pair of shapes, whatever their outlines.
             apart = np.maximum(abs(tried_x - x[:, other, None]), abs(tried_y - y[:, other, None])) > h + half[:, other, None] + GAP
             free &= apart | ~there[:, other, None]
         first = free.argmax(axis=1)
-        x[:, k], y[:, k] = tried_x[rows, first], tried_y[rows, first]
-        there[:, k] = wanted[:, k] & free[rows, first]
+        x[:, k], y[:, k] = tried_x[scene, first], tried_y[scene, first]
+        there[:, k] = wanted[:, k] & free[scene, first]
     return x, y, there
 
 
 def singled_out(attribute: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """(S,) bool: at least two values of the attribute (S, K) occur just once."""
+    """(S,) bool: at least two values of the attribute (S, K) occur exactly once."""
     counts = (there[:, :, None] & (attribute[:, :, None] == np.arange(attribute.max() + 1))).sum(axis=1)
     return (counts == 1).sum(axis=1) >= 2
 
 
 def fingerprint(scenes: Scenes, s: int) -> bytes:
-    """Alike for two scenes just when their pictures are: the shapes that are there, whatever their order."""
+    """Equal for two scenes if and only if their images are: the existing shapes, in any order."""
     columns = (scenes.shape, scenes.colour, scenes.size, scenes.x, scenes.y)
     return bytes(sorted(zip(*(column[s, scenes.there[s]].tolist() for column in columns), strict=True)).__repr__(), "ascii")
 
 
 def stencil(shape: str, half: int) -> np.ndarray:
-    """The pixels of a shape in its bounding square, (2 * half + 1,) * 2 bool; integers only, so alike on every machine.
+    """The pixels of a shape in its bounding square, (2 * half + 1,) * 2 bool; integer arithmetic only, so the same on every machine.
 
     >>> for row in stencil("triangle", 2):
     ...     print("".join("#" if pixel else "." for pixel in row))
@@ -128,23 +128,23 @@ def stencil(shape: str, half: int) -> np.ndarray:
 
 
 def area(shape: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Pixels of the shapes, elementwise."""
+    """Number of pixels of the shapes, elementwise."""
     return np.array([[mask.sum() for mask in sizes] for sizes in stencils()])[shape, size]
 
 
 def stencils() -> list[list[np.ndarray]]:
-    """Of every shape in every size."""
+    """The stencils of every shape in every size."""
     return [[stencil(shape, half) for half in SIZES.values()] for shape in SHAPES]
 
 
 def render(scenes: Scenes) -> Iterator[np.ndarray]:
-    """The picture of each scene, (SIDE, SIDE, 3) uint8."""
+    """The image of each scene, (SIDE, SIDE, 3) uint8."""
     masks, colours = stencils(), np.array(list(COLOURS.values()), dtype=np.uint8)
     for s in range(len(scenes)):
-        picture = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
-        picture[:] = BACKGROUND
+        image = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
+        image[:] = BACKGROUND
         for k in np.flatnonzero(scenes.there[s]).tolist():
             mask = masks[scenes.shape[s, k]][scenes.size[s, k]]
             half, x, y = len(mask) // 2, scenes.x[s, k], scenes.y[s, k]
-            picture[y - half : y + half + 1, x - half : x + half + 1][mask] = colours[scenes.colour[s, k]]
-        yield picture
+            image[y - half : y + half + 1, x - half : x + half + 1][mask] = colours[scenes.colour[s, k]]
+        yield image

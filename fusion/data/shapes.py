@@ -1,4 +1,4 @@
-"""The embedded default: questions about pictures of coloured shapes, made from nothing; neither picture nor question alone answers."""
+"""The embedded default data set: generated images of coloured shapes and questions that neither image nor text alone answers."""
 
 import csv
 import hashlib
@@ -21,17 +21,17 @@ from fusion.tasks import Classification
 KINDS = ("existence", "colour", "counting", "position", "comparison")
 SPLITS = ("train", "val", "test")
 VERSION = 2  # of the generator: raise it when the same options would give other bytes
-CLEARLY = 8  # pixels between a centre and the middle of the picture, at least, before its half is asked for
+CLEARLY = 8  # minimum pixels between a shape's centre and the image's middle for a question about its half
 LARGEST_COUNT = 3
-LOTS = 24  # in about so many lots a question's uses are dealt out: more are slower, fewer even out a scene's answers less
+LOTS = 24  # approximate number of lots in which a question is assigned: more are slower, fewer balance a scene's answers less well
 
 
 class Shapes(Preparer):
     """Scenes of 3 to 5 coloured shapes in three sizes, 64x64 pixels, and questions of five kinds about them.
 
-    Balanced exactly: within every split each question string has each of its answers equally often, so the best that can be scored from
-    the text alone is the mean of 1 / number of answers; each scene's answers are varied, which keeps the image alone low. Every answer
-    can be seen: shapes stand apart, what is pointed at is there once, no relation is asked that is a matter of a few pixels.
+    Balanced exactly: within every split each question string has each of its answers equally often, so the upper bound from the text alone
+    is the mean of 1 / number of answers; each scene's answers vary, so the upper bound from the image alone is low. Every answer is
+    visible: shapes are apart, a shape that a question refers to occurs once, and no relation depends on a few pixels.
 
     Args:
         scenes: number of scenes, at least 20.
@@ -89,44 +89,44 @@ class Shapes(Preparer):
         return f"shapes-v{VERSION}-{hashlib.sha256(json.dumps(self.options).encode()).hexdigest()[:12]}"
 
     def prepare(self, folder: Path, root: Path | None = None) -> str:
-        """Write manifest.csv, images/*.png, card.json and card.md into `folder`; the card as text. Nothing is read: `root` is not used."""
+        """Write manifest.csv, images/*.png, card.json and card.md into `folder`. Returns the card as text; `root` is not used."""
         rng = np.random.default_rng(self.seed)
         scenes = draw_scenes(self.scenes, rng)
-        rows = self.ask(scenes, rng)
+        samples = self.ask(scenes, rng)
         (folder / "images").mkdir(parents=True)
-        for number, picture in enumerate(render(scenes)):
-            Image.fromarray(picture).save(folder / image_of(number), compress_level=1)
+        for number, image in enumerate(render(scenes)):
+            Image.fromarray(image).save(folder / image_of(number), compress_level=1)
         with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["image", "text", "label", "split", "id", "group", "kind"])
-            writer.writerows([image_of(r.scene), r.text, r.label, r.split, i, r.scene, r.kind] for i, r in enumerate(rows))
-        card = make_card(rows, self.options)
+            writer.writerows([image_of(s.scene), s.text, s.label, s.split, i, s.scene, s.kind] for i, s in enumerate(samples))
+        card = make_card(samples, self.options)
         (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         (folder / "card.md").write_text(card_markdown(card), encoding="utf-8")
         return card_text(card)
 
-    def ask(self, scenes: Scenes, rng: np.random.Generator) -> list["Row"]:
-        """The rows of the manifest, split by split."""
+    def ask(self, scenes: Scenes, rng: np.random.Generator) -> list["Sample"]:
+        """The samples of the manifest, split by split."""
         order, val, test = rng.permutation(self.scenes), round(self.val * self.scenes), round(self.test * self.scenes)
         members = {"train": order[val + test :], "val": order[:val], "test": order[val : val + test]}
         questions = [question for question in every_question(scenes) if question.kind in self.kinds]
-        rows: list[Row] = []
+        samples: list[Sample] = []
         for split in SPLITS:
             chosen = balance(questions, np.sort(members[split]), self.questions_per_scene, self.kinds, rng)
-            part = [Row(split, s, questions[q].text, questions[q].answers[a], questions[q].kind) for s, q, a in chosen]
+            part = [Sample(split, s, questions[q].text, questions[q].answers[a], questions[q].kind) for s, q, a in chosen]
             if not part:
                 raise UserError(
                     f"shapes: the {len(members[split])} scenes of {split} are too few to balance a single question: "
                     f"give more than {self.scenes} scenes, or {split} a larger share"
                 )
-            rows += part
-            known = {row.text for row in rows}
-            questions = [question for question in questions if question.text in known]  # nothing is asked later that train never asks
-        return rows
+            samples += part
+            known = {sample.text for sample in samples}
+            questions = [question for question in questions if question.text in known]  # only questions that occur in train
+        return samples
 
 
 @dataclass(frozen=True)
-class Row:
+class Sample:
     """One question about one scene."""
 
     split: str
@@ -140,12 +140,12 @@ def image_of(scene: int) -> str:
     return f"images/{scene:06}.png"
 
 
-# Questions: each with its answer for every scene at once.
+# Questions, each with its answers for all scenes
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question string, its possible answers, and `answer` (S,): the number of the right one, -1 where it can't be asked."""
+    """A question string, its possible answers, and `answer` (S,): the index of the correct one, -1 where it doesn't apply."""
 
     kind: str
     text: str
@@ -154,9 +154,9 @@ class Question:
 
 
 def every_question(scenes: Scenes) -> Iterator[Question]:
-    """Every question there is, with its answers.
+    """All questions with their answers.
 
-    What a question points at, it points at by one word where that will do: fewer strings, each asked more often.
+    Questions refer to a shape by one word where that suffices: there are fewer strings, each used more often.
     """
     is_shape = {name: scenes.there & (scenes.shape == i) for i, name in enumerate(SHAPES)}
     is_colour = {name: scenes.there & (scenes.colour == i) for i, name in enumerate(COLOURS)}
@@ -192,17 +192,17 @@ def every_question(scenes: Scenes) -> Iterator[Question]:
 
 
 def halves(name: str, which: np.ndarray, scenes: Scenes) -> Iterator[Question]:
-    """Where in the picture a shape is that is there once."""
+    """Questions about the position of a shape that occurs once."""
     single = which.sum(axis=1) == 1
     # Twice the distance from the middle, which lies between two pixels.
     right, down = (2 * value_of(which, column) - (SIDE - 1) for column in (scenes.x, scenes.y))
-    # Only one half of each pair: with both, an answer would depend on which half is named as XOR does, and nothing is learnt for long.
+    # Only one half of each pair: with both, the answer would be an XOR of position and named half, which takes long to learn.
     for half, beyond in (("left", -right), ("upper", -down)):
         yield yes_no("position", f"is {name} in the {half} half?", beyond > 0, single & (abs(beyond) >= 2 * CLEARLY))
 
 
 def larger(a: str, b: str, is_a: np.ndarray, is_b: np.ndarray, scenes: Scenes) -> Question:
-    """Of two shapes that are there once each. A large triangle covers hardly more than a medium square: side and area must agree."""
+    """A question about two shapes that occur once each; side and area must agree: large triangles cover little more than medium squares."""
     both = (is_a.sum(axis=1) == 1) & (is_b.sum(axis=1) == 1)
     side = value_of(is_a, scenes.size) - value_of(is_b, scenes.size)
     pixels_a, pixels_b = (value_of(which, area(scenes.shape, scenes.size)) for which in (is_a, is_b))
@@ -214,8 +214,8 @@ def ordered_pairs(names: dict[str, np.ndarray]) -> Iterator[tuple[str, str]]:
     return ((a, b) for a in names for b in names if a != b)
 
 
-def yes_no(kind: str, text: str, true: np.ndarray, asked: np.ndarray | None = None) -> Question:
-    return Question(kind, text, ("no", "yes"), true.astype(int) if asked is None else np.where(asked, true.astype(int), -1))
+def yes_no(kind: str, text: str, true: np.ndarray, applies: np.ndarray | None = None) -> Question:
+    return Question(kind, text, ("no", "yes"), true.astype(int) if applies is None else np.where(applies, true.astype(int), -1))
 
 
 def colour_of(text: str, which: np.ndarray, scenes: Scenes) -> Question:
@@ -223,38 +223,38 @@ def colour_of(text: str, which: np.ndarray, scenes: Scenes) -> Question:
 
 
 def value_of(which: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """(S,) the column's value for the first shape meant; without sense where none is."""
+    """(S,) the column's value for the first shape of `which`; meaningless where there is none."""
     return np.take_along_axis(column, which.argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
-# Balance.
+# Balancing
 
 
 def balance(
     questions: Sequence[Question], members: np.ndarray, per_scene: int, kinds: Sequence[str], rng: np.random.Generator
 ) -> list[tuple[int, int, int]]:
-    """(scene, question, answer) for the scenes `members`: every question as often with each of its answers.
+    """(scene, question, answer) for the scenes `members`: every question equally often with each of its answers.
 
-    Each scene has room for equally many questions of every kind; what then stays empty, because a scene has too few shapes that can be
-    pointed at, is filled with any kind. An exact answer to "which question about which scene" is a large matching; dealing in lots comes
-    within a few percent of full.
+    Each scene has capacity for equally many questions of every kind; capacity that remains, because a scene has too few shapes to which
+    questions can refer, is filled with any kind. The exact assignment is a large matching problem; assigning in lots fills all but a few
+    percent of the capacity.
     """
     labels = sorted({answer for question in questions for answer in question.answers})
     offers = [[labels.index(answer) for answer in question.answers] for question in questions]
-    asked = np.full((len(questions), len(members)), -1)
+    answer = np.full((len(questions), len(members)), -1)
     for q, question in enumerate(questions):
-        asked[q] = np.where(question.answer[members] >= 0, np.array(offers[q])[question.answer[members]], -1)
-    deal = Deal(asked, offers, np.zeros((len(members), len(labels)), dtype=int), rng)
+        answer[q] = np.where(question.answer[members] >= 0, np.array(offers[q])[question.answer[members]], -1)
+    deal = Deal(answer, offers, np.zeros((len(members), len(labels)), dtype=int), rng)
 
-    room = {kind: np.full(len(members), per_scene // len(kinds)) for kind in kinds}
+    capacity = {kind: np.full(len(members), per_scene // len(kinds)) for kind in kinds}
     first = rng.integers(len(kinds), size=len(members))
-    for extra in range(per_scene % len(kinds)):  # what doesn't divide goes to other kinds in other scenes
+    for extra in range(per_scene % len(kinds)):  # the remainder goes to different kinds in different scenes
         for i, kind in enumerate(kinds):
-            room[kind] += (first + extra) % len(kinds) == i
-    # Questions that fit every scene come last: they can still even out the answers that the choosier ones have left.
+            capacity[kind] += (first + extra) % len(kinds) == i
+    # Questions that apply to every scene come last: they can balance the answers that remain from the more selective ones.
     for kind in sorted(kinds, key=lambda kind: (kind == "existence", KINDS.index(kind))):
-        deal([q for q, question in enumerate(questions) if question.kind == kind], room[kind])
-    deal(list(range(len(questions))), np.sum(list(room.values()), axis=0))
+        deal([q for q, question in enumerate(questions) if question.kind == kind], capacity[kind])
+    deal(list(range(len(questions))), np.sum(list(capacity.values()), axis=0))
 
     chosen = np.concatenate([np.empty((0, 3), dtype=int), *deal.chosen])
     chosen = chosen[rng.permutation(len(chosen))]
@@ -263,69 +263,71 @@ def balance(
 
 @dataclass
 class Deal:
-    """Questions dealt to S scenes, a lot of scenes for each answer at a time, so that the balance holds at every moment.
+    """Assigns questions to S scenes, one lot of scenes for each answer at a time, so that they are balanced at every step.
 
-    asked (Q, S): the number of the right answer, -1 where the question can't be put, or has been. offers: each question's answers.
-    given (S, A): how often each answer is right in each scene so far.
+    answer (Q, S): the index of the correct answer, -1 where the question doesn't apply or is assigned already. offers: each question's
+    answers. given (S, A): how often each answer is correct in each scene so far.
     """
 
-    asked: np.ndarray
+    answer: np.ndarray
     offers: list[list[int]]
     given: np.ndarray
     rng: np.random.Generator
     chosen: list[np.ndarray] = field(default_factory=list)
 
-    def __call__(self, questions: list[int], room: np.ndarray) -> None:
-        """Put these questions until no scene that still has `room` (S,) for one can be matched with scenes for its other answers.
+    def __call__(self, questions: list[int], capacity: np.ndarray) -> None:
+        """Assign these questions until no scene with `capacity` (S,) left can be matched with scenes for a question's other answers.
 
-        Of the scenes that fit, those come first that have had the answer least and have most room; equals in an order of chance.
+        Of the candidate scenes, those with the fewest such answers and the largest capacity come first; ties are broken at random.
         """
         active = set(questions)
-        lot = 1 + int(room.sum()) // (1 + LOTS * sum(len(self.offers[q]) for q in active))
+        lot = 1 + int(capacity.sum()) // (1 + LOTS * sum(len(self.offers[q]) for q in active))
         while active:
             for q in self.rng.permutation(sorted(active)).tolist():
-                fits = [np.flatnonzero((self.asked[q] == label) & (room > 0)) for label in self.offers[q]]
-                size = min(lot, *map(len, fits))
+                candidates = [np.flatnonzero((self.answer[q] == label) & (capacity > 0)) for label in self.offers[q]]
+                size = min(lot, *map(len, candidates))
                 if not size:
                     active.remove(q)
                     continue
-                for label, scenes in zip(self.offers[q], fits, strict=True):
-                    merit = room[scenes] - 2.0 * self.given[scenes, label] + self.rng.random(len(scenes))
+                for label, scenes in zip(self.offers[q], candidates, strict=True):
+                    merit = capacity[scenes] - 2.0 * self.given[scenes, label] + self.rng.random(len(scenes))
                     best = np.sort(scenes[np.argpartition(-merit, size - 1)[:size]])
-                    room[best] -= 1
+                    capacity[best] -= 1
                     self.given[best, label] += 1
-                    self.asked[q, best] = -1
+                    self.answer[q, best] = -1
                     self.chosen.append(np.column_stack([best, np.full(size, q), np.full(size, label)]))
 
 
-# The card.
+# Card
 
 
 DEFINED = "Ceilings: the best accuracy on exactly these questions of any predictor that sees the image alone, or the text alone; counted."
 
 
-def make_card(rows: Sequence[Row], options: dict[str, Any]) -> dict[str, Any]:
-    """What was made, in numbers."""
+def make_card(samples: Sequence[Sample], options: dict[str, Any]) -> dict[str, Any]:
+    """The statistics of the data set and its upper bounds."""
     return {
         "name": "shapes",
         "version": VERSION,
         "options": options,
-        "splits": {split: numbers_of([row for row in rows if row.split == split]) for split in SPLITS},
-        **numbers_of(rows),
-        "strings": len({row.text for row in rows}),
-        "answers": dict(Counter(row.label for row in rows).most_common()),
+        "splits": {split: numbers_of([sample for sample in samples if sample.split == split]) for split in SPLITS},
+        **numbers_of(samples),
+        "strings": len({sample.text for sample in samples}),
+        "answers": dict(Counter(sample.label for sample in samples).most_common()),
         "ceilings_are": DEFINED,
     }
 
 
-def numbers_of(rows: Sequence[Row]) -> dict[str, Any]:
-    kinds = Counter(row.kind for row in rows)
+def numbers_of(samples: Sequence[Sample]) -> dict[str, Any]:
+    kinds = Counter(sample.kind for sample in samples)
     return {
-        "scenes": len({row.scene for row in rows}),
-        "questions": len(rows),
+        "scenes": len({sample.scene for sample in samples}),
+        "questions": len(samples),
         "kinds": {kind: kinds[kind] for kind in KINDS if kind in kinds},
         "ceilings": bounds(
-            Classification(), {"image": [row.scene for row in rows], "text": [row.text for row in rows]}, [row.label for row in rows]
+            Classification(),
+            {"image": [sample.scene for sample in samples], "text": [sample.text for sample in samples]},
+            [sample.label for sample in samples],
         ),
     }
 
@@ -335,8 +337,8 @@ def card_table(card: dict[str, Any]) -> list[list[str]]:
     table = [["split", "scenes", "questions", *kinds, "image-only", "text-only", "majority"]]
     for split, part in [*card["splits"].items(), ("all", card)]:
         counts = [part["scenes"], part["questions"], *(part["kinds"].get(kind, 0) for kind in kinds)]
-        best = (part["ceilings"][name] for name in ("image", "text", "majority"))
-        table.append([split, *(f"{count:,}" for count in counts), *(f"{bound:.2%}" for bound in best)])
+        limits = (part["ceilings"][name] for name in ("image", "text", "majority"))
+        table.append([split, *(f"{count:,}" for count in counts), *(f"{bound:.2%}" for bound in limits)])
     return table
 
 
@@ -350,7 +352,7 @@ def card_text(card: dict[str, Any]) -> str:
 
 
 def card_markdown(card: dict[str, Any]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in card_table(card))
+    head, *body = (f"| {' | '.join(line)} |" for line in card_table(card))
     rule = "|" + " --- |" + " ---: |" * (head.count("|") - 2)
     options = ", ".join(f"{name}={value}" for name, value in card["options"].items())
     lines = [f"# {title(card)}", "", head, rule, *body, "", answers(card) + ".", "", DEFINED, "", f"Options: {options}.", ""]

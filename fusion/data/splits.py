@@ -1,4 +1,4 @@
-"""Train, val and test: what the manifest gives is kept; what it leaves open is carved out of train, alike in classes, groups whole."""
+"""Assigns samples to train, val and test: given splits are preserved, missing ones carved out of train, stratified, with groups whole."""
 
 from collections.abc import Hashable, Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 from fusion.errors import UserError
 
 BIT = {"train": 1, "val": 2, "test": 4}
-# The size of a split beside its classes, when a group is placed. Without it, classes too rare for val would all go to train.
+# Weight of a split's size relative to its classes, when a group is placed. Without it, classes too rare for val would all go to train.
 SIZE_WEIGHT = 8.0
 
 
@@ -16,10 +16,10 @@ def assign_splits(
 ) -> list[str]:
     """Train, val or test for each sample, by `seed`.
 
-    Given splits are kept. Val and test, each if no sample is given to it, are carved out of the samples that are train or not given:
-    the fraction `val` or `test` of them, of every class alike. Samples without group come out exact up to rounding in every class. A group
-    stays whole: the largest first, each goes where it brings the classes nearest to their fractions. A class keeps at least one sample
-    in train. A sample without split follows its group, if that is given one.
+    Given splits are preserved. Val and test, each if no sample is given to it, are carved out of the samples that are train or have no
+    split: the fraction `val` or `test` of them, stratified by class. Samples without group match the fractions up to rounding in every
+    class. Groups stay whole: the largest first, each goes to the split where it brings the classes closest to their fractions. A class
+    retains at least one sample in train. A sample without split follows its group, if the group has one.
 
     Raises UserError for fractions that are not in [0, 1) or leave nothing to train on, and for a split that would be empty.
 
@@ -27,30 +27,30 @@ def assign_splits(
     >>> splits.count("train"), splits.count("val"), splits[18:]  # test is given, so none is carved
     (12, 6, ['test', 'test'])
     """
-    refuse_fractions(val, test)
+    reject_fractions(val, test)
     fractions = {name: fraction for name, fraction in (("val", val), ("test", test)) if fraction and name not in splits}
-    settled = keep_given(splits, groups)
+    settled = fixed_splits(splits, groups)
     pool = [i for i, split in enumerate(settled) if split is None]
     names = [*fractions, "train"]
     chosen = carve([labels[i] for i in pool], [groups[i] for i in pool], list(fractions.values()), np.random.default_rng(seed))
     for name, count in zip(fractions, np.bincount(chosen, minlength=len(names)).tolist(), strict=False):
         if not count:
             raise UserError(
-                f"{len(pool):,} samples are too few to carve {name} out of them (data.{name}={fractions[name]:g}): every class keeps "
-                "a sample in train, and groups stay whole. Add samples, name a file of its own "
-                f"(--data.{name}_manifest=FILE), or do without (--data.{name}=0)"
+                f"{len(pool):,} samples are too few to carve {name} out of them (data.{name}={fractions[name]:g}): every class retains "
+                "a sample in train, and groups stay whole. Add samples, give a separate file "
+                f"(--data.{name}_manifest=FILE), or run without it (--data.{name}=0)"
             )
     for i, choice in zip(pool, chosen.tolist(), strict=True):
         settled[i] = names[choice]
     return [split or "train" for split in settled]
 
 
-def draw_alike(labels: Sequence[str | None], count: int, seed: int) -> list[int]:
-    """The positions of `count` samples drawn at random by `seed`, in ascending order: of every class its share up to rounding, but at least
-    one sample. All of them if there are no more. Raises UserError for a count below the number of classes.
+def draw_stratified(labels: Sequence[str | None], count: int, seed: int) -> list[int]:
+    """The positions of `count` samples drawn at random by `seed`, stratified by class, in ascending order: each class has its share up to
+    rounding, but at least one sample. All positions if there are no more. Raises UserError for a count below the number of classes.
 
     >>> labels = ["yes"] * 60 + ["no"] * 30 + ["maybe"]
-    >>> [sum(labels[i] == label for i in draw_alike(labels, 12, seed=0)) for label in ("yes", "no", "maybe")]
+    >>> [sum(labels[i] == label for i in draw_stratified(labels, 12, seed=0)) for label in ("yes", "no", "maybe")]
     [7, 4, 1]
     """
     classes = numbered(labels)
@@ -69,7 +69,7 @@ def draw_alike(labels: Sequence[str | None], count: int, seed: int) -> list[int]
 
 
 def groups_across_splits(splits: Sequence[str | None], groups: Sequence[str | None]) -> dict[str, set[str]]:
-    """The groups with samples in more than one split, and in which; samples without split or group are passed over.
+    """The groups with samples in more than one split, and these splits; samples without split or group are ignored.
 
     >>> sorted(groups_across_splits(["train", "test", "val"], ["a", "a", "b"])["a"])
     ['test', 'train']
@@ -82,15 +82,15 @@ def groups_across_splits(splits: Sequence[str | None], groups: Sequence[str | No
 
 
 def splits_of_groups(splits: Sequence[str | None], groups: Sequence[str | None]) -> dict[str, int]:
-    """The splits of each group, as a sum of bits: a million sets would take seconds."""
-    found: dict[str, int] = {}
+    """The splits of each group as a bit mask: a million sets would take seconds."""
+    masks: dict[str, int] = {}
     for split, group in zip(splits, groups, strict=True):
         if split is not None and group is not None:
-            found[group] = found.get(group, 0) | BIT[split]
-    return found
+            masks[group] = masks.get(group, 0) | BIT[split]
+    return masks
 
 
-def refuse_fractions(val: float, test: float) -> None:
+def reject_fractions(val: float, test: float) -> None:
     for name, fraction in (("val", val), ("test", test)):
         if not 0 <= fraction < 1:
             raise UserError(f"data.{name} is {fraction}; expected a fraction of the samples, from 0 (none) to less than 1")
@@ -98,8 +98,8 @@ def refuse_fractions(val: float, test: float) -> None:
         raise UserError(f"data.val is {val} and data.test {test}: together they leave nothing to train on; expected a sum below 1")
 
 
-def keep_given(splits: Sequence[str | None], groups: Sequence[str | None]) -> list[str | None]:
-    """The splits that stand; None for the samples that may be shared out."""
+def fixed_splits(splits: Sequence[str | None], groups: Sequence[str | None]) -> list[str | None]:
+    """The splits that are fixed; None for the samples that may be distributed."""
     given = splits_of_groups(splits, groups)
     settled: list[str | None] = []
     for split, group in zip(splits, groups, strict=True):
@@ -109,12 +109,12 @@ def keep_given(splits: Sequence[str | None], groups: Sequence[str | None]) -> li
         elif of_group <= BIT["train"]:
             settled.append(None)
         else:
-            # Its group is held out, at least in part: sharing this sample out could bring the group into yet another split.
+            # Part of its group is held out: distributing this sample could bring the group into yet another split.
             settled.append(split or next(name for name, bit in BIT.items() if of_group & bit))
     return settled
 
 
-# Everything below counts in numbers: classes 0 .. C-1, and splits 0 .. S-1 to carve (val, test) with S for train.
+# Below, classes are numbered 0 .. C-1, the splits to carve (val, test) 0 .. S-1, and train S.
 
 
 def carve(
@@ -139,20 +139,20 @@ def place_singles(
     chosen: np.ndarray,
     random: np.random.Generator,
 ) -> None:
-    """Share out samples that belong to no group, so that every class and the whole come as near to the fractions as whole samples can."""
+    """Distribute samples without group, so that each class and the total are as close to the fractions as whole samples allow."""
     count = int(classes.max()) + 1
     placed = np.ones(len(chosen), dtype=bool)
     placed[singles] = False
-    there = np.stack([np.bincount(classes[placed & (chosen == split)], minlength=count) for split in range(len(fractions) + 1)])
-    wanted = np.array(fractions)[:, None] * np.bincount(classes, minlength=count) - there[:-1]
-    # One sample of each class is train's, unless a group has brought it one.
-    room = np.maximum(np.bincount(classes[singles], minlength=count) - (there[-1] == 0), 0)
-    take = apportion(wanted, room, totals - there[:-1].sum(1), random)
+    counts = np.stack([np.bincount(classes[placed & (chosen == split)], minlength=count) for split in range(len(fractions) + 1)])
+    wanted = np.array(fractions)[:, None] * np.bincount(classes, minlength=count) - counts[:-1]
+    # One sample of each class is reserved for train, unless a group has contributed one.
+    available = np.maximum(np.bincount(classes[singles], minlength=count) - (counts[-1] == 0), 0)
+    take = apportion(wanted, available, totals - counts[:-1].sum(1), random)
 
     shuffled = random.permutation(singles)
     shuffled = shuffled[np.argsort(classes[shuffled], kind="stable")]
     sizes = np.bincount(classes[singles], minlength=count)
-    rank = np.arange(len(shuffled)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # the place of a sample within its class
+    rank = np.arange(len(shuffled)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of a sample within its class
     first = np.zeros(count, dtype=np.int64)
     for split, amount in enumerate(take):
         of_class = classes[shuffled]
@@ -160,25 +160,25 @@ def place_singles(
         first += amount
 
 
-def apportion(wanted: np.ndarray, room: np.ndarray, totals: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Whole numbers (S, C) next to `wanted`, in all at most `room` (C,): rounded down, then up where most was lost, up to `totals` (S,)."""
+def apportion(wanted: np.ndarray, available: np.ndarray, totals: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Integers (S, C) close to `wanted`, at most `available` (C,) in sum: rounded down, then up by largest remainder, to `totals` (S,)."""
     take = np.floor(np.maximum(wanted, 0) + 1e-9).astype(np.int64)
-    crowded = take.sum(0) > room
-    take[:, crowded] = take[:, crowded] * room[crowded] // take.sum(0)[crowded]
-    room = room - take.sum(0)
+    exceeded = take.sum(0) > available
+    take[:, exceeded] = take[:, exceeded] * available[exceeded] // take.sum(0)[exceeded]
+    available = available - take.sum(0)
     for split in range(len(wanted)):
-        lost = wanted[split] - take[split]
-        candidates = random.permutation(np.flatnonzero((lost > 1e-9) & (room > 0)))
-        candidates = candidates[np.argsort(-lost[candidates], kind="stable")][: max(int(totals[split] - take[split].sum()), 0)]
+        remainder = wanted[split] - take[split]
+        candidates = random.permutation(np.flatnonzero((remainder > 1e-9) & (available > 0)))
+        candidates = candidates[np.argsort(-remainder[candidates], kind="stable")][: max(int(totals[split] - take[split].sum()), 0)]
         take[split, candidates] += 1
-        room[candidates] -= 1
+        available[candidates] -= 1
     return take
 
 
 def place_groups(
     classes: np.ndarray, groups: Sequence[str | None], fractions: Sequence[float], chosen: np.ndarray, random: np.random.Generator
 ) -> np.ndarray:
-    """Write the split of every group of two or more samples into `chosen`; gives which samples those are (n,)."""
+    """Write the split of every group of two or more samples into `chosen`; returns the mask of those samples (n,)."""
     group = numbered([i if name is None else name for i, name in enumerate(groups)])
     sizes = np.bincount(group)
     in_group = sizes[group] > 1
@@ -195,7 +195,7 @@ def place_groups(
 def place_greedily(
     contents: list[list[tuple[int, int]]], of_class: np.ndarray, fractions: Sequence[float], units: int, random: np.random.Generator
 ) -> list[int]:
-    """The split of each group, given as its (class, count) pairs, largest first. units: groups and single samples in all.
+    """The split of each group; groups are given by their (class, count) pairs, largest first. units: number of groups and single samples.
 
     A group goes where it adds least to the sum of (got - target)^2 / target over the classes and the size of the splits.
     """
@@ -211,7 +211,7 @@ def place_greedily(
         empty = [split for split in range(train) if not got_size[split]]
         options: Sequence[int] = range(train + 1)
         if any(not got[train][c] and left[c] == k for c, k in pairs):
-            options = [train]  # the last that train can get of a class
+            options = [train]  # the last samples of a class that train can get
         elif units_left <= len(empty):
             options = empty
         costs = []
@@ -222,8 +222,8 @@ def place_greedily(
                 cost += k * (k + 2 * (g[c] - t[c])) / t[c]
             costs.append(cost)
         least = min(costs)
-        best = [split for split, cost in zip(options, costs, strict=True) if cost == least]
-        split = best[int(tie * len(best))]
+        cheapest = [split for split, cost in zip(options, costs, strict=True) if cost == least]
+        split = cheapest[int(tie * len(cheapest))]
         for c, k in pairs:
             got[split][c] += k
             left[c] -= k
@@ -233,7 +233,7 @@ def place_greedily(
 
 
 def class_counts(group: np.ndarray, classes: np.ndarray, order: np.ndarray) -> list[list[tuple[int, int]]]:
-    """For each group of `order`, its classes and how many samples it has of each."""
+    """For each group of `order`, its (class, number of samples) pairs."""
     count = int(classes.max()) + 1
     keys, counts = np.unique(group * count + classes, return_counts=True)
     pairs = list(zip((keys % count).tolist(), counts.tolist(), strict=True))
@@ -243,6 +243,6 @@ def class_counts(group: np.ndarray, classes: np.ndarray, order: np.ndarray) -> l
 
 
 def numbered(names: Sequence[Hashable]) -> np.ndarray:
-    """Equal names as equal numbers, from 0 in the order of their first appearance."""
+    """Integer codes of the names, from 0 in order of first appearance; equal names get equal codes."""
     known: dict[Hashable, int] = {}
     return np.array([known.setdefault(name, len(known)) for name in names], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The text of a manifest's file: decompressed, and decoded as its format says. An encoding is never guessed, but named where it shows."""
+"""The text of a manifest's file, decompressed and decoded by its format. An encoding is never guessed, but suggested where evident."""
 
 import codecs
 import gzip
@@ -21,7 +21,7 @@ LINE_FEED, CARRIAGE_RETURN = b"\n\r"
 
 
 def open_bytes(path: str) -> IO[bytes]:
-    """The file's bytes, decompressed where it begins as gzip does, whatever its name."""
+    """The file's bytes, decompressed if it begins as gzip does, whatever its name."""
     with open(path, "rb") as file:
         is_gzip = file.read(len(GZIP)) == GZIP
     return cast(IO[bytes], gzip.open(path)) if is_gzip else open(path, "rb")
@@ -30,12 +30,12 @@ def open_bytes(path: str) -> IO[bytes]:
 def open_text(path: str, format: Format, newline: str = "") -> TextIO:
     """The file's text; newline: where lines end, as for `open`. Bytes that cannot be decoded become lone surrogates (see `undecodable`)."""
     with open_bytes(path) as file:
-        refuse_other_content(path, file.read(64), format)
+        reject_other_content(path, file.read(64), format)
     encoding = "utf-8-sig" if format.is_utf8 else format.encoding
     return io.TextIOWrapper(open_bytes(path), encoding=encoding, errors="surrogateescape", newline=newline)
 
 
-def refuse_other_content(path: str, start: bytes, format: Format) -> None:
+def reject_other_content(path: str, start: bytes, format: Format) -> None:
     for first, what in NOT_TEXT.items():
         if start.startswith(first):
             raise UserError(f"{path} begins as {what}")
@@ -56,7 +56,7 @@ def refuse_other_content(path: str, start: bytes, format: Format) -> None:
 
 
 def may_be_utf8(path: str) -> bool:
-    """Whether a file holds more than ASCII, and all of it is UTF-8: which text of another encoding hardly ever is."""
+    """Whether a file is valid UTF-8 and not only ASCII, which text in another encoding hardly ever is."""
     decoder, ascii_only = codecs.getincrementaldecoder("utf-8")(), True
     with open_bytes(path) as file:
         try:
@@ -72,13 +72,13 @@ def may_be_utf8(path: str) -> bool:
 class Lines:
     """The lines of a text file, each with its line break (\\n, \\r\\n or \\r), side by side in memory.
 
-    array: (n,) their bytes in UTF-8; a byte of the file that can't be decoded is a lone surrogate there, which is no valid UTF-8.
-    decodable: (n,) bool, where there is none.
+    array: (n,) their bytes in UTF-8; an undecodable byte of the file becomes a lone surrogate, which is not valid UTF-8.
+    decodable: (n,) bool, lines without such a surrogate.
     """
 
     def __init__(self, path: str, format: Format) -> None:
         with open_bytes(path) as file:
-            refuse_other_content(path, file.read(64), format)
+            reject_other_content(path, file.read(64), format)
         with open_bytes(path) as file:
             raw = file.read()
         if not format.is_utf8:
@@ -97,11 +97,11 @@ class Lines:
         return len(self.array)
 
     def matching(self, pattern: str | bytes) -> np.ndarray:
-        """(n,) bool: the lines in which a regular expression (RE2) is found."""
+        """(n,) bool: the lines in which a regular expression (RE2) has a match."""
         return pc.match_substring_regex(self.array, pattern).to_numpy(zero_copy_only=False)
 
     def texts(self, start: int) -> Iterator[str]:
-        """The lines from one on."""
+        """The lines from line `start` on, counted from 0."""
         for i in range(start, len(self)):
             yield self.array[i].as_py().decode("utf-8", "surrogatepass")
 
@@ -110,7 +110,7 @@ def lines_of(raw: bytes) -> pa.Array:
     """(n,) large_binary: the lines of bytes, without a copy."""
     ends = [np.zeros(1, dtype=np.int64)]
     for start in range(0, len(raw), BLOCK):
-        # With the byte after the block, for a carriage return at its end may belong to a line feed there.
+        # Includes the byte after the block, since a carriage return at its end may be followed by a line feed there.
         block = np.frombuffer(raw, dtype=np.uint8, offset=start, count=min(BLOCK + 1, len(raw) - start))
         is_end, alone = block == LINE_FEED, block == CARRIAGE_RETURN
         if alone.any():
@@ -124,9 +124,9 @@ def lines_of(raw: bytes) -> pa.Array:
 
 
 def undecodable(cells: Iterable[tuple[str, str]], format: Format | None = None) -> str | None:
-    """What is wrong with the first cell that is no valid text, and, for a file of this format, what would read it.
+    """The flaw of the first cell that is not valid text, with the option that would read a file of this format; None if all are valid.
 
-    Lone surrogates stand for bytes, as Python's surrogateescape has it.
+    Lone surrogates stand for bytes, as in Python's surrogateescape.
     """
     for name, cell in cells:
         try:
@@ -136,12 +136,12 @@ def undecodable(cells: Iterable[tuple[str, str]], format: Format | None = None) 
             if not 0xDC80 <= code <= 0xDCFF:
                 return f"not UTF-8 (lone surrogate U+{code:04X} in column {name})"
             encoding = "UTF-8" if format is None or format.is_utf8 else format.encoding
-            return f"not {encoding} (byte 0x{code - 0xDC00:02x} in column {name}{way_out(code - 0xDC00, format)})"
+            return f"not {encoding} (byte 0x{code - 0xDC00:02x} in column {name}{hint_of_encoding(code - 0xDC00, format)})"
     return None
 
 
-def way_out(byte: int, format: Format | None) -> str:
-    """The option that reads the byte as Windows' Western encoding, if it means a letter there."""
+def hint_of_encoding(byte: int, format: Format | None) -> str:
+    """The option that reads the file in Windows' Western encoding (cp1252), if the byte is a letter there."""
     if format is None or not format.is_utf8:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Texts to token ids: the pretrained model's own tokenizer, or one trained on the training texts."""
+"""Tokenization: the pretrained model's own tokenizer, or one trained on the training texts."""
 
 import json
 import os
@@ -20,17 +20,17 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
 class TokenStore(NamedTuple):
-    """Many tokenized texts in two arrays: text i is ids[offsets[i]:offsets[i + 1]]; one without tokens is absent."""
+    """Tokenized texts in two arrays: text i is ids[offsets[i]:offsets[i + 1]]; a missing text has no tokens."""
 
     ids: np.ndarray
     offsets: np.ndarray
-    cut: int  # how many texts were longer than max_length
-    unknown: float  # share of the tokens, but for those that mark start and end, that the tokenizer does not know
+    cut: int  # number of texts that were truncated to max_length
+    unknown: float  # share of unknown tokens, not counting those that mark start and end
 
-    def batch(self, rows: Sequence[int] | np.ndarray, pad_id: int) -> Texts:
-        """These texts, padded to the longest of them: ids (B, N), mask (B, N), N >= 1."""
-        rows = np.asarray(rows)
-        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+    def batch(self, samples: Sequence[int] | np.ndarray, pad_id: int) -> Texts:
+        """The texts of these samples, padded to the longest of them: ids (B, N), mask (B, N), N >= 1."""
+        samples = np.asarray(samples)
+        starts, lengths = self.offsets[samples], self.offsets[samples + 1] - self.offsets[samples]
         mask = np.arange(max(int(lengths.max(initial=0)), 1)) < lengths[:, None]
         ids = np.full(mask.shape, pad_id, dtype=np.int64)
         source = starts[:, None] + np.arange(mask.shape[1])
@@ -39,7 +39,7 @@ class TokenStore(NamedTuple):
 
 
 class Tokenizer:
-    """A `tokenizers` pipeline with the padding id and the greatest length, as plain state that a checkpoint can hold.
+    """A `tokenizers` pipeline with its padding id and maximum length; its state is plain data for the checkpoint.
 
     >>> tokenizer = Tokenizer.train(["is there a red circle?", "is there a blue square?"], vocab_size=100, max_length=16)
     >>> store = tokenizer.encode(["a red square", None])
@@ -58,16 +58,16 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], *, vocab_size: int, max_length: int) -> "Tokenizer":
         """Byte-pair encoding (Sennrich et al., 2016) learnt from the texts, lower-cased, with at most `vocab_size` entries.
 
-        Where the texts have more distinct characters than that, the rarest become unknown. Raises UserError for a vocab_size without room
-        for any.
+        Where the texts have more distinct characters than that, the rarest become unknown. Raises UserError for a vocab_size that has no
+        room for any character.
         """
         if vocab_size <= len(SPECIAL):
-            raise UserError(f"tokenizer: vocab_size is {vocab_size}; expected more than {len(SPECIAL)}, those of {', '.join(SPECIAL)}")
+            raise UserError(f"tokenizer: vocab_size is {vocab_size}; expected more than the {len(SPECIAL)} of {', '.join(SPECIAL)}")
         texts = list(texts)
         backend = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
         backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        alphabet = commonest_characters(backend.normalizer, texts, vocab_size - len(SPECIAL))
+        alphabet = most_frequent_characters(backend.normalizer, texts, vocab_size - len(SPECIAL))
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=SPECIAL,
@@ -83,22 +83,22 @@ class Tokenizer:
 
     @classmethod
     def pretrained(cls, name_or_path: str, *, max_length: int) -> "Tokenizer":
-        """The tokenizer that belongs to a transformers model. Raises UserError if it cannot be had or is not a fast one."""
+        """The tokenizer that belongs to a transformers model. Raises UserError if it can't be loaded or is not a fast one."""
         from transformers import AutoTokenizer
 
         source = os.path.expanduser(name_or_path)
         try:
-            theirs = AutoTokenizer.from_pretrained(source if os.path.isdir(source) else name_or_path)
+            loaded = AutoTokenizer.from_pretrained(source if os.path.isdir(source) else name_or_path)
         except Exception as error:  # tokenizers raises plain Exception, transformers KeyError, for a file that isn't a tokenizer
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"tokenizer of '{name_or_path}' could not be loaded ({reason}); expected tokenizer.json in that folder"
             ) from error
-        backend = getattr(theirs, "backend_tokenizer", None)
-        # Without a vocabulary file transformers makes a tokenizer that knows no word.
-        if backend is None or backend.get_vocab_size() <= len(theirs.all_special_tokens):
+        backend = getattr(loaded, "backend_tokenizer", None)
+        # Without a vocabulary file transformers makes a tokenizer with an empty vocabulary.
+        if backend is None or backend.get_vocab_size() <= len(loaded.all_special_tokens):
             raise UserError(f"tokenizer of '{name_or_path}' has no tokenizer.json; save it as a fast tokenizer there first")
-        pad_id = theirs.pad_token_id if theirs.pad_token_id is not None else 0
+        pad_id = loaded.pad_token_id if loaded.pad_token_id is not None else 0
         return cls(backend, pad_id=pad_id, max_length=max_length)
 
     @property
@@ -107,33 +107,33 @@ class Tokenizer:
 
     @property
     def id_limit(self) -> int:
-        """One more than the greatest id, of a token or of padding; above vocab_size where ids are left out."""
+        """One more than the largest id, of a token or of padding; above vocab_size where ids have gaps."""
         return 1 + max([self.pad_id, *self.backend.get_vocab().values()])
 
     @cached_property
     def unk_id(self) -> int | None:
-        """The id of what is not in the vocabulary; None where everything can be spelt, as in bytes."""
+        """The id of unknown tokens; None where there are none, as with byte-level tokenizers."""
         model: Any = self.backend.model
-        if isinstance(model, models.Unigram):  # which does not show it
+        if isinstance(model, models.Unigram):  # which has no such attribute
             return json.loads(self.backend.to_str())["model"]["unk_id"]
         return None if model.unk_token is None else self.backend.token_to_id(model.unk_token)
 
     def encode(self, texts: Sequence[str | None]) -> TokenStore:
-        """Token ids of all texts, None giving none; those longer than `max_length` tokens are cut and counted."""
+        """Token ids of all texts, none for None; texts longer than `max_length` tokens are truncated and counted."""
         present = [i for i, text in enumerate(texts) if text is not None]
         lengths = np.zeros(len(texts) + 1, dtype=np.int64)
         pieces: list[np.ndarray] = []
         cut = 0
-        for start in range(0, len(present), 10_000):  # in slices, so that the tokenizer's own objects don't pile up
+        for start in range(0, len(present), 10_000):  # in slices, so that the tokenizer's own objects don't accumulate in memory
             chosen = present[start : start + 10_000]
             for i, encoding in zip(chosen, self.backend.encode_batch([str(texts[i]) for i in chosen]), strict=True):
                 pieces.append(np.asarray(encoding.ids, dtype=np.int32))
                 lengths[i + 1] = len(encoding.ids)
                 cut += bool(encoding.overflowing)
         ids = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
-        words = len(ids) - len(present) * self.backend.num_special_tokens_to_add(False)
+        ordinary = len(ids) - len(present) * self.backend.num_special_tokens_to_add(False)
         unknown = 0 if self.unk_id is None else np.count_nonzero(ids == self.unk_id)
-        return TokenStore(ids, np.cumsum(lengths), cut, unknown / max(words, 1))
+        return TokenStore(ids, np.cumsum(lengths), cut, unknown / max(ordinary, 1))
 
     def state(self) -> dict[str, Any]:
         """Plain data from which `from_state` makes the same tokenizer."""
@@ -144,13 +144,13 @@ class Tokenizer:
         return cls(tokenizers.Tokenizer.from_str(state["backend"]), pad_id=state["pad_id"], max_length=state["max_length"])
 
 
-def commonest_characters(normalizer: Any, texts: Iterable[str], most: int) -> list[str]:
-    """The characters that occur most often in the normalised texts; ties by code point, since a hash order would differ between ranks."""
+def most_frequent_characters(normalizer: Any, texts: Iterable[str], most: int) -> list[str]:
+    """The most frequent characters of the normalised texts; ties by code point, since a hash order would differ between ranks."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(normalizer.normalize_str(text))
-    found = [character for character in counts if not character.isspace()]
-    return sorted(found, key=lambda character: (-counts[character], character))[:most]
+    characters = [character for character in counts if not character.isspace()]
+    return sorted(characters, key=lambda character: (-counts[character], character))[:most]
 
 
 def batch_texts(tokenizer: Tokenizer, texts: Sequence[str | None]) -> Texts:

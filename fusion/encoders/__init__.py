@@ -1,4 +1,4 @@
-"""Encoders: an image, a text or a row of a table to Features."""
+"""Encoders from images, texts or table rows to Features."""
 
 from fusion.encoders.base import Encoder
 from fusion.encoders.table_columns import TableColumns

@@ -1,4 +1,4 @@
-"""Adapters (LoRA and its kin) in encoders that stay as they are, by the peft library."""
+"""Adapters (LoRA and similar) in frozen encoders, with the peft library."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +9,12 @@ from fusion.errors import UserError, nearest
 
 
 def add_adapters(encoders: Mapping[str, nn.Module] | nn.ModuleDict, adapters: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put adapters into encoders, whose own weights then no longer learn.
+    """Insert adapters into encoders, whose own weights are then frozen.
 
-    adapters: by modality, a configuration of peft as plain data: {"peft_type": "LORA", "r": 8, "target_modules": ["query", "value"]}
+    adapters: by modality, a peft configuration as plain data: {"peft_type": "LORA", "r": 8, "target_modules": ["query", "value"]}
     (Hu et al., 2022); peft_type is LORA unless given. Adapters are float32, also in an encoder of half precision.
 
-    Raises UserError for a modality without encoder, a configuration that peft refuses, and where peft is not installed.
+    Raises UserError for a modality without encoder, for a configuration that peft rejects, and if peft is not installed.
     """
     if not adapters:
         return

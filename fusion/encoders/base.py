@@ -1,4 +1,4 @@
-"""The contract that every encoder keeps."""
+"""The contract of all encoders."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ Reading = Literal["embeddings", "levels", "tokens", "pooled"]
 
 
 class Encoder(nn.Module, ABC):
-    """Turns one modality's input into Features.
+    """Encodes one modality's input as Features.
 
-    `takes` is the input that it reads.
+    `takes` is the type of its input.
     `dim` is the width of `forward`'s features, `embed_dim` that of `embed`'s. A frozen encoder stays in eval mode, gets no
-    gradient and keeps no activations. Only `forward` must work: where an encoder has no embeddings or no levels, what asks for them, and
-    for their widths, raises UserError.
+    gradient and stores no activations. Only `forward` must work: if an encoder has no embeddings or no levels, their methods and widths
+    raise UserError.
     """
 
     takes: ClassVar[type]  # Images, Texts, Columns
@@ -28,7 +28,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, x: Any) -> Features:
-        """What comes before the first block: patches of an image, words with their positions."""
+        """Features before the first block: patches of an image, words with their positions."""
 
     @abstractmethod
     def forward(self, x: Any) -> Features:
@@ -37,7 +37,7 @@ class Encoder(nn.Module, ABC):
     @property
     @abstractmethod
     def depth(self) -> int:
-        """How many levels there are: blocks of a transformer, stages of a convolutional model."""
+        """Number of levels: blocks of a transformer, stages of a convolutional model."""
 
     @abstractmethod
     def levels(self, x: Any, depths: Sequence[int]) -> list[Features]:
@@ -45,23 +45,23 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def level_dims(self, depths: Sequence[int]) -> list[int]:
-        """The widths of what `levels` gives for these depths."""
+        """The widths of the features that `levels` returns for these depths."""
 
     @abstractmethod
     def checkpoint_activations(self) -> None:
-        """Compute the blocks' activations again in the backward pass instead of keeping them. Raises UserError where it can't."""
+        """Recompute the blocks' activations in the backward pass instead of storing them. Raises UserError if that is not supported."""
 
     @abstractmethod
     def layers_of_parameters(self) -> dict[str, int]:
-        """The layer of each parameter, by its name: 0 for what comes before the first block, then 1, 2, ..."""
+        """The layer of each parameter, by name: 0 before the first block, then 1, 2, ..."""
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
-        """Keyword arguments, plain data, that build this encoder again with no file and no hub (a checkpoint has its weights)."""
+        """Keyword arguments, as plain data, that rebuild this encoder without any file or hub (a checkpoint has its weights)."""
 
     @abstractmethod
     def example(self) -> Any:
-        """The smallest valid input, for finding out what is used."""
+        """The smallest valid input, for probing the encoder."""
 
     def read(self, x: Any, what: Reading, depths: Sequence[int] = ()) -> Features | list[Features]:
         """`embed` for "embeddings", `forward` for "tokens" and "pooled", `levels` at the given depths for "levels"."""
@@ -70,8 +70,8 @@ class Encoder(nn.Module, ABC):
         return self.embed(x) if what == "embeddings" else self(x)
 
     def trim(self, what: Reading, depths: Sequence[int] = ()) -> None:
-        """Take out every module that reading `what` never touches (early fusion carries no dead body, DDP meets no unused parameter)."""
-        frozen, self.frozen = self.frozen, False  # a frozen encoder keeps no gradient, by which the used modules are found
+        """Remove every module that reading `what` doesn't use: early fusion has no unused layers, and DDP finds no unused parameters."""
+        frozen, self.frozen = self.frozen, False  # the used modules are found by their gradient, which a frozen encoder has none of
         drop_unused(self, lambda: self.read(self.example(), what, depths), keep_if_reaches="pooled" if what == "pooled" else "all")
         self.frozen = frozen
 
@@ -87,7 +87,7 @@ class Encoder(nn.Module, ABC):
 def drop_unused(
     module: nn.Module, run: Callable[[], Features | list[Features]], *, keep_if_reaches: Literal["all", "pooled"] = "all"
 ) -> None:
-    """Replace by Identity each module none of whose own parameters gets a gradient when `run`'s features are differentiated."""
+    """Replace with Identity each module of which no parameter gets a gradient from the features that `run` returns."""
     training = module.training
     module.eval()
     named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
@@ -95,10 +95,10 @@ def drop_unused(
     for p in named.values():
         p.requires_grad_(True)
     with torch.enable_grad():
-        found = run()
-        read = [found] if isinstance(found, Features) else found
-        reached = torch.stack([f.pooled.sum() + (f.tokens.sum() if keep_if_reaches == "all" else 0) for f in read]).sum()
-        gradients = torch.autograd.grad(reached, list(named.values()), allow_unused=True)
+        features = run()
+        levels = [features] if isinstance(features, Features) else features
+        total = torch.stack([f.pooled.sum() + (f.tokens.sum() if keep_if_reaches == "all" else 0) for f in levels]).sum()
+        gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     for p, trainable in zip(named.values(), was_trainable.values(), strict=True):
         p.requires_grad_(trainable)
     unused = {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
@@ -113,12 +113,12 @@ def drop_unused(
 
 
 def fill_absent(x: Tensor, present: Tensor) -> Tensor:
-    """`x` (B, ...) with each absent row replaced by a present one, so that no statistic of the batch ever sees what stands there.
+    """Replaces each absent sample of `x` (B, ...) by a present one, so that absent samples don't affect batch statistics.
 
-    If none is present, zeros. Static shapes: it can be compiled and exported.
+    Returns zeros if none is present. Shapes are static: it can be compiled and exported.
     """
-    rows = torch.arange(x.shape[0], device=x.device)
+    index = torch.arange(x.shape[0], device=x.device)
     order = torch.argsort(present.int(), descending=True, stable=True)
-    source = torch.where(present, rows, order[rows % present.sum().clamp(min=1)])
-    anyone = present.any().reshape([1] * x.dim())
-    return torch.where(anyone, x[source], torch.zeros((), dtype=x.dtype, device=x.device))
+    source = torch.where(present, index, order[index % present.sum().clamp(min=1)])
+    any_present = present.any().reshape([1] * x.dim())
+    return torch.where(any_present, x[source], torch.zeros((), dtype=x.dtype, device=x.device))

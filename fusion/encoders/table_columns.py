@@ -1,4 +1,4 @@
-"""Encoder of tables: a token for each column."""
+"""Table encoder: one token per column."""
 
 import math
 from collections.abc import Sequence
@@ -17,23 +17,23 @@ from fusion.inputs import Columns
 
 
 class TableColumns(Encoder):
-    """Encode a table's row: each column is a token, and blocks of a transformer let them see each other.
+    """Encode a table row: each column is a token, and transformer blocks let the tokens attend to each other.
 
         number x_j: x_j w_j + b_j            category c_j: E_j[c_j] + b_j            then `depth` pre-norm blocks, and a norm
 
-    A missing cell is a masked token. It takes Columns and gives tokens (B, F + G, dim) and pooled (B, dim), the mean of the real tokens.
+    A missing cell is a masked token. Takes Columns; returns tokens (B, F + G, dim) and pooled (B, dim), the mean of the real tokens.
 
     Source: Gorishniy et al. (2021), "Revisiting Deep Learning Models for Tabular Data" (FT-Transformer).
 
     Args:
         dim: width of the tokens.
-        depth: blocks; 0 for the tokens alone.
-        heads: attention heads, of which dim is a multiple.
-        mlp_ratio: width of a block's feed-forward layer, in dims.
-        dropout: of attention's and the feed-forward layer's outputs.
+        depth: number of transformer blocks; 0 for the tokens alone.
+        heads: number of attention heads, of which dim is a multiple.
+        mlp_ratio: hidden width of the feed-forward layers, as a multiple of dim; above 0.
+        dropout: dropout probability on the outputs of attention and of the feed-forward layers; from 0 to below 1.
         frozen: no gradient, eval mode.
-        numbers: how many columns are numbers; the data tells it.
-        cardinalities: of each column of categories how many there are, with the unknown one; the data tells it.
+        numbers: number of numeric columns; set from the data.
+        cardinalities: number of categories of each categorical column, including the unknown one; set from the data.
     """
 
     takes = Columns
@@ -53,7 +53,7 @@ class TableColumns(Encoder):
         if dim < 2 or depth < 0 or heads < 1 or dim % heads or mlp_ratio <= 0 or not 0 <= dropout < 1:
             raise UserError(
                 f"table encoder: dim {dim}, depth {depth}, heads {heads}, mlp_ratio {mlp_ratio}, dropout {dropout}; expected a dim that "
-                "heads divide, a depth of 0 or more, and a dropout from 0 to below 1"
+                "is a multiple of heads, a depth of 0 or more, an mlp_ratio above 0, and a dropout from 0 to below 1"
             )
         self.dim = self.embed_dim = dim
         self.options: dict[str, Any] = {"dim": dim, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio, "dropout": dropout}
@@ -65,7 +65,7 @@ class TableColumns(Encoder):
             self.freeze()
 
     def fit_columns(self, numbers: int, cardinalities: Sequence[int]) -> None:
-        """Make tokens for these columns: so many numbers, and categories of so many each."""
+        """Build the tokenizer for this number of numeric columns, and for categorical columns of these cardinalities."""
         self.counts = numbers, list(cardinalities)
         self.tokens = ColumnTokens(numbers, self.counts[1], self.dim)
         if self.frozen:
@@ -73,7 +73,7 @@ class TableColumns(Encoder):
 
     def forward(self, x: Columns) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
-            return self.features(self.norm(self.through(x, self.depth)[-1]), x)
+            return self.features(self.norm(self.run_blocks(x, self.depth)[-1]), x)
 
     def embed(self, x: Columns) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
@@ -84,20 +84,20 @@ class TableColumns(Encoder):
             if not -self.depth <= depth < self.depth:
                 raise UserError(f"the table encoder has {self.depth} levels; there is no depth {depth}")
         with torch.no_grad() if self.frozen else nullcontext():
-            found = self.through(x, max((depth % self.depth for depth in depths), default=-1) + 1)
-            return [self.features(found[depth % self.depth + 1], x) for depth in depths]
+            hidden = self.run_blocks(x, max((depth % self.depth for depth in depths), default=-1) + 1)
+            return [self.features(hidden[depth % self.depth + 1], x) for depth in depths]
 
-    def through(self, x: Columns, blocks: int) -> list[Tensor]:
-        """The tokens before the first block and after each of so many."""
-        found = [self.tokens(x)]
-        # A sample without any cell reads its first, since softmax over nothing is NaN.
+    def run_blocks(self, x: Columns, blocks: int) -> list[Tensor]:
+        """Returns the tokens before the first block and after each of the first `blocks` blocks."""
+        hidden = [self.tokens(x)]
+        # A sample without any cell attends to its first token, since softmax over nothing is NaN.
         first = torch.zeros_like(x.mask)
         first[:, 0] = True
         mask = None if x.full else x.mask | (first & ~x.present[:, None])
         for block in list(self.blocks)[:blocks]:
-            again = self.checkpointed and self.training
-            found.append(checkpoint(block, found[-1], mask, use_reentrant=False) if again else block(found[-1], mask))
-        return found
+            recompute = self.checkpointed and self.training
+            hidden.append(checkpoint(block, hidden[-1], mask, use_reentrant=False) if recompute else block(hidden[-1], mask))
+        return hidden
 
     def features(self, tokens: Tensor, x: Columns) -> Features:
         return Features(tokens, x.mask, masked_mean(tokens, x.mask), full=x.full)
@@ -108,25 +108,25 @@ class TableColumns(Encoder):
 
     def level_dims(self, depths: Sequence[int]) -> list[int]:
         if not self.depth:
-            raise UserError("the table encoder has depth 0, and no levels to read; --model.encoders.NAME.depth=2")
+            raise UserError("the table encoder has depth 0, and so no levels; set its depth, for example --model.encoders.NAME.depth=2")
         return [self.dim for _ in depths]
 
     def checkpoint_activations(self) -> None:
         self.checkpointed = True
 
     def layers_of_parameters(self) -> dict[str, int]:
-        found = {}
+        layers = {}
         for name, _ in self.named_parameters():
             part, _, rest = name.partition(".")
-            found[name] = int(rest.partition(".")[0]) + 1 if part == "blocks" else self.depth if part == "norm" else 0
-        return found
+            layers[name] = int(rest.partition(".")[0]) + 1 if part == "blocks" else self.depth if part == "norm" else 0
+        return layers
 
     def spec(self) -> dict[str, Any]:
         return {**self.options, "frozen": self.frozen, "numbers": self.counts[0], "cardinalities": self.counts[1]}
 
     def example(self) -> Columns:
         numbers, cardinalities = self.counts
-        device = self.tokens.bias.device  # the norm goes where a head reads no tokens of the last block
+        device = self.tokens.bias.device  # not that of the norm, which `trim` may have removed
         mask = torch.ones(1, numbers + len(cardinalities), dtype=torch.bool, device=device)
         categories = torch.zeros(1, len(cardinalities), dtype=torch.int64, device=device)
         return Columns(torch.ones(1, numbers, device=device), categories, mask)
@@ -153,7 +153,7 @@ class ColumnTokens(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block over tokens (B, N, D), of which mask (B, N) says which may be attended to; None for all."""
+    """Pre-norm transformer block over tokens (B, N, D); mask (B, N) is True for those that may be attended to, None for all."""
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()

@@ -21,40 +21,40 @@ from fusion.errors import UserError, nearest
 from fusion.features import Features, masked_mean
 from fusion.inputs import Images
 
-# What comes before the first block, by the names that timm's families give it; the first row whose first member the model has is run.
+# Modules before the first block, by their names in timm's model families; the first tuple whose first member the model has is used.
 STEMS = (("patch_embed",), ("stem",), ("conv_stem", "bn1", "act1"), ("conv1", "bn1", "act1", "maxpool"))
 LARGEST_GRID = 14
 CONSTANTS = ("mean", "std", "interpolation")
 
 
 class Encoded(NamedTuple):
-    """Tokens (U, N, D) and pooled (U, D) of the distinct pictures."""
+    """Tokens (U, N, D) and pooled (U, D) of the distinct images."""
 
     tokens: Tensor
     pooled: Tensor
 
     def zeros(self, count: int) -> "Encoded":
-        """Of no picture, zeros for so many: joined to what gave them, whose backward pass must be made too."""
+        """From an encoding of no image, zeros for `count` images, still connected to its graph, whose backward pass must run too."""
         return Encoded(*(x.new_zeros(count, *x.shape[1:]) + x.sum() for x in self))
 
 
 class TimmImage(Encoder):
     """Encode images with a timm model, by name or from a local folder.
 
-    It takes Images with pixels (B, 3, H, W), normalises them itself, and gives tokens (B, N, dim): the patches of a transformer with
-    its class token, or the cells of a feature map, row by row, layer-normalised and with cosines of their place added (which a
-    convolution lacks). pooled (B, dim) is the class token if there is one, else the mean.
+    Takes Images with pixels (B, 3, H, W), normalises them itself, and returns tokens (B, N, dim): the patches of a transformer with
+    its class token, or the positions of a feature map, row by row, layer-normalised and with cosine position embeddings added (which a
+    convolutional model has none of). pooled (B, dim) is the class token if there is one, else the mean.
 
     Args:
         name: a timm model ("resnet18", "vit_small_patch16_224.augreg_in21k") or a folder with config.json and model.safetensors.
-        pretrained: load its weights; False starts from scratch.
+        pretrained: load its pretrained weights; False trains from scratch.
         image_size: side in pixels, or [height, width]; the model's own if None.
         frozen: no gradient, eval mode.
-        options: further arguments of the timm model (drop_path_rate, channels, ...); with in_chans: 1 it reads images in grey.
+        options: further arguments of the timm model (drop_path_rate, channels, ...); in_chans: 1 converts the images to greyscale.
         data_config: overrides of the model's own mean, std and interpolation.
 
     Raises UserError for an unknown name, weights that are not available, and a model that can't be built or run with these settings.
-    Whether a model has embeddings before its first block, and levels, shows when they are asked for.
+    Whether a model has embeddings before its first block, and levels, is checked only when they are used.
     """
 
     mean: Tensor
@@ -85,16 +85,16 @@ class TimmImage(Encoder):
         self.image_size: tuple[int, int] = size or tuple(config["input_size"][1:])
         channels = self.body._model_args.get("in_chans") or config["input_size"][0]
         if channels not in (1, 3):
-            raise UserError(f"image encoder: '{name}' has in_chans {channels}; expected 3 (RGB) or 1 (grey, made from RGB)")
+            raise UserError(f"image encoder: '{name}' has in_chans {channels}; expected 3 (RGB) or 1 (greyscale, converted from RGB)")
         mean, std = (of_channels(key, config[key], channels) for key in ("mean", "std"))
         self.data_config = {"mean": mean, "std": std, "interpolation": config["interpolation"]}
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
         self.has_batch_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.body.modules())
-        self.known_levels: list[int] | None = None  # found when asked for
+        self.known_levels: list[int] | None = None  # computed on first use
         with self.explained("does not run on images of {} x {} pixels".format(*self.image_size)):
-            # timm keeps the parts that only its own classifier reads (head norm, head convolution): no gradient would ever reach them.
+            # timm retains modules that only its own classifier uses (head norm, head convolution), which would never get a gradient.
             drop_unused(self, lambda: self(self.example()))
             self.dim = self.probe(self.forward)[0].dim
         if frozen:
@@ -104,27 +104,27 @@ class TimmImage(Encoder):
         return self.encode(x, lambda pixels: [self.tokens_of(self.body.forward_features(pixels))])[0]
 
     def embed(self, x: Images | Tensor) -> Features:
-        assert self.embed_dim  # raises UserError where there are none
+        assert self.embed_dim  # raises UserError if there are no embeddings
         return self.encode(x, self.embeddings)[0]
 
     @cached_property
     def embed_dim(self) -> int:  # type: ignore[override]
-        """The width of what `embed` gives. Raises UserError for a model whose first stage can't be run by itself."""
-        with self.explained("can't be read before its first block, as early fusion does"):
+        """The width of `embed`'s features. Raises UserError for a model whose stem can't be run by itself."""
+        with self.explained("can't be run up to its first block alone, as early fusion does"):
             return self.probe(lambda x: self.encode(x, self.embeddings))[0].dim
 
     def levels(self, x: Images | Tensor, depths: Sequence[int]) -> list[Features]:
-        wanted = self.depth_indices(depths)
-        ascending = sorted(set(wanted))  # the order in which timm gives them
+        requested = self.depth_indices(depths)
+        ascending = sorted(set(requested))  # the order in which timm returns them
 
-        def maps(pixels: Tensor) -> list[Encoded]:
-            found = self.intermediate(pixels, ascending)
-            return [cells(found[ascending.index(depth)]) for depth in wanted]
+        def run(pixels: Tensor) -> list[Encoded]:
+            maps = self.intermediate(pixels, ascending)
+            return [grid_tokens(maps[ascending.index(depth)]) for depth in requested]
 
-        return self.encode(x, maps)
+        return self.encode(x, run)
 
     def intermediate(self, pixels: Tensor, indices: list[int] | None = None) -> list[Tensor]:
-        """Feature maps (U, D, H, W) after these blocks or stages, all if None."""
+        """Returns the feature maps (U, D, H, W) after these blocks or stages, all if None."""
         return self.body.forward_intermediates(pixels, indices=indices, output_fmt="NCHW", intermediates_only=True)
 
     def level_dims(self, depths: Sequence[int]) -> list[int]:
@@ -135,11 +135,11 @@ class TimmImage(Encoder):
         return len(self.level_channels())
 
     def level_channels(self) -> list[int]:
-        """The width of each level. Raises UserError for a model that does not show what is between its blocks."""
+        """The width of each level. Raises UserError for a model that does not return intermediate features."""
         if self.known_levels is None:
             with self.explained("gives no features of its levels"):
-                every = self.probe(lambda x: self.encode(x, lambda pixels: list(map(cells, self.intermediate(pixels)))))
-            self.known_levels = [features.dim for features in every]
+                levels = self.probe(lambda x: self.encode(x, lambda pixels: list(map(grid_tokens, self.intermediate(pixels)))))
+            self.known_levels = [features.dim for features in levels]
         return self.known_levels
 
     def depth_indices(self, depths: Sequence[int]) -> list[int]:
@@ -153,10 +153,10 @@ class TimmImage(Encoder):
         try:
             self.body.set_grad_checkpointing(True)
         except (AttributeError, AssertionError) as error:
-            raise UserError(f"timm's '{self.name}' can't checkpoint its activations") from error
+            raise UserError(f"timm's '{self.name}' does not support activation checkpointing") from error
 
     def layers_of_parameters(self) -> dict[str, int]:
-        with self.explained("does not tell which layer a parameter belongs to"):
+        with self.explained("does not define which layer a parameter belongs to"):
             layers = group_parameters(self.body, self.body.group_matcher(coarse=False), reverse=True)
         return {f"body.{name}": layer for name, layer in layers.items()}
 
@@ -173,40 +173,40 @@ class TimmImage(Encoder):
         }
 
     def example(self) -> Images:
-        there = torch.ones(1, dtype=torch.bool, device=self.mean.device)
-        return Images(torch.zeros(1, 3, *self.image_size, device=there.device), there, anyone=True, everyone=True)
+        present = torch.ones(1, dtype=torch.bool, device=self.mean.device)
+        return Images(torch.zeros(1, 3, *self.image_size, device=present.device), present, any_present=True, all_present=True)
 
     def encode(self, x: Images | Tensor, run: Callable[[Tensor], list[Encoded]]) -> list[Features]:
-        """What `run` makes of the normalised pixels, given to each sample, with its presence."""
+        """Applies `run` to the normalised pixels and returns the samples' Features."""
         images = x
         if not isinstance(images, Images):
-            images = Images(images, torch.ones(images.shape[0], dtype=torch.bool, device=images.device), anyone=True, everyone=True)
-        pixels = images.pixels if images.picture is not None else fill_absent(images.pixels, images.present)
-        nothing = self.training and images.anyone is False and self.has_synced_statistics
+            images = Images(images, torch.ones(images.shape[0], dtype=torch.bool, device=images.device), any_present=True, all_present=True)
+        pixels = images.pixels if images.image_index is not None else fill_absent(images.pixels, images.present)
+        empty = self.training and images.any_present is False and self.has_synced_statistics
         count = pixels.shape[0]
-        if nothing:
-            pixels = pixels[:0]  # other ranks wait for this one's share of the statistics, which is nothing
+        if empty:
+            pixels = pixels[:0]  # other ranks wait for this one's batch statistics, here those of an empty batch
         pixels = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
         if len(self.mean) == 1:
             pixels = grey(pixels)
         pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=self.memory_format)
-        # In float32 as the others' statistics are; torch would send those of nothing in the autocast's own type.
-        full_precision = torch.autocast(pixels.device.type, enabled=False) if nothing else nullcontext()
+        # In float32 like the other ranks' statistics; torch would send those of an empty batch in the autocast dtype.
+        full_precision = torch.autocast(pixels.device.type, enabled=False) if empty else nullcontext()
         with torch.no_grad() if self.frozen else nullcontext(), self.statistics_guard(images), full_precision:
-            return [features_of(encoded.zeros(count) if nothing else encoded, images) for encoded in run(pixels)]
+            return [features_of(encoded.zeros(count) if empty else encoded, images) for encoded in run(pixels)]
 
     def tokens_of(self, y: Tensor) -> Encoded:
-        """From the body's output: a map (U, D, H, W) or (U, H, W, D), or tokens (U, N, D)."""
+        """Converts the body's output: a map (U, D, H, W) or (U, H, W, D), or tokens (U, N, D)."""
         if not isinstance(y, Tensor) or y.dim() not in (3, 4):
             shape = f"a tensor of {y.dim()} dimensions" if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise UserError(f"timm's '{self.name}' gives {shape}; expected one feature map (B, D, H, W) or tokens (B, N, D)")
         if y.dim() == 4:
-            return cells(y.permute(0, 3, 1, 2) if self.channels_last else y)
+            return grid_tokens(y.permute(0, 3, 1, 2) if self.channels_last else y)
         prefix = getattr(self.body, "num_prefix_tokens", 0) or 0
         return Encoded(y, y[:, 0] if prefix else y.mean(dim=1))
 
     def embeddings(self, pixels: Tensor) -> list[Encoded]:
-        """What comes before the first block: with the model's own positions, where it shows how it adds them, else with cosines."""
+        """Encoding before the first block, with the model's own positions if it has a method that adds them, else with cosines."""
         stem = self.stem()
         if not stem:
             parts = ", ".join(name for name, _ in self.body.named_children())
@@ -220,7 +220,7 @@ class TimmImage(Encoder):
             if y.dim() == 3:
                 return [self.tokens_of(self.body.norm_pre(y) if hasattr(self.body, "norm_pre") else y)]
         y = as_map(y, pixels, self.channels_last)
-        return [cells(at_most(y, LARGEST_GRID))]
+        return [grid_tokens(at_most(y, LARGEST_GRID))]
 
     def stem(self) -> list[str]:
         for names in STEMS:
@@ -229,29 +229,29 @@ class TimmImage(Encoder):
         return []
 
     def statistics_guard(self, images: Images) -> Any:
-        """Holds batch normalisation's running statistics still for a training batch in which no sample has an image."""
+        """Freezes batch normalisation's running statistics for a training batch in which no sample has an image."""
         if not (self.training and self.has_batch_statistics) or torch.compiler.is_compiling():
             return nullcontext()
-        anyone = bool(images.present.any()) if images.anyone is None else images.anyone
-        return nullcontext() if anyone or self.has_synced_statistics else statistics_held(self.body)
+        anyone = bool(images.present.any()) if images.any_present is None else images.any_present
+        return nullcontext() if anyone or self.has_synced_statistics else frozen_statistics(self.body)
 
     @property
     def has_synced_statistics(self) -> bool:
-        """Whether trainer.sync_batchnorm has made its statistics those of all ranks."""
+        """Whether trainer.sync_batchnorm computes its batch statistics over all ranks."""
         return self.has_batch_statistics and any(isinstance(m, nn.SyncBatchNorm) for m in self.body.modules())
 
     @torch.no_grad()
     def probe(self, run: Callable[[Images], Features | list[Features]]) -> list[Features]:
-        """What the smallest input gives, in eval mode."""
+        """Returns the features of the smallest input, in eval mode."""
         training = self.training
         self.eval()
-        found = run(self.example())
+        features = run(self.example())
         self.train(training)
-        return [found] if isinstance(found, Features) else found
+        return [features] if isinstance(features, Features) else features
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
-        """Whatever a timm model raises while it is tried, as a UserError."""
+        """Raises any exception of a timm model's own code as a UserError."""
         try:
             yield
         except UserError:
@@ -261,27 +261,27 @@ class TimmImage(Encoder):
 
 
 @contextmanager
-def statistics_held(module: nn.Module) -> Iterator[None]:
-    """Batch normalisation in eval mode for a while."""
-    held = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    for m in held:
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Context with batch normalisation in eval mode."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for m in layers:
         m.eval()
     try:
         yield
     finally:
-        for m in held:
+        for m in layers:
             m.train()
 
 
-def cells(y: Tensor) -> Encoded:
-    """A feature map (U, D, H, W) as H*W tokens, normalised and with their place added; pooled is the map's plain mean."""
+def grid_tokens(y: Tensor) -> Encoded:
+    """A feature map (U, D, H, W) as H*W tokens, normalised and with their positions added; pooled is the map's plain mean."""
     tokens = y.flatten(2).transpose(1, 2)
-    return Encoded(layer_norm(tokens, tokens.shape[-1:]) + place_2d(y), tokens.mean(dim=1))
+    return Encoded(layer_norm(tokens, tokens.shape[-1:]) + positions_2d(y), tokens.mean(dim=1))
 
 
 def at_most(y: Tensor, side: int) -> Tensor:
-    """A map (U, D, H, W) of at most `side` cells a side: adaptive average pooling, as products of matrices, whose gradient CUDA adds up in
-    the same order every time."""
+    """A map (U, D, H, W) reduced to at most `side` positions per axis: adaptive average pooling as matrix products, whose gradient is
+    deterministic on CUDA."""
     for axis in (2, 3):
         if y.shape[axis] > side:
             y = (averages(y.shape[axis], side, y.device).to(y.dtype) @ y.movedim(axis, -2)).movedim(-2, axis)
@@ -289,32 +289,34 @@ def at_most(y: Tensor, side: int) -> Tensor:
 
 
 def averages(length: int, parts: int, device: torch.device) -> Tensor:
-    """(parts, length): the mean of each part; parts overlap by a cell where they can't be alike, as in torch's adaptive pooling.
+    """Averaging matrix (parts, length) with one row per part; parts overlap by one position where they can't be of equal size, as in
+    torch's adaptive pooling.
 
     >>> averages(3, 2, torch.device("cpu"))
     tensor([[0.5000, 0.5000, 0.0000],
             [0.0000, 0.5000, 0.5000]])
     """
-    part, cell = torch.arange(parts, device=device)[:, None], torch.arange(length, device=device)
-    inside = (cell >= part * length // parts) & (cell < -(-(part + 1) * length // parts))
+    part, position = torch.arange(parts, device=device)[:, None], torch.arange(length, device=device)
+    inside = (position >= part * length // parts) & (position < -(-(part + 1) * length // parts))
     return inside / inside.sum(dim=1, keepdim=True)
 
 
 def first(y: Any) -> Any:
-    """Of a stage that also gives the size of its grid or such, the features."""
+    """The features from a stage's output, which may also contain the size of its grid or the like."""
     return y[0] if isinstance(y, tuple | list) else y
 
 
 def as_map(y: Tensor, pixels: Tensor, channels_last: bool) -> Tensor:
-    """A stem's output as a map (U, D, H, W): patches (U, N, D) row by row, or a map of either layout, told by the pictures' proportions.
+    """A stem's output as a map (U, D, H, W): from patches (U, N, D) row by row, or from a map of either layout, which is inferred from the
+    aspect ratio of the images.
 
-    channels_last: what to take where both layouts would have them.
+    channels_last: the layout to assume if both fit.
     """
     height, width = pixels.shape[2:]
     if y.dim() == 3:
         rows = max(1, round((y.shape[1] * height / width) ** 0.5))
         if y.shape[1] % rows:
-            raise ValueError(f"its {y.shape[1]} patches are no grid")
+            raise ValueError(f"its {y.shape[1]} patches do not form a grid")
         return y.transpose(1, 2).unflatten(2, (rows, y.shape[1] // rows))
     first_layout, last_layout = (
         abs(rows * width - columns * height) <= max(height, width) for rows, columns in (y.shape[2:], y.shape[1:3])
@@ -329,7 +331,7 @@ def grey(pixels: Tensor) -> Tensor:
 
 
 def of_channels(key: str, values: Any, channels: int) -> list[float]:
-    """A constant for each channel: as given, one for all, or the mean of those of RGB for grey."""
+    """One constant per channel: as given, one for all, or for greyscale the mean of those of RGB."""
     given = list(values) if isinstance(values, list | tuple) else [values]
     if not all(type(value) in (int, float) for value in given):
         raise UserError(f"image encoder: data_config.{key} is {values!r}; expected a number for each of {channels} channels")
@@ -350,44 +352,44 @@ def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def features_of(encoded: Encoded, images: Images) -> Features:
-    """With the samples' presence; pictures that several samples show stay shared, unless a sample shows several."""
-    if images.shown is not None:
+    """Features of the samples from encoded distinct images; images of several samples stay shared, unless a sample has several images."""
+    if images.image_mask is not None:
         return features_of_several(encoded, images)
     mask = images.present[:, None].expand(-1, encoded.tokens.shape[1])
-    return Features(encoded.tokens, mask, encoded.pooled, images.picture, images.everyone)
+    return Features(encoded.tokens, mask, encoded.pooled, images.image_index, images.all_present)
 
 
 def features_of_several(encoded: Encoded, images: Images) -> Features:
-    """The tokens (B, P * N, D) of each sample's pictures one after another, to which the place of the picture is added, and their mean
-    pooled features."""
-    shown, picture = images.shown, images.picture
+    """Concatenates the tokens of each sample's images to (B, P * N, D), after adding the image's position, and averages their pooled
+    features."""
+    shown, picture = images.image_mask, images.image_index
     assert shown is not None
     assert picture is not None
-    (count, places), (_, patches, dim) = shown.shape, encoded.tokens.shape
-    tokens = encoded.tokens.index_select(0, picture.flatten()).view(count, places, patches, dim)
-    tokens = tokens + picture_places(places, dim, tokens.device).to(tokens.dtype)[:, None]
-    pooled = masked_mean(encoded.pooled.index_select(0, picture.flatten()).view(count, places, -1), shown)
+    (count, positions), (_, patches, dim) = shown.shape, encoded.tokens.shape
+    tokens = encoded.tokens.index_select(0, picture.flatten()).view(count, positions, patches, dim)
+    tokens = tokens + image_positions(positions, dim, tokens.device).to(tokens.dtype)[:, None]
+    pooled = masked_mean(encoded.pooled.index_select(0, picture.flatten()).view(count, positions, -1), shown)
     mask = shown[:, :, None].expand(-1, -1, patches).flatten(1)
-    return Features(tokens.flatten(1, 2), mask, pooled, full=images.everyone)
+    return Features(tokens.flatten(1, 2), mask, pooled, full=images.all_present)
 
 
-def picture_places(places: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """(P, D) cosines by which the first picture's tokens differ from the second's; nothing is added to those of the first.
+def image_positions(count: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """Cosine position embeddings (P, D) that distinguish the tokens of a sample's first image from the second's; zero for the first.
 
-    >>> picture_places(2, 4)[0].tolist()
+    >>> image_positions(2, 4)[0].tolist()
     [0.0, 0.0, 0.0, 0.0]
     """
     frequencies = torch.logspace(0, -2, dim, device=device)
-    return torch.cos(torch.arange(places, device=device)[:, None] * frequencies) - 1
+    return torch.cos(torch.arange(count, device=device)[:, None] * frequencies) - 1
 
 
-def place_2d(y: Tensor) -> Tensor:
-    """(H*W, D) where each cell of a map (B, D, H, W) is: cosines of its row, then of its column, half of D each.
+def positions_2d(y: Tensor) -> Tensor:
+    """Cosine position embeddings (H*W, D) of a map (B, D, H, W): cosines of the row, then of the column, half of D each.
 
         cos(pi * k * (i + 1/2) / n),  k = 1, 2, ..., for row or column i of n
 
-    The cosine transform's basis: the first runs from one edge to the other whatever the size of the map, where the usual sines of
-    absolute positions hardly vary over the few cells of a small one.
+    The basis of the cosine transform: its first function spans the map whatever its size, whereas the usual sinusoids of
+    absolute positions hardly vary over a small map.
     """
     _, dim, height, width = y.shape
     half = -(-dim // 2)
@@ -400,7 +402,7 @@ def place_2d(y: Tensor) -> Tensor:
 
 def fastest_format(body: nn.Module) -> torch.memory_format:
     """Channels last, in which convolutions run 1.3 to 1.6 times as fast on a CPU, and faster on GPUs under autocast; but not for a strided
-    1 x 1 convolution of few channels (FastViT, MobileOne): its gradient on a CPU writes out of bounds and ends the process (torch 2.14).
+    1 x 1 convolution of few channels (FastViT, MobileOne): its gradient on a CPU writes out of bounds and aborts the process (torch 2.14).
     """
     strided = (m for m in body.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1))
     return torch.contiguous_format if any(m.in_channels < 32 for m in strided) else torch.channels_last
@@ -414,14 +416,14 @@ def load_timm(name: str, pretrained: bool, size: tuple[int, int] | None, options
     source = f"local-dir:{folder}" if is_folder else name
     architecture = name.split(".")[0]
     if not is_folder and ":" not in name and not timm.is_model(architecture):
-        raise UserError(f"unknown image encoder '{name}'. {nearest(architecture, timm.list_models())} timm.list_models() has them all.")
+        raise UserError(f"unknown image encoder '{name}'. {nearest(architecture, timm.list_models())} timm.list_models() lists them all.")
 
     def create(**more: Any) -> nn.Module:
-        with missing_weights_refused():
+        with reject_missing_weights():
             return timm.create_model(source, pretrained=pretrained, num_classes=0, **options, **more)
 
     try:
-        # Transformers have their grid in their weights: those must be told the size, and only those take it.
+        # The weights of transformers depend on their grid: these models need img_size, and only these accept it.
         fixed = is_folder or ":" in name or timm.get_pretrained_cfg_value(architecture, "fixed_input_size")
         if size and fixed:
             try:
@@ -436,30 +438,30 @@ def load_timm(name: str, pretrained: bool, size: tuple[int, int] | None, options
         if pretrained and isinstance(error, OSError | RuntimeError | ValueError | LookupError | SafetensorError):
             tried = str(folder) if is_folder else f"hub weights of {name}"
             raise UserError(
-                f"image encoder: pretrained weights could not be had (tried {tried}: {first_line(error)}). Two ways out: "
-                "--model.image.name=FOLDER with config.json and model.safetensors, or from scratch with --model.image.pretrained=false"
+                f"image encoder: pretrained weights could not be loaded (tried {tried}: {first_line(error)}). Use "
+                "--model.image.name=FOLDER with config.json and model.safetensors, or train from scratch: --model.image.pretrained=false"
             ) from error
         of_size = f" and size {size[0]} x {size[1]}" if size else ""
-        raise UserError(f"image encoder '{name}' refused its options {options}{of_size}: {first_line(error)}") from error
+        raise UserError(f"image encoder '{name}' rejected its options {options}{of_size}: {first_line(error)}") from error
 
 
 @contextmanager
-def missing_weights_refused() -> Iterator[None]:
-    """timm leaves weights that a file lacks at random, and says so only in its log, at level INFO: here that is a RuntimeError."""
+def reject_missing_weights() -> Iterator[None]:
+    """Raises RuntimeError for weights missing in a file, which timm leaves at random and reports only in its log, at level INFO."""
     logger = logging.getLogger("timm.models._builder")
     level, shown = logger.level, logger.getEffectiveLevel()
 
-    def refuse(record: logging.LogRecord) -> bool:
+    def reject(record: logging.LogRecord) -> bool:
         if record.getMessage().startswith("Missing keys"):
             raise RuntimeError(shorten(record.getMessage().partition(" discovered")[0], 160))
         return record.levelno >= shown
 
-    logger.addFilter(refuse)
+    logger.addFilter(reject)
     logger.setLevel(min(shown, logging.INFO))
     try:
         yield
     finally:
-        logger.removeFilter(refuse)
+        logger.removeFilter(reject)
         logger.setLevel(level)
 
 

@@ -26,23 +26,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class TransformersText(Encoder):
-    """Encode texts with a transformers model, by hub name, local folder, or a config from scratch.
+    """Encode texts with a transformers model, by hub name, local folder, or from scratch by a config.
 
-    It takes Texts with ids (B, N) and gives tokens (B, N, dim) and pooled (B, dim).
+    Takes Texts with ids (B, N); returns tokens (B, N, dim) and pooled (B, dim).
 
     Args:
         name_or_path: hub name, or folder with config.json, weights and tokenizer.
-        config: instead of it, a model from scratch: {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, ...}; its
-            `vocab_size` is then the most entries that the tokenizer trained on the texts may have.
-        pretrained: load the weights of name_or_path; False takes its shape and tokenizer only.
+        config: a model from scratch instead: {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, ...}; its
+            `vocab_size` is then the maximum vocabulary size of the tokenizer trained on the texts.
+        pretrained: load the weights of name_or_path; False uses only its architecture and tokenizer.
         pooling: "mean" of the real tokens, "first" ([CLS]) or "last" (end of text); by default "last" for CLIP's causal tower, else "mean".
         frozen: no gradient, eval mode.
-        dtype: of the weights, whatever they are stored in; features of half-precision weights come out in torch's default dtype.
+        dtype: dtype of the weights, regardless of that in the file; features of half-precision weights have torch's default dtype.
         resize_embeddings: enlarge the word embeddings for a tokenizer that has more tokens, which is rejected otherwise; the new ones start
             near the mean of the others.
-        attention: how training and inference on GPUs attend: "sdpa" pads every text to the longest of its batch; "flash_attention_2" (needs
-            the package flash-attn and half precision) leaves padding out, "flex_attention" leaves out blocks of 128 padded tokens. A run's
-            checkpoint doesn't say it: the weights are the same, and predictions are made by "sdpa".
+        attention: attention implementation on GPUs: "sdpa" also computes padding, up to the longest text of a batch; "flash_attention_2"
+            (needs the package flash-attn and half precision) skips padding, "flex_attention" skips blocks of 128 padded tokens. Not stored
+            in checkpoints: the weights are the same, and predictions use "sdpa".
 
     Raises UserError for decoders, unknown model types, configs that can't be built, and weights that are not available or do not fit.
     """
@@ -74,43 +74,43 @@ class TransformersText(Encoder):
         if not hasattr(self.body, "embeddings"):
             parts = ", ".join(name for name, _ in self.body.named_children())
             raise UserError(
-                f"text encoder '{self.body.config.model_type}' has no embeddings module (its parts: {parts}); take a BERT-like one"
+                f"text encoder '{self.body.config.model_type}' has no embeddings module (its parts: {parts}); use a BERT-like model"
             )
         self.pooling = pooling or ("last" if "clip" in self.body.config.model_type else "mean")
         try:
             drop_unused(self, lambda: self(self.example()))
             with torch.no_grad():
-                self.broadcasts_mask  # noqa: B018 (tried now, and not in the middle of a compiled forward pass)
+                self.broadcasts_mask  # noqa: B018 (computed now, and not within a compiled forward pass)
                 self.dim = self(self.example()).dim
                 self.embed_dim = self.embed(self.example()).dim
         except UserError:
             raise
         except Exception as error:  # of any type, from within the model's own code
             raise UserError(
-                f"text encoder: '{self.body.config.model_type}' doesn't read token ids and a mask alone, as a BERT-like model does "
+                f"text encoder: '{self.body.config.model_type}' can't be run on token ids and a mask alone, as a BERT-like model can "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
         if attention != "sdpa":
-            self.attend_by(attention)
+            self.set_attention(attention)
         if frozen:
             self.freeze()
 
-    def attend_by(self, attention: str) -> None:
-        """Raises UserError where the model, its dropout or this machine doesn't allow it."""
+    def set_attention(self, attention: str) -> None:
+        """Raises UserError if the model, its dropout or this machine doesn't support it."""
         config = self.body.config
         dropout = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
         if attention == "flex_attention" and dropout:
             raise UserError(
-                f"text encoder: flex_attention has no dropout of attention weights, this {config.model_type} {dropout:g}; "
-                "set it to 0 in its config, or take attention 'sdpa'"
+                f"text encoder: flex_attention has no dropout of attention weights, but this {config.model_type} has {dropout:g}; "
+                "set it to 0 in its config, or use attention 'sdpa'"
             )
         try:
             self.body.set_attn_implementation(attention)
         except (ValueError, ImportError) as error:
-            raise UserError(f"text encoder: a {config.model_type} can't attend by {attention} here ({first_line(error)})") from error
+            raise UserError(f"text encoder: a {config.model_type} can't use {attention} here ({first_line(error)})") from error
         if config._attn_implementation != attention:  # transformers only warns
-            raise UserError(f"text encoder: a {config.model_type} can't attend by {attention}; take attention 'sdpa'")
-        del self.broadcasts_mask  # which was tried for another one
+            raise UserError(f"text encoder: a {config.model_type} can't use {attention}; use attention 'sdpa'")
+        del self.broadcasts_mask  # cached for the previous implementation
 
     def forward(self, x: Texts) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
@@ -129,17 +129,18 @@ class TransformersText(Encoder):
             return [self.features(hidden[depth], x) for depth in depths]
 
     def attention_mask(self, x: Texts) -> Tensor | None:
-        """For the model: None where nothing is masked, which the fastest attention asks for; else (B, 1, 1, N) where the model takes it as
-        it is, else (B, N), of which transformers makes (B, 1, N, N) after asking the device whether it is needed.
+        """The model's attention mask: None if nothing is masked, which the fastest attention needs; else (B, 1, 1, N) if the model accepts
+        it, else (B, N), which transformers expands to (B, 1, N, N) after a device synchronisation that checks whether it is needed.
         """
         if x.full:
             return None
-        mask = readable(x.mask)
+        mask = never_empty(x.mask)
         return mask[:, None, None, :] if self.broadcasts_mask else mask
 
     @cached_property
     def broadcasts_mask(self) -> bool:
-        """Whether a mask (B, 1, 1, N) of keys gives what (B, N) does: tried, since models differ; not where attention is local."""
+        """Whether a mask (B, 1, 1, N) of keys has the same effect as (B, N): found by trying, since models differ; False for local
+        attention."""
         config = self.body.config
         local = any(getattr(config, name, None) for name in ("sliding_window", "local_attention", "attention_window", "layer_types"))
         if local or getattr(config, "_attn_implementation", None) != "sdpa":
@@ -177,19 +178,19 @@ class TransformersText(Encoder):
         return Features(tokens, mask, pooled, full=full)
 
     def checkpoint_activations(self) -> None:
-        self.body.config.use_cache = False  # which decoders' code in some encoders asks for, and compiled graphs break at
-        # The older name is what transformers before 5.2 has.
+        self.body.config.use_cache = False  # required by decoder code in some encoders; otherwise it breaks compiled graphs
+        # transformers before 5.2 has only the older name.
         enable = getattr(self.body, "activation_checkpointing_enable", None) or self.body.gradient_checkpointing_enable
         try:
             enable({"use_reentrant": False})
         except ValueError as error:
-            raise UserError(f"text encoder: a {self.body.config.model_type} can't checkpoint its activations") from error
+            raise UserError(f"text encoder: a {self.body.config.model_type} does not support activation checkpointing") from error
 
     def layers_of_parameters(self) -> dict[str, int]:
-        found = {name: re.search(r"\.(\d+)\.", name) for name, _ in self.named_parameters()}
-        # What is in no block comes before them (embeddings) or after (a last norm).
-        outside = {name: 0 if "embedding" in name else self.depth for name in found}
-        return {name: int(match[1]) + 1 if match else outside[name] for name, match in found.items()}
+        matches = {name: re.search(r"\.(\d+)\.", name) for name, _ in self.named_parameters()}
+        # Parameters outside the blocks come before them (embeddings) or after them (a final norm).
+        outside = {name: 0 if "embedding" in name else self.depth for name in matches}
+        return {name: int(match[1]) + 1 if match else outside[name] for name, match in matches.items()}
 
     def spec(self) -> dict[str, Any]:
         dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
@@ -209,39 +210,40 @@ class TransformersText(Encoder):
 
     @property
     def longest(self) -> int | None:
-        """The most tokens that the model has positions for; None if it has no such limit."""
+        """Maximum number of tokens, for which the model has positions; None if it has no such limit."""
         table = getattr(self.body.embeddings, "position_embeddings", None) or getattr(self.body.embeddings, "position_embedding", None)
         if not isinstance(table, torch.nn.Embedding):
             return None
-        # RoBERTa and its kin number their positions from after the padding index.
+        # RoBERTa and similar models number their positions from padding_idx + 1.
         return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
     def fit_vocabulary(self, size: int) -> None:
-        """Keep `size` word embeddings of a model from scratch: as many as its tokenizer learnt. Raises UserError for more than it has."""
+        """Truncate the word embeddings of a model from scratch to `size`, that of its trained tokenizer. Raises UserError for more than it
+        has."""
         if not self.from_scratch:
             raise ValueError("only a text encoder made from a config has a vocabulary to fit")
         if size > self.vocab_size:
-            raise UserError(f"{size} words don't fit the {self.vocab_size} embeddings of the text encoder")
+            raise UserError(f"{size} tokens don't fit the {self.vocab_size} embeddings of the text encoder")
         embedding = self.embedding
         embedding.weight = torch.nn.Parameter(embedding.weight.detach()[:size].clone(), requires_grad=embedding.weight.requires_grad)
         embedding.num_embeddings = self.body.config.vocab_size = size
 
     def cover_vocabulary(self, size: int) -> None:
-        """Make sure that every id below `size` has an embedding: enlarges them if `resize_embeddings`, else raises UserError."""
+        """Ensure that every id below `size` has an embedding: enlarges them if `resize_embeddings`, else raises UserError."""
         if size <= self.vocab_size:
             return
         if not self.resize_embeddings:
             raise UserError(
                 f"text encoder: the tokenizer of '{self.name_or_path}' has ids up to {size - 1}, the model {self.vocab_size} embeddings; "
-                "take the tokenizer that the model was trained with, or add embeddings: --model.text.resize_embeddings=true"
+                "use the tokenizer that the model was trained with, or add embeddings: --model.text.resize_embeddings=true"
             )
         self.body.resize_token_embeddings(size)
         if self.frozen:
             self.freeze()
 
 
-def readable(mask: Tensor) -> Tensor:
-    """The mask for the model: a sample without a text reads its first (padding) token, since softmax over nothing is NaN."""
+def never_empty(mask: Tensor) -> Tensor:
+    """The mask, but a sample without a text attends to its first (padding) token, since softmax over nothing is NaN."""
     first = torch.zeros_like(mask)
     first[:, 0] = True
     return mask | (first & ~mask.any(dim=1, keepdim=True))
@@ -254,11 +256,11 @@ def from_config(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
         raise UserError("text encoder: config needs a model_type, such as bert, roberta, distilbert or deberta-v2")
     if kind not in CONFIG_MAPPING:
         raise UserError(f"text encoder: unknown model_type '{kind}'. {nearest(kind, MODEL_FOR_MASKED_LM_MAPPING_NAMES)}")
-    # The special tokens of the tokenizer that will be trained for it; those of the published vocabulary don't exist there.
+    # Special token ids of the tokenizer that will be trained for it; those of the published vocabulary don't exist there.
     options = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3} | options
     try:
         built = AutoConfig.for_model(kind, **options)
-        refuse_unknown_settings(config, built)
+        reject_unknown_settings(config, built)
         return build(text_part(built), dtype)
     except UserError:
         raise
@@ -267,14 +269,15 @@ def from_config(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
         raise UserError(f"text encoder: no {kind} can be built with this config ({type(error).__name__}: {reason})") from error
 
 
-def refuse_unknown_settings(config: dict[str, Any], built: Any) -> None:
-    """transformers keeps any setting in silence, a misspelt one too. A config with transformers_version is one that it wrote itself."""
+def reject_unknown_settings(config: dict[str, Any], built: Any) -> None:
+    """Raises UserError for unknown settings, which transformers accepts silently. A config with transformers_version was written by
+    transformers itself, and is not checked."""
     kind = built.model_type
     usual = AutoConfig.for_model(kind)
     unknown = [key for key in config if not hasattr(usual, key)]
     if not unknown or "transformers_version" in config:
         return
-    # Some settings (DeBERTa's position_buckets) have no default: the model's code alone names them.
+    # Some settings (DeBERTa's position_buckets) have no default and occur only in the model's code.
     code = inspect.getsource(sys.modules[MODEL_MAPPING[type(text_part(built))].__module__])
     for key in unknown:
         if f'"{key}"' not in code:
@@ -282,20 +285,20 @@ def refuse_unknown_settings(config: dict[str, Any], built: Any) -> None:
 
 
 def from_name(name: str, pretrained: bool, dtype: torch.dtype) -> torch.nn.Module:
-    ways_out = (
-        "Two ways out: --model.text.name_or_path=FOLDER with config.json, model.safetensors and tokenizer.json, "
-        'or from scratch with --model.text.config=\'{"model_type": "bert", "hidden_size": 128, ...}\''
+    alternatives = (
+        "Use --model.text.name_or_path=FOLDER with config.json, model.safetensors and tokenizer.json, "
+        'or train from scratch with --model.text.config=\'{"model_type": "bert", "hidden_size": 128, ...}\''
     )
     folder = Path(name).expanduser()
     where = f"folder {folder}" if folder.is_dir() else f"hub name or folder {name}"
     logging.set_verbosity_error()
     try:
         config = text_part(AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name))
-        refuse_decoders(config)
+        reject_decoders(config)
         if not pretrained:
             return build(config, dtype)
         source = str(folder) if folder.is_dir() else name
-        # Weights of another shape are then reported, with the missing ones, and refused below.
+        # Weights of another shape are then reported, with the missing ones, and rejected below.
         options = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             model, report = AutoModel.from_pretrained(source, **options, add_pooling_layer=False)
@@ -304,34 +307,34 @@ def from_name(name: str, pretrained: bool, dtype: torch.dtype) -> torch.nn.Modul
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"text encoder: could not load (tried {where}: {first_line(error)}). {ways_out}") from error
+        raise UserError(f"text encoder: could not load (tried {where}: {first_line(error)}). {alternatives}") from error
     missing = sorted(report["missing_keys"]) + sorted(
-        f"{key}: {tuple(found)} where {tuple(expected)} is expected" for key, found, expected in report["mismatched_keys"]
+        f"{key}: {tuple(shape)} where {tuple(expected)} is expected" for key, shape, expected in report["mismatched_keys"]
     )
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(
-            f"text encoder: {where} lacks {len(missing)} of the model's weights ({shown}); it would start there at random. {ways_out}"
+            f"text encoder: {where} is missing {len(missing)} of the model's weights ({shown}), which would be random. {alternatives}"
         )
     return model
 
 
 def build(config: Any, dtype: torch.dtype) -> torch.nn.Module:
-    refuse_decoders(config)
+    reject_decoders(config)
     try:
         return AutoModel.from_config(config, dtype=dtype, add_pooling_layer=False)
-    except TypeError:  # most BERT-likes take it, the others have no pooling layer
+    except TypeError:  # most BERT-like models accept it, the others have no pooling layer
         return AutoModel.from_config(config, dtype=dtype)
 
 
 def text_part(config: Any) -> Any:
-    """The text tower's config of a model with two towers (CLIP), any other config as it is."""
+    """The text tower's config of a model with two towers (CLIP); any other config unchanged."""
     return getattr(config, "text_config", None) or config
 
 
-def refuse_decoders(config: Any) -> None:
+def reject_decoders(config: Any) -> None:
     kind = config.model_type
     if config.is_encoder_decoder or (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES):
         raise UserError(
-            f"text encoder: '{kind}' is a decoder or encoder-decoder; take an encoder such as bert, roberta, distilbert, deberta-v2"
+            f"text encoder: '{kind}' is a decoder or encoder-decoder; use an encoder such as bert, roberta, distilbert, deberta-v2"
         )

@@ -1,4 +1,4 @@
-"""Evaluation: scores of a run, whole and by group, and bounds of what one input alone could score."""
+"""Evaluation: scores of a run, in total and by group, and upper bounds on the scores from one input alone."""
 
 from fusion.evaluation.bounds import bounds
 from fusion.evaluation.scores import score, scores_by_group

@@ -1,4 +1,4 @@
-"""What could be scored without looking at both: exact upper bounds over the samples at hand."""
+"""Exact upper bounds on the scores that can be reached from one input alone."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -7,11 +7,11 @@ from fusion.tasks import Task
 
 
 def bounds(task: Task, inputs: Mapping[str, Sequence[Hashable]], cells: Sequence[str | None]) -> dict[str, float]:
-    """Scores (the task's `bounded` one) on exactly these samples that can't be bettered by one answer for all (by the task's name for it:
-    "majority"), nor by any function of one input alone (by the input's name).
+    """The best scores (the task's `bounded` one) that can be reached on exactly these samples by a constant answer (under the task's name
+    for it, such as "majority"), and by any function of one input alone (under the input's name).
 
-    A function of one input answers alike wherever that input is alike, so at best it gives the best answer there. (Where most inputs are
-    unique, the bound is near the perfect score and says little: see `repeated`.)
+    A function of one input gives the same answer for equal inputs, at best the optimal one for the samples that share it. (If most
+    inputs are unique, the bound is near the perfect score and not informative: see `repeated`.)
 
     >>> from fusion.tasks import Classification
     >>> inputs = {"image": ["a", "a", "b", "b"], "text": ["red?", "blue?", "red?", "blue?"]}
@@ -22,7 +22,7 @@ def bounds(task: Task, inputs: Mapping[str, Sequence[Hashable]], cells: Sequence
 
 
 def repeated(inputs: Sequence[Hashable]) -> float:
-    """The share of samples whose input another sample has too. Only there is a bound from that input alone below 1.
+    """The share of samples whose input another sample has too. Only these can lower the bound from that input alone.
 
     >>> repeated(["a", "a", "b", "c"])
     0.5

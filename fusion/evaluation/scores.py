@@ -9,26 +9,26 @@ from fusion.tasks import Task
 
 
 def score(task: Task, values: Tensor, cells: Sequence[str | None]) -> dict[str, float]:
-    """Every score of one set of samples by name, with their number ("samples"), and what one answer for all of them would reach, by the
-    task's name for it. Scores that the samples don't define are left out.
+    """All scores of a set of samples by name, with their number ("samples"), and the score of the best constant answer, under the
+    task's name for it. Undefined scores are left out.
 
     Args:
-        task: whose scores.
-        values: (n, K), as `task.values` gives them.
-        cells: the targets; a class that the task doesn't know is always a miss.
+        task: the task that defines the scores.
+        values: (n, K), as `task.values` returns them.
+        cells: the targets; a class that the task doesn't know always counts as wrong.
     """
     target = torch.from_numpy(task.encode(cells))
     metrics = task.metrics()
     task.update(metrics, values, target)
-    found = {name: float(value) for name, value in task.scores(metrics).items()}
-    known = {name: value for name, value in found.items() if value == value}
-    return {"samples": len(cells), **known, task.baseline: task.bound([None] * len(cells), cells)}
+    scores = {name: float(value) for name, value in task.scores(metrics).items()}
+    defined = {name: value for name, value in scores.items() if value == value}
+    return {"samples": len(cells), **defined, task.baseline: task.bound([None] * len(cells), cells)}
 
 
 def scores_by_group(
     task: Task, values: Tensor, cells: Sequence[str | None], groups: Sequence[str] | None = None
 ) -> dict[str, dict[str, float]]:
-    """The scores of all samples under "all", then of each group by name; one that is called so too is "all (a group)".
+    """The scores of all samples under "all", then of each group by name; a group named "all" is "all (a group)".
 
     >>> from fusion.tasks import Classification
     >>> task = Classification()
@@ -38,8 +38,8 @@ def scores_by_group(
     >>> [(name, round(found["accuracy"], 2)) for name, found in scores.items()]
     [('all', 0.67), ('a', 1.0), ('b', 0.0)]
     """
-    found = {"all": score(task, values, cells)}
+    scores = {"all": score(task, values, cells)}
     for group in sorted(set(groups or ())):
-        rows = [i for i, g in enumerate(groups or ()) if g == group]
-        found[group if group != "all" else "all (a group)"] = score(task, values[rows], [cells[i] for i in rows])
-    return found
+        members = [i for i, g in enumerate(groups or ()) if g == group]
+        scores[group if group != "all" else "all (a group)"] = score(task, values[members], [cells[i] for i in members])
+    return scores

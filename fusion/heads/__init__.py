@@ -1,4 +1,4 @@
-"""Fusion heads: every way to join modalities, behind one contract, with torch alone."""
+"""Fusion heads: every fusion method behind one contract, depending on torch alone."""
 
 from fusion.heads.all_heads import *  # noqa: F403
 from fusion.heads.attention import attention_maps

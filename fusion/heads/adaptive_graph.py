@@ -1,4 +1,4 @@
-"""Intermediate fusion: a graph over the tokens of all modalities, whose edges are learned."""
+"""Intermediate fusion: graph convolutions over the tokens of all modalities, with a learned adjacency."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -15,13 +15,13 @@ KINDS = ("cosine", "mlp")
 
 
 class AdaptiveGraph(FusionHead):
-    """Make every token (or pooled feature) of every modality a node, learn who is whose neighbour, and convolve over the graph.
+    """Make every token (or pooled feature) of every modality a node, learn the adjacency, and convolve over the graph.
 
         s_ij = cos(U h_i, U h_j) / t    or    v . GELU(P h_i + Q h_j)            A = softmax of s_i over the real nodes j, or over the top k
         h <- h + GELU(A norm(h) W)            y = [mean(h_1); ...; mean(h_M)]
 
-    (y through one more layer, GELU(W' norm(y)).) The adjacency A depends on the sample and is trained with the convolutions. t is learned.
-    A sample without some nodes has a smaller graph.
+    y passes through one more layer, GELU(W' norm(y)). The adjacency A depends on the sample and is trained with the convolutions; the
+    temperature t is learned. Masked nodes get no edges.
 
     Source: Kipf and Welling (2017), "Semi-Supervised Classification with Graph Convolutional Networks", over the learned adjacency of
     Chen et al. (2020), "Iterative Deep Graph Learning for Graph Neural Networks" (cosine) or Brody et al. (2022), "How Attentive are
@@ -33,9 +33,9 @@ class AdaptiveGraph(FusionHead):
     Args:
         dim: width of the nodes and of the fused features.
         depth: number of graph convolutions.
-        nodes: "tokens" makes a node of each token, "pooled" one node of each modality.
+        nodes: "tokens" makes each token a node, "pooled" each modality.
         adjacency: how s_ij is computed: by "cosine" similarity, or by a small "mlp".
-        top_k: each node keeps so many edges to others, the strongest, and the one to itself; the rest is dropped. None: all are kept.
+        top_k: number of strongest edges to other nodes that each node retains, besides the edge to itself. None: all edges.
         edge_dim: hidden width of the "mlp"; not used by "cosine".
         dropout: dropout probability on each convolution's output; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
@@ -67,10 +67,10 @@ class AdaptiveGraph(FusionHead):
                 f"AdaptiveGraph: nodes is '{nodes}', adjacency '{adjacency}'; expected tokens or pooled, and {' or '.join(KINDS)}"
             )
         if top_k is not None and top_k < 1:
-            raise ValueError(f"AdaptiveGraph: top_k is {top_k}; expected at least 1 edge a node, or none to keep all")
+            raise ValueError(f"AdaptiveGraph: top_k is {top_k}; expected at least 1 edge per node, or none for all edges")
         check_options(type(self).__name__, dim=dim, depth=depth, edge_dim=edge_dim, dropout=dropout)
         super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
-        if nodes == "pooled":  # the base then gives each modality as one token
+        if nodes == "pooled":  # the base class then passes each modality as one token
             self.stage = "pooled"
         self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})
         self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(dim)) for name in dims})
@@ -92,9 +92,9 @@ class AdaptiveGraph(FusionHead):
 
 
 class Adjacency(nn.Module):
-    """Edges (B, N, N) between nodes (B, N, D), of which mask (B, N) are real: row i says how much i takes from each j; rows sum to 1.
+    """Adjacency (B, N, N) of nodes (B, N, D) with mask (B, N): row i has the weights with which node i aggregates each j; rows sum to 1.
 
-    No edge leads from a node that isn't real, where there is one that is.
+    Masked nodes get weight 0, except in samples without any real node.
     """
 
     def __init__(self, dim: int, kind: str, top_k: int | None, edge_dim: int) -> None:
@@ -103,7 +103,7 @@ class Adjacency(nn.Module):
         self.norm = nn.LayerNorm(dim)
         if kind == "cosine":
             self.embed = nn.Linear(dim, dim)
-            self.log_sharpness = nn.Parameter(torch.tensor(2.0))  # 1 / t = 7.4: cosines differ by little
+            self.log_sharpness = nn.Parameter(torch.tensor(2.0))  # 1 / t = 7.4, since cosines differ by little
         else:
             self.source = nn.Linear(dim, edge_dim)
             self.target = nn.Linear(dim, edge_dim, bias=False)
@@ -113,9 +113,9 @@ class Adjacency(nn.Module):
         scores = self.scores(self.norm(nodes))
         real = mask[:, None, :]
         if self.top_k is not None:
-            itself = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
-            real = real & (itself | strongest(scores, real & ~itself, self.top_k))
-        # The lowest number, not -inf: a sample without any node gets edges from nobody to nobody, and no NaN.
+            self_loops = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+            real = real & (self_loops | strongest(scores, real & ~self_loops, self.top_k))
+        # The lowest finite number, not -inf: a sample without any real node gets uniform weights instead of NaN.
         return scores.masked_fill(~real, torch.finfo(scores.dtype).min).softmax(dim=-1)
 
     def scores(self, nodes: Tensor) -> Tensor:
@@ -125,14 +125,14 @@ class Adjacency(nn.Module):
         return self.score(gelu(self.source(nodes)[:, :, None] + self.target(nodes)[:, None, :])).squeeze(-1)
 
     def attention_weights(self, nodes: Tensor, mask: Tensor) -> Tensor:
-        """(B, 1, N, N) the edges, as attention maps are given: one head."""
+        """Returns the adjacency as attention weights (B, 1, N, N) of one head."""
         return self.forward(nodes, mask)[:, None]
 
 
 def strongest(scores: Tensor, real: Tensor, count: int) -> Tensor:
-    """Like scores (B, N, N): True at the `count` greatest entries of each row among those that are real."""
+    """Boolean mask (B, N, N), True at the `count` greatest scores of each row among the real entries."""
     allowed = scores.detach().masked_fill(~real, float("-inf"))
-    # Padded, so that there always are `count` columns to choose from; what is chosen of the padding falls off again.
+    # Padded, so that topk always has `count` columns to choose from; chosen padding is cut off below.
     padded = torch.nn.functional.pad(allowed, (0, count), value=float("-inf"))
     chosen = torch.zeros_like(padded, dtype=torch.bool).scatter(-1, padded.topk(count, dim=-1).indices, True)
     return chosen[..., : scores.shape[-1]]

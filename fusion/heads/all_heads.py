@@ -1,6 +1,6 @@
-"""Every way to fuse, by family, the plainest first: the one list that a new head joins."""
+"""List of all fusion heads, by family, simplest first. A new head is added here."""
 
-# ruff: noqa: I001 (their order is that of the families)
+# ruff: noqa: I001 (ordered by family)
 from fusion.heads.joint_transformer import JointTransformer as JointTransformer
 from fusion.heads.concat import Concat as Concat
 from fusion.heads.residual_mlp import ResidualMLP as ResidualMLP

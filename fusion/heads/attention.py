@@ -1,4 +1,4 @@
-"""Attention with masks, and the residual layers that the attention-based heads are built of.
+"""Masked attention, and the residual layers of the attention-based heads.
 
 B batch, N queries, K keys, D width, H attention heads.
 """
@@ -12,18 +12,20 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fusion.features import masked_softmax
 
-# Xavier gain of attention's weights. The logits of tokens of unit variance then begin with a standard deviation of gain^2 = 3, so that
-# attention picks. PyTorch's default for linear maps begins at 1/3: near averages, on which small models stay for long.
+# Xavier gain of the attention weights' initialisation. With tokens of unit variance the attention logits then start with a standard
+# deviation of gain^2 = 3, so that attention is selective. PyTorch's default for linear layers starts at 1/3, which is close to uniform
+# averaging, where small models remain for a long time.
 GAIN = 3**0.5
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al., 2017) of tokens x (B, N, D) over a context (B, K, D) with its mask (B, K).
+    """Multi-head attention (Vaswani et al., 2017) of queries x (B, N, D) over a context (B, K, D) with its mask (B, K).
 
-    Without a mask all of the context is real. A sample whose context has no real token gets zeros (softmax over nothing would be NaN).
-    Gives (B, N, D).
-    With `rows` (B,) the context (U, K, D) is shared: sample b reads number rows[b]; keys and values are made once each.
-    Dropout is of what was read, not of the weights: those are never made, so that memory is linear in N and K on every device.
+    Returns (B, N, D). With mask None the whole context is real. A sample whose context has no real token gets zeros (softmax over nothing
+    would be NaN).
+    With `index` (B,) the context (U, K, D) is shared: sample b attends to context[index[b]]; keys and values are computed once for each.
+    Dropout is applied to the output, not to the attention weights, which are never materialised: memory is linear in N and K on every
+    device.
     """
 
     def __init__(self, dim: int, num_heads: int, *, dropout: float = 0.0) -> None:
@@ -33,7 +35,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.dropout = nn.Dropout(dropout)
         self.query = nn.Linear(dim, dim)
-        # Two maps, since the gradient of one that is cut in two would have to be put together again: a copy.
+        # Separate layers: the gradient of a fused layer whose output is split would have to be concatenated, which is a copy.
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
@@ -44,22 +46,22 @@ class Attention(nn.Module):
             nn.init.xavier_uniform_(linear.weight, gain=GAIN)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, index: Tensor | None = None) -> Tensor:
         key, value = self.key(context), self.value(context)
-        if rows is not None:
-            key, value = key.index_select(0, rows), value.index_select(0, rows)
+        if index is not None:
+            key, value = key.index_select(0, index), value.index_select(0, index)
         allowed = present = None
         if mask is not None:
             present = mask.any(dim=1)
-            # Rows with nothing to read attend everywhere, over zeros, and are zeroed below.
+            # Samples without a real context token attend everywhere, and their outputs are zeroed below.
             allowed = (mask | ~present[:, None])[:, None, None, :]
         y = scaled_dot_product_attention(self.split(self.query(x)), self.split(key), self.split(value), attn_mask=allowed)
         y = self.dropout(self.out(y.transpose(1, 2).flatten(2)))
         return y if present is None else torch.where(present[:, None, None], y, 0.0)
 
-    def attention_weights(self, x: Tensor, context: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """(B, H, N, K) how much each token reads of each real token of the context; rows sum to 1, or to 0 where there is none."""
-        key = self.key(context) if rows is None else self.key(context).index_select(0, rows)
+    def attention_weights(self, x: Tensor, context: Tensor, mask: Tensor | None, index: Tensor | None = None) -> Tensor:
+        """Returns the attention weights (B, H, N, K); rows sum to 1, or to 0 if the context has no real token."""
+        key = self.key(context) if index is None else self.key(context).index_select(0, index)
         query, key = self.split(self.query(x)), self.split(key)
         scores = query @ key.mT / query.shape[-1] ** 0.5
         return scores.softmax(dim=-1) if mask is None else masked_softmax(scores, mask[:, None, None, :], dim=-1)
@@ -69,11 +71,11 @@ class Attention(nn.Module):
 
 
 def attention_maps(module: nn.Module, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
-    """What `module` (a head, a model) gives for the inputs, and the weights of everything in it that attends, by its name.
+    """Returns the output of `module` (a head, a model) for the inputs, and the attention weights of its submodules by name.
 
-    Weights are (B, H, N, K), without gradient: H heads, N queries, K keys, in the order in which the head joins them
-    (those of `dims`; a class token before, bottleneck tokens after). AdaptiveGraph's edges are given likewise, with H = 1.
-    They are computed beside the usual pass, which never makes them.
+    Weights are (B, H, N, K), without gradient: H attention heads, N queries, K keys, in the order in which the head concatenates tokens
+    (that of `dims`; a class token before, bottleneck tokens after). AdaptiveGraph's adjacency is returned in the same form, with H = 1.
+    They are computed in addition to the usual forward pass, which never materialises them.
 
     >>> from fusion.heads import CrossAttention
     >>> head = CrossAttention({"text": 8, "image": 16}, 3, dim=32, direction="text_to_image", depth=1).eval()
@@ -83,15 +85,15 @@ def attention_maps(module: nn.Module, *inputs: Any) -> tuple[Any, dict[str, Tens
     """
     maps: dict[str, Tensor] = {}
 
-    def keep_weights(name: str) -> Callable[..., None]:
-        def hook(attending: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+    def record_weights(name: str) -> Callable[..., None]:
+        def hook(attending: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             with torch.no_grad():
-                maps[name] = attending.attention_weights(*given)  # type: ignore[operator]
+                maps[name] = attending.attention_weights(*arguments)  # type: ignore[operator]
 
         return hook
 
     attending = {name: part for name, part in module.named_modules() if hasattr(part, "attention_weights")}
-    hooks = [part.register_forward_hook(keep_weights(name)) for name, part in attending.items()]
+    hooks = [part.register_forward_hook(record_weights(name)) for name, part in attending.items()]
     try:
         return module(*inputs), maps
     finally:
@@ -100,7 +102,7 @@ def attention_maps(module: nn.Module, *inputs: Any) -> tuple[Any, dict[str, Tens
 
 
 class FeedForward(nn.Sequential):
-    """Two linear maps with a GELU between them, on each token by itself."""
+    """Token-wise MLP: two linear layers with a GELU between them."""
 
     def __init__(self, dim: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
         hidden = max(1, int(dim * mlp_ratio))
@@ -124,10 +126,10 @@ class SelfAttentionLayer(nn.Module):
 
 
 class CrossAttentionLayer(nn.Module):
-    """x reads itself (if `self_attention`), then another modality, then passes a feed-forward map; all three residual and pre-norm.
+    """Self-attention (if `self_attention`), cross-attention to another modality, then a feed-forward layer; all residual and pre-norm.
 
-    With `tanh_gate` what is read from the other modality, and the feed-forward map after it, enter through tanh(g), g = 0 at the
-    start (Flamingo, Alayrac et al., 2022): the stream of the queries begins as if it were alone.
+    With `tanh_gate` the outputs of cross-attention and of the feed-forward layer are scaled by tanh(g), g = 0 at the start (Flamingo,
+    Alayrac et al., 2022), so that the context has no effect at first.
     """
 
     def __init__(
@@ -151,13 +153,14 @@ class CrossAttentionLayer(nn.Module):
         self.gate_attention = nn.Parameter(torch.zeros(())) if tanh_gate else None
         self.gate_feed_forward = nn.Parameter(torch.zeros(())) if tanh_gate else None
 
-    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor, context_mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """x (B, N, D) with mask (B, N) reads context (B, K, D), or (U, K, D) by `rows`, with context_mask (B, K); gives (B, N, D)."""
+    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor, context_mask: Tensor | None, index: Tensor | None = None) -> Tensor:
+        """Returns (B, N, D) for queries x (B, N, D) with mask (B, N) and a context (B, K, D), or (U, K, D) with `index` (B,), with
+        context_mask (B, K)."""
         if self.self_attention is not None and self.norm_self is not None:
             normed = self.norm_self(x)
             x = x + self.self_attention(normed, normed, mask)
-        read = self.cross_attention(self.norm_query(x), self.norm_context(context), context_mask, rows)
-        x = x + gated(read, self.gate_attention)
+        attended = self.cross_attention(self.norm_query(x), self.norm_context(context), context_mask, index)
+        x = x + gated(attended, self.gate_attention)
         return x + gated(self.feed_forward(self.norm_feed_forward(x)), self.gate_feed_forward)
 
 
@@ -166,7 +169,7 @@ def gated(x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class Projection(nn.Sequential):
-    """A modality's tokens (B, N, in_dim) brought to the head's width (B, N, dim): LayerNorm, then a linear map."""
+    """Projects a modality's tokens (B, N, in_dim) to the head's width (B, N, dim): LayerNorm, then a linear layer."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__(nn.LayerNorm(in_dim), nn.Linear(in_dim, dim))

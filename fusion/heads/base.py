@@ -1,4 +1,4 @@
-"""The one contract that every fusion head keeps."""
+"""The contract of all fusion heads."""
 
 import inspect
 import math
@@ -14,10 +14,10 @@ Family = Literal["early", "intermediate", "late", "cross-attention", "none"]
 
 
 class FusionOutput(NamedTuple):
-    """What a head gives back.
+    """Output of a fusion head.
 
-    output (B, out_dim); by_modality: a modality's own prediction (B, out_dim), where the head makes one.
-    The row of a sample that lacks the modality carries no meaning there.
+    output (B, out_dim); by_modality: each modality's own prediction (B, out_dim), if the head makes one.
+    The row of a sample without the modality is meaningless there.
     """
 
     output: Tensor
@@ -25,35 +25,35 @@ class FusionOutput(NamedTuple):
 
 
 class FusionHead(nn.Module):
-    """Base of the heads: takes any number of modalities' features to one prediction.
+    """Base class of the heads: maps the features of any number of modalities to one prediction.
 
-    A head says what it reads (`stage`): "embeddings" (patches and words before any encoder layer), "levels" (several depths of
-    each encoder), "tokens" or "pooled" (the encoders' output). It implements `fuse(features) -> (B, width)`; this base promotes
-    plain tensors, puts the modalities in the order of `dims`, zeroes what stands under a False mask and projects to `out_dim`.
+    `stage` declares what a head reads: "embeddings" (patches and words before any encoder layer), "levels" (several depths of
+    each encoder), "tokens" or "pooled" (the encoders' output). A head implements `fuse(features) -> (B, width)`; this base class
+    promotes plain tensors, orders the modalities as in `dims`, zeroes masked values and projects to `out_dim`.
 
     dims maps a modality's name to the width of its features, in order. With `unimodal=True` each modality also gets a
-    linear prediction of its own from its pooled features, for auxiliary losses and for evidence.
+    linear prediction of its own from its pooled features, for auxiliary losses and for analysis.
 
-    `init_args` holds what the constructor was given beyond dims and out_dim: `type(head)(dims, out_dim, **head.init_args)` builds an equal
-    head, so that a checkpoint needs no knowledge of the function that built it.
+    `init_args` holds the constructor's arguments other than dims and out_dim: `type(head)(dims, out_dim, **head.init_args)` builds an equal
+    head, so that a checkpoint does not depend on the function that built it.
     """
 
     init_args: dict[str, Any]
 
-    stage: Stage  # of the class; of one head, where an option makes it read less
+    stage: Stage  # a class attribute, overridden in an instance where an option makes it read less
     family: ClassVar[Family]
     reads_shared: ClassVar[bool] = False  # whether `fuse` takes features with `rows`
     fewest_modalities: ClassVar[int] = 2
-    most_modalities: ClassVar[int | None] = None  # where the method's formula ends with two
-    narrowest: ClassVar[int] = 2  # normalised, one number is always 0
+    most_modalities: ClassVar[int | None] = None  # 2 where the method is defined for two modalities only
+    narrowest: ClassVar[int] = 2  # layer normalisation of a single number is always 0
     fewest_outputs: ClassVar[int] = 1
-    one_of_classes: ClassVar[bool] = False  # whether its formula reads the outputs as classes of which exactly one is right
+    one_of_classes: ClassVar[bool] = False  # whether its formula assumes mutually exclusive classes
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         head = super().__new__(cls)  # copies and pickles call it without arguments, and restore the attribute themselves
         names = list(inspect.signature(cls.__init__).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | options
-        head.__dict__["init_args"] = {name: value for name, value in given.items() if name not in (*names[:2], "dims", "out_dim")}
+        arguments = dict(zip(names, args, strict=False)) | options
+        head.__dict__["init_args"] = {name: value for name, value in arguments.items() if name not in (*names[:2], "dims", "out_dim")}
         return head
 
     def __init__(self, dims: Mapping[str, int], out_dim: int, *, width: int | None, unimodal: bool = False) -> None:
@@ -63,10 +63,10 @@ class FusionHead(nn.Module):
             raise ValueError(f"{type(self).__name__}: out_dim is {out_dim}; expected at least {self.fewest_outputs}")
         self.dims = dict(dims)
         self.out_dim = out_dim
-        self.level_dims: dict[str, list[int]] = {}  # of a head that reads levels: the widths of those it reads, by modality
+        self.level_dims: dict[str, list[int]] = {}  # by modality, the widths of the levels that the head reads, if any
         self.classifier = None if width is None else nn.Linear(width, out_dim)
         self.unimodal = nn.ModuleDict({name: nn.Linear(dim, out_dim) for name, dim in dims.items()}) if unimodal else None
-        self.detached = False  # whether these predictions leave what they read alone: probes, which learn beside the model
+        self.detached = False  # whether the unimodal predictions are probes, which pass no gradient to the features
 
     def forward(self, features: Mapping[str, Features | Tensor]) -> FusionOutput:
         clean = self.read(features)
@@ -74,24 +74,24 @@ class FusionHead(nn.Module):
         return FusionOutput(self.classifier(self.fuse(clean)), self.predict_alone(clean))
 
     def fuse(self, features: dict[str, Features]) -> Tensor:
-        """(B, width) from features that are complete, in order, and zero under every False mask."""
+        """Returns the fused features (B, width) from features that are complete, in order, and zero where masked."""
         raise NotImplementedError
 
     def read(self, features: Mapping[str, Features | Tensor]) -> dict[str, Features]:
-        """Checked, promoted, ordered and zeroed features. Raises ValueError for a modality missing, unknown or of another width."""
+        """Checks, promotes, orders and zeroes the features. Raises ValueError for a missing or unknown modality, or another width."""
         self.check_names(features)
-        given = {name: promote(features[name]) for name in self.dims}
+        promoted = {name: promote(features[name]) for name in self.dims}
         for name, dim in self.dims.items():
-            self.check_width(name, given[name], dim)
-        self.check_sizes(given)
-        if self.stage == "pooled":  # the tokens, which nobody reads, cost nothing
-            return {name: as_one_token(f) for name, f in given.items()}
-        return {name: zero_masked(f if self.reads_shared else f.unshared()) for name, f in given.items()}
+            self.check_width(name, promoted[name], dim)
+        self.check_sizes(promoted)
+        if self.stage == "pooled":  # the unused tokens then cost nothing
+            return {name: as_one_token(f) for name, f in promoted.items()}
+        return {name: zero_masked(f if self.reads_shared else f.unshared()) for name, f in promoted.items()}
 
     def output_layers(self) -> list[nn.Module]:
-        """The linear maps that give `output` and `by_modality`."""
-        together = [] if self.classifier is None else [self.classifier]
-        return [*together, *([] if self.unimodal is None else self.unimodal.values())]
+        """The last linear layers, which produce `output` and `by_modality`."""
+        joint = [] if self.classifier is None else [self.classifier]
+        return [*joint, *([] if self.unimodal is None else self.unimodal.values())]
 
     def check_names(self, features: Mapping[str, object]) -> None:
         if features.keys() != self.dims.keys():
@@ -99,14 +99,14 @@ class FusionHead(nn.Module):
 
     def check_width(self, name: str, features: Features, dim: int) -> None:
         if features.dim != dim or features.pooled.shape[-1] != dim:
-            found = features.dim if features.dim != dim else f"pooled features of {features.pooled.shape[-1]}"
-            raise ValueError(f"{type(self).__name__} was built for '{name}' of width {dim}; got {found}")
+            width = features.dim if features.dim != dim else f"pooled features of {features.pooled.shape[-1]}"
+            raise ValueError(f"{type(self).__name__} was built for '{name}' of width {dim}; got {width}")
 
     def check_sizes(self, features: Mapping[str, Features]) -> None:
         sizes = {name: f.mask.shape[0] for name, f in features.items()}
-        if any(size != next(iter(sizes.values())) for size in sizes.values()):  # they would be broadcast, in silence
-            told = ", ".join(f"{size} of '{name}'" for name, size in sizes.items())
-            raise ValueError(f"{type(self).__name__}: every modality must have the same number of samples; got {told}")
+        if any(size != next(iter(sizes.values())) for size in sizes.values()):  # they would be broadcast silently
+            numbers = ", ".join(f"{size} of '{name}'" for name, size in sizes.items())
+            raise ValueError(f"{type(self).__name__}: every modality must have the same number of samples; got {numbers}")
 
     def predict_alone(self, features: dict[str, Features]) -> dict[str, Tensor]:
         if self.unimodal is None:
@@ -116,7 +116,7 @@ class FusionHead(nn.Module):
 
 
 def check_options(head: str, **options: float) -> None:
-    """Raises ValueError for sizes below 1, shares that are none, and numbers that aren't finite."""
+    """Raises ValueError for sizes below 1, and for a dropout or mlp_ratio that is out of range."""
     for name, value in options.items():
         if name == "dropout":
             if not 0 <= value < 1:
@@ -133,29 +133,29 @@ def check_dims(head: str, dims: Mapping[str, int], fewest: int, most: int | None
         raise ValueError(f"{head} fuses at least {fewest} modalities; got {', '.join(dims) or 'none'}. For one modality use Unimodal")
     if most is not None and len(dims) > most:
         raise ValueError(
-            f"{head} fuses {most} modalities, as its paper; got {', '.join(dims)}. For more use CrossAttention or LowRankTensor"
+            f"{head} fuses {most} modalities, as in its paper; got {', '.join(dims)}. For more use CrossAttention or LowRankTensor"
         )
     for name, dim in dims.items():
         # The names become those of submodules.
         if not name.isidentifier() or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-            raise ValueError(f"'{name}' can't name a modality; take a plain word such as text, image or report")
+            raise ValueError(f"'{name}' is not a valid name of a modality; use a plain word such as text, image or report")
         if dim < narrowest:
-            narrow = "; the head normalises it, by which a single number vanishes: embed it in more first" if narrowest > 1 else ""
+            narrow = "; layer normalisation maps a single number to 0: embed it in more dimensions first" if narrowest > 1 else ""
             raise ValueError(f"{head}: the width of '{name}' is {dim}; expected at least {narrowest}{narrow}")
 
 
 def stream_and_other(head: str, dims: Mapping[str, int], chosen: str | None, *, usual: str) -> tuple[str, str]:
-    """Of two modalities the one that is changed, and the one that changes it: as chosen, else the usual one.
+    """Returns the modality that is transformed (the stream, `chosen` or else the usual one) and the one that conditions it.
 
     >>> stream_and_other("FiLM", {"text": 8, "image": 16}, None, usual="image")
     ('image', 'text')
     """
-    stream = chosen or standing_for(usual, dims)
+    stream = chosen or default_modality(usual, dims)
     if stream not in dims:
-        raise ValueError(f"{head}: no modality '{stream}' to be the stream; there are {', '.join(dims)}")
+        raise ValueError(f"{head}: stream is '{stream}'; expected one of the modalities {', '.join(dims)}")
     return stream, next(name for name in dims if name != stream)
 
 
-def standing_for(usual: str, dims: Mapping[str, int]) -> str:
-    """The modality of that name, "text" or "image"; where the names are others, the first stands for the text, the last for the image."""
+def default_modality(usual: str, dims: Mapping[str, int]) -> str:
+    """The modality named "text" or "image"; if there is none of that name, the first for "text", the last for "image"."""
     return usual if usual in dims else list(dims)[0 if usual == "text" else -1]

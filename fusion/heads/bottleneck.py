@@ -1,4 +1,4 @@
-"""Intermediate fusion: the modalities' transformers exchange what they know through a few shared tokens."""
+"""Intermediate fusion: one transformer per modality, exchanging information through a few shared tokens."""
 
 from collections.abc import Mapping
 
@@ -11,13 +11,13 @@ from fusion.heads.base import FusionHead, check_options
 
 
 class Bottleneck(FusionHead):
-    """Give each modality a transformer of its own, and let them meet only in a few bottleneck tokens.
+    """Give each modality a transformer of its own, and exchange information only through a few bottleneck tokens.
 
         [x_m; z_m] <- Transformer_m([x_m; z])            z <- mean_m z_m            y = mean_m norm(x_m)_class
 
-    Whatever goes from one modality to another must pass the `bottlenecks` tokens z, layer by layer, which makes each modality condense
-    what it has to say, and keeps the cost linear in the number of modalities. Every modality has a class token. The means are over the
-    modalities that a sample has.
+    All information exchanged between modalities passes through the `bottlenecks` tokens z in each layer, which makes each modality
+    condense its information and keeps the cost linear in the number of modalities. Every modality has a class token. The means are over
+    the modalities that a sample has.
 
     Source: Nagrani et al. (2021), "Attention Bottlenecks for Multimodal Fusion" (MBT).
     Reads: tokens (B, N_m, D_m).
@@ -29,8 +29,8 @@ class Bottleneck(FusionHead):
         depth: number of layers of each modality's transformer, at least 2.
         num_heads: number of attention heads H, of which dim is a multiple.
         bottlenecks: number of bottleneck tokens z.
-        fusion_layer: the first layer that sees z, from 0 to depth - 2; those before it are each modality's own.
-        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        fusion_layer: first layer that includes z, from 0 to depth - 2; the layers before it are unimodal.
+        mlp_ratio: hidden width of the feed-forward layers, as a multiple of dim; above 0.
         dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
@@ -56,10 +56,11 @@ class Bottleneck(FusionHead):
         dropout: float = 0.0,
         unimodal: bool = False,
     ) -> None:
-        # With fewer than two layers that see z, no class token ever reads what another modality has put there.
+        # With fewer than two layers that include z, no class token ever depends on another modality.
         if not 0 <= fusion_layer <= depth - 2:
             raise ValueError(
-                f"Bottleneck: fusion_layer is {fusion_layer} of {depth}; at least two layers must see the bottleneck: one writes, one reads"
+                f"Bottleneck: fusion_layer is {fusion_layer} of {depth}; at least two layers must include the bottleneck tokens "
+                "(one writes them, one reads them)"
             )
         check_options(type(self).__name__, dim=dim, num_heads=num_heads, bottlenecks=bottlenecks, mlp_ratio=mlp_ratio, dropout=dropout)
         super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
@@ -76,32 +77,32 @@ class Bottleneck(FusionHead):
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
         x: dict[str, Tensor] = {}
         mask: dict[str, Tensor | None] = {}
-        wide: dict[str, Tensor | None] = {}
+        joint_mask: dict[str, Tensor | None] = {}  # with the bottleneck tokens
         for name, f in features.items():
             size = f.tokens.shape[0]
             x[name] = torch.cat([self.class_tokens[name].expand(size, 1, -1), self.project[name](f.tokens)], dim=1)
-            # The tokens of an absent modality, its class token too, may compute what they will: nobody reads them.
+            # The outputs of an absent modality's tokens, and of its class token, are not used.
             first = torch.ones_like(f.mask[:, :1])
             own = torch.cat([first, f.mask], dim=1)
             mask[name] = None if f.full else own
-            wide[name] = None if f.full else torch.cat([own, first.expand(-1, len(self.bottlenecks))], dim=1)
+            joint_mask[name] = None if f.full else torch.cat([own, first.expand(-1, len(self.bottlenecks))], dim=1)
         present = presence(features)
         shared = self.bottlenecks.expand(present.shape[0], -1, -1)
         for depth, layer in enumerate(self.layers):
             if depth < self.fusion_layer:
                 x = {name: layer.get_submodule(name)(x[name], mask[name]) for name in x}
                 continue
-            said = []
+            updated = []
             for name in x:
-                y = layer.get_submodule(name)(torch.cat([x[name], shared], dim=1), wide[name])
+                y = layer.get_submodule(name)(torch.cat([x[name], shared], dim=1), joint_mask[name])
                 x[name] = y[:, : -len(self.bottlenecks)]
-                said.append(y[:, -len(self.bottlenecks) :])
-            shared = mean_of_present(torch.stack(said, dim=1), present)
+                updated.append(y[:, -len(self.bottlenecks) :])
+            shared = mean_of_present(torch.stack(updated, dim=1), present)
         return mean_of_present(torch.stack([self.norm[name](x[name][:, 0]) for name in x], dim=1), present)
 
 
 def mean_of_present(x: Tensor, present: Tensor) -> Tensor:
-    """(B, ...) the mean over the modalities of x (B, M, ...) that are present (B, M); zero where there are none."""
-    there = present.reshape(*present.shape, *[1] * (x.dim() - 2))
-    kept = torch.where(there, x, 0.0)
-    return kept.sum(dim=1) / there.sum(dim=1).clamp(min=1).to(x.dtype)
+    """Mean (B, ...) of x (B, M, ...) over the modalities that are present (B, M); zero if there are none."""
+    mask = present.reshape(*present.shape, *[1] * (x.dim() - 2))
+    masked = torch.where(mask, x, 0.0)
+    return masked.sum(dim=1) / mask.sum(dim=1).clamp(min=1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Cross-attention fusion: two streams that read each other, layer by layer."""
+"""Cross-attention fusion: two streams that attend to each other, layer by layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from fusion.heads.factorized_bilinear import factor_or_one
 
 
 class CoAttention(FusionHead):
-    """Two streams of equal rank: in each layer both read the other, then each reads itself.
+    """Two symmetric streams: in each layer each attends to the other, then to itself.
 
         x_a <- x_a + Attention(x_a, x_b); x_a <- x_a + FeedForward(x_a); x_a <- Transformer layer(x_a); likewise x_b
         y = tanh(W_a mean(norm(x_a))) * tanh(W_b mean(norm(x_b)))
 
-    The two pooled streams are multiplied, as ViLBERT does for answering questions (with their first tokens, and no tanh); the factor of an
-    absent modality is 1. Two modalities; CrossAttention with direction "both" takes more, and puts the streams side by side.
+    The two pooled streams are multiplied, as in ViLBERT's question answering (with their first tokens, and no tanh); the factor of an
+    absent modality is 1. For two modalities only; CrossAttention with direction "both" accepts more, and concatenates the streams.
 
     Source: Lu et al. (2019), "ViLBERT: Pretraining Task-Agnostic Visiolinguistic Representations for Vision-and-Language Tasks".
     Reads: tokens (B, N_m, D_m).
@@ -27,9 +27,9 @@ class CoAttention(FusionHead):
 
     Args:
         dim: width of the tokens and of the fused features.
-        depth: number of layers, each of which reads the other stream, then its own.
+        depth: number of layers, each cross-attention to the other stream, then self-attention.
         num_heads: number of attention heads H, of which dim is a multiple.
-        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        mlp_ratio: hidden width of the feed-forward layers, as a multiple of dim; above 0.
         dropout: dropout probability on the outputs of attention (not on its weights), in the feed-forward layers and on the fused features.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 

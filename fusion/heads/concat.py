@@ -1,4 +1,4 @@
-"""Intermediate fusion: pooled features side by side."""
+"""Intermediate fusion: concatenation of the pooled features."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -11,13 +11,13 @@ from fusion.heads.base import FusionHead, check_options
 
 
 class Concat(FusionHead):
-    """Put the pooled features side by side and let a small network mix them.
+    """Concatenate the pooled features and mix them with a small MLP.
 
         y = dropout(GELU(W [norm(x_1); ...; norm(x_M)] + b))
 
-    An absent modality fills its place with zeros.
+    An absent modality is replaced by zeros.
 
-    Source: the plainest intermediate fusion, and the baseline of most papers.
+    Source: the simplest intermediate fusion, and the baseline of most papers.
     Reads: pooled features (B, D_m).
     Cost: sum(D_m) * dim parameters and multiply-adds per sample.
 
@@ -45,8 +45,8 @@ class Concat(FusionHead):
         self.norm = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in dims.items()})
         widths = [sum(dims.values()), *[dim] * depth]
         layers: list[nn.Module] = []
-        for wide, narrow in pairwise(widths):
-            layers += [nn.Linear(wide, narrow), nn.GELU(), nn.Dropout(dropout)]
+        for in_width, out_width in pairwise(widths):
+            layers += [nn.Linear(in_width, out_width), nn.GELU(), nn.Dropout(dropout)]
         self.mix = nn.Sequential(*layers)
 
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)

@@ -1,4 +1,4 @@
-"""Late fusion: each sample weighs its modalities by how sure each of them is."""
+"""Late fusion: the modalities' logits, weighted per sample by their confidence."""
 
 import math
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from fusion.heads.late import LateHead
 
 
 class ConfidenceWeighted(LateHead):
-    """Classify each modality alone and weigh the decisions, sample by sample, by each modality's own confidence.
+    """Classify each modality alone and weight the decisions, sample by sample, by each modality's own confidence.
 
         y = sum_m w_m f_m(x_m)        w = softmax over present m of s * c_m        c_m = 1 - entropy(softmax(f_m(x_m))) / log(out_dim)
 
-    c_m is 1 for a certain modality and 0 for one that only guesses; the sharpness s > 0 is learned (1 at the start). A weight depends on
+    c_m is 1 for a certain prediction and 0 for a uniform one; the sharpness s > 0 is learned (1 at the start). A weight depends on
     its own modality alone up to the common scale, so the sign of y is that of a sum over modalities: XOR stays at chance.
 
     Source: Zhang et al. (2023), "Provable Dynamic Fusion for Low-Quality Multimodal Data" (QMF), with entropy for the energy score.
@@ -43,7 +43,7 @@ class ConfidenceWeighted(LateHead):
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """(B, M) from logits (B, M, C): 1 for a certain decision, 0 for a uniform one; 1 where there is only one class."""
+    """Confidence (B, M) from logits (B, M, C): 1 for a certain decision, 0 for a uniform one; 1 if there is only one class."""
     log_p = logits.log_softmax(dim=-1)
     entropy = -(log_p.exp() * log_p).sum(dim=-1)
     return 1 - entropy / math.log(max(logits.shape[-1], 2))

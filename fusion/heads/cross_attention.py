@@ -1,4 +1,4 @@
-"""Cross-attention fusion: the tokens of one modality read those of another."""
+"""Cross-attention fusion: the tokens of one modality attend to those of another."""
 
 from collections.abc import Mapping
 
@@ -11,29 +11,29 @@ from fusion.heads.base import FusionHead, check_options
 
 
 class CrossAttention(FusionHead):
-    """Let the tokens of a modality read the tokens of the other, layer by layer.
+    """Let the tokens of one modality attend to the tokens of another, layer by layer.
 
         x_a <- x_a + SelfAttention(x_a);   x_a <- x_a + g * Attention(x_a, x_b);   x_a <- x_a + g' * FeedForward(x_a)
         y = GELU(W norm([mean(x_1); ...; mean(x_M)]))
 
-    A modality that gives keys alone enters y by the mean of its projected tokens, so that a sample lacking the one that gives queries is
-    still seen.
+    A modality that provides only keys and values contributes the mean of its projected tokens to y, so that y stays informative for a
+    sample without the query modality.
 
-    Source: Tan and Bansal (2019), "LXMERT: Learning Cross-Modality Encoder Representations from Transformers"; there each layer reads the
-    other modality before itself, and both directions share the weights of that reading.
+    Source: Tan and Bansal (2019), "LXMERT: Learning Cross-Modality Encoder Representations from Transformers"; there cross-attention comes
+    before self-attention, and both directions share its weights.
     Reads: tokens (B, N_m, D_m).
     Cost: (sum(D_m) + M * dim) * dim parameters, and for each direction and layer 16 * dim^2 (12 without self-attention; mlp_ratio 4); 2 *
-    N_a * N_b * dim multiply-adds for reading the other modality: linear in its tokens.
+    N_a * N_b * dim multiply-adds for cross-attention: linear in the tokens of the other modality.
 
     Args:
         dim: width of the tokens and of the fused features.
         depth: number of layers.
         num_heads: number of attention heads H, of which dim is a multiple.
-        direction: which modality gives queries, and which keys and values: "text_to_image", "image_to_text" (so for any two names),
-            "text_to_all" (all the others), or "both" (every modality reads all the others, each from the state before the layer).
-        self_attention: begin each layer with self-attention over the tokens that are queries.
-        tanh_gate: make g and g' tanh of learned numbers, which start at 0 (Flamingo); else both are 1.
-        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        direction: which modality provides queries, and which keys and values: "text_to_image", "image_to_text" (or any other two names),
+            "text_to_all" (all the others), or "both" (every modality attends to all the others, as they were before the layer).
+        self_attention: begin each layer with self-attention over the query tokens.
+        tanh_gate: make g and g' the tanh of learned scalars, which start at 0 (Flamingo); else both are 1.
+        mlp_ratio: hidden width of the feed-forward layers, as a multiple of dim; above 0.
         dropout: dropout probability on the outputs of attention (not on its weights), in the feed-forward layers and on the fused features.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
@@ -63,7 +63,7 @@ class CrossAttention(FusionHead):
     ) -> None:
         check_options(type(self).__name__, dim=dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout)
         super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
-        self.reads = who_reads_whom(direction, list(dims))
+        self.reads = context_modalities(direction, list(dims))
         self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})
         self.layers = nn.ModuleList(
             nn.ModuleDict(
@@ -79,13 +79,13 @@ class CrossAttention(FusionHead):
         self.mix = nn.Sequential(nn.LayerNorm(len(dims) * dim), nn.Linear(len(dims) * dim, dim), nn.GELU(), nn.Dropout(dropout))
 
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
-        # A modality of keys alone is the same for all samples that share it: it stays shared.
+        # A modality that provides only keys and values is the same for all samples that share it: it stays shared.
         features = {name: f.unshared() if name in self.reads else f for name, f in features.items()}
         x = {name: f._replace(tokens=self.project[name](f.tokens)) for name, f in features.items()}
         for layer in self.layers:
             context = {name: joined([x[other] for other in others]) for name, others in self.reads.items()}
             x = x | {
-                name: own._replace(tokens=layer.get_submodule(name)(own.tokens, own.attention_mask, c.tokens, c.attention_mask, c.rows))
+                name: own._replace(tokens=layer.get_submodule(name)(own.tokens, own.attention_mask, c.tokens, c.attention_mask, c.indices))
                 for name, c in context.items()
                 for own in [x[name]]
             }
@@ -93,7 +93,7 @@ class CrossAttention(FusionHead):
 
 
 def joined(features: list[Features]) -> Features:
-    """The tokens of several modalities one after another, (B, K, D); a single one is not copied. The pooled features are the first's."""
+    """Concatenates the tokens of several modalities to (B, K, D); a single one is not copied. The pooled features are the first's."""
     if len(features) == 1:
         return features[0]
     own = [f.unshared() for f in features]
@@ -102,21 +102,21 @@ def joined(features: list[Features]) -> Features:
 
 
 def mean(features: Features) -> Tensor:
-    """(B, D) the mean of each sample's real tokens."""
+    """Mean (B, D) of each sample's real tokens."""
     pooled = masked_mean(features.tokens, features.distinct_mask)
-    return pooled if features.rows is None else keep(pooled.index_select(0, features.rows), features.present)
+    return pooled if features.indices is None else keep(pooled.index_select(0, features.indices), features.present)
 
 
-def who_reads_whom(direction: str, names: list[str]) -> dict[str, list[str]]:
-    """For each modality of queries, those of its keys.
+def context_modalities(direction: str, names: list[str]) -> dict[str, list[str]]:
+    """For each modality that provides queries, those that provide keys and values.
 
-    >>> who_reads_whom("text_to_image", ["text", "image"]), who_reads_whom("text_to_all", ["text", "image", "facts"])
+    >>> context_modalities("text_to_image", ["text", "image"]), context_modalities("text_to_all", ["text", "image", "facts"])
     ({'text': ['image']}, {'text': ['image', 'facts']})
     """
     if direction == "both":
         return {name: [other for other in names if other != name] for name in names}
-    ways = {f"{a}_to_{b}": {a: [b]} for a in names for b in names if a != b}
-    ways |= {f"{a}_to_all": {a: [b for b in names if b != a]} for a in names}
-    if direction not in ways:
-        raise ValueError(f"CrossAttention: unknown direction '{direction}'; expected both, {', '.join(ways)}")
-    return ways[direction]
+    directions = {f"{a}_to_{b}": {a: [b]} for a in names for b in names if a != b}
+    directions |= {f"{a}_to_all": {a: [b for b in names if b != a]} for a in names}
+    if direction not in directions:
+        raise ValueError(f"CrossAttention: unknown direction '{direction}'; expected both, {', '.join(directions)}")
+    return directions[direction]

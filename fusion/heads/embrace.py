@@ -11,12 +11,12 @@ from fusion.heads.base import FusionHead, check_options
 
 
 class Embrace(FusionHead):
-    """Bring all modalities to one width and draw, feature by feature, whose value the joint vector takes.
+    """Project all modalities to one width and draw, feature by feature, the modality whose value the joint vector takes.
 
         h_m = ReLU(W_m norm(x_m))        e_i = h_mi with m ~ Multinomial(p)        y = GELU(W e)
 
-    The lot is a regulariser by which the network learns to live with any share of each modality; p is renormalised over the modalities that
-    a sample has. In evaluation e is its expectation, sum_m p_m h_m, as with dropout: the same answer each time (the paper draws there too).
+    The draw is a regulariser that makes the network robust to any mix of the modalities; p is renormalised over the modalities that a
+    sample has. In evaluation e is its expectation, sum_m p_m h_m, as with dropout, and so deterministic (the paper draws there too).
 
     Source: Choi and Lee (2019), "EmbraceNet: A robust deep learning architecture for multimodal classification".
     Reads: pooled features (B, D_m).
@@ -49,10 +49,10 @@ class Embrace(FusionHead):
     ) -> None:
         check_options(type(self).__name__, dim=dim, dropout=dropout)
         super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
-        given = dict.fromkeys(dims, 1.0) if probabilities is None else probabilities
-        if given.keys() != dims.keys() or not all(0 < p < math.inf for p in given.values()):
-            raise ValueError(f"Embrace: probabilities must give a positive number for each of {', '.join(dims)}; got {given}")
-        self.register_buffer("probabilities", torch.tensor([float(given[name]) for name in dims]) / sum(given.values()))
+        p = dict.fromkeys(dims, 1.0) if probabilities is None else probabilities
+        if p.keys() != dims.keys() or not all(0 < value < math.inf for value in p.values()):
+            raise ValueError(f"Embrace: probabilities must give a positive number for each of {', '.join(dims)}; got {p}")
+        self.register_buffer("probabilities", torch.tensor([float(p[name]) for name in dims]) / sum(p.values()))
         self.dock = nn.ModuleDict(
             {name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.ReLU()) for name, width in dims.items()}
         )
@@ -61,12 +61,12 @@ class Embrace(FusionHead):
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
         docked = torch.stack([self.dock[name](f.pooled) for name, f in features.items()], dim=1)  # (B, M, dim)
         present = presence(features)
-        likely = present * self.probabilities
-        shares = likely / likely.sum(dim=1, keepdim=True).clamp(min=torch.finfo(likely.dtype).tiny)  # (B, M), zeros if none is present
+        masked = present * self.probabilities
+        p = masked / masked.sum(dim=1, keepdim=True).clamp(min=torch.finfo(masked.dtype).tiny)  # (B, M), zeros if none is present
         if self.training:
-            # The modality in whose stretch of (0, 1) a uniform number falls.
-            ends = shares.cumsum(dim=1)[..., None]
-            lot = torch.rand(docked.shape[0], 1, docked.shape[2], device=docked.device, dtype=ends.dtype) * ends[:, -1:]
-            drawn = (lot >= ends).sum(dim=1, keepdim=True).clamp(max=len(self.dims) - 1)
+            # Inverse transform sampling: the modality whose interval of (0, 1) contains a uniform number.
+            cumulative = p.cumsum(dim=1)[..., None]
+            uniform = torch.rand(docked.shape[0], 1, docked.shape[2], device=docked.device, dtype=cumulative.dtype) * cumulative[:, -1:]
+            drawn = (uniform >= cumulative).sum(dim=1, keepdim=True).clamp(max=len(self.dims) - 1)
             return self.mix(keep(docked.gather(1, drawn)[:, 0], present.any(dim=1)))
-        return self.mix((docked * shares[..., None].to(docked.dtype)).sum(dim=1))
+        return self.mix((docked * p[..., None].to(docked.dtype)).sum(dim=1))

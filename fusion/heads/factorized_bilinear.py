@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fusion.features import Features
 from fusion.heads.base import FusionHead, check_options
 
-# Below this the square root is replaced by the straight line through the origin that meets it (its slope at 0 is infinite), and a length by
-# its root: with both, no gradient grows by more than 1 / SMALLEST, which fp16 can hold.
+# Below this the square root, whose slope at 0 is infinite, is replaced by the line through the origin that meets it; the L2 norm is clamped
+# at its root. Together they scale no gradient by more than 1 / SMALLEST, which fp16 can represent.
 SMALLEST = 1e-3
 
 
@@ -19,8 +19,8 @@ class FactorizedBilinear(FusionHead):
         z_i = sum_{k=1..rank} (u_ik . norm(x_1)) (v_ik . norm(x_2))        =        norm(x_1)' (sum_k u_ik v_ik') norm(x_2)
         y = s / |s|,    s = sign(z) sqrt(|z|)
 
-    (Next to 0, where their slopes would be infinite, both are straight lines.) Power normalisation tames the products' large values, L2
-    normalisation their length. The factor of an absent modality is 1. Two modalities.
+    (Near 0, where their slopes would be infinite, both are linear.) Power normalisation compresses large products, L2 normalisation
+    fixes the length of y. The factor of an absent modality is 1. For two modalities only.
 
     Source: Yu et al. (2017), "Multi-modal Factorized Bilinear Pooling with Co-attention Learning for Visual Question Answering" (MFB).
     Reads: pooled features (B, D_m).
@@ -59,7 +59,7 @@ class FactorizedBilinear(FusionHead):
 
 
 def factor_or_one(factor: Tensor, present: Tensor) -> Tensor:
-    """A factor (B, D) of a product, 1 for the samples that lack its modality, so that the product is that of the others."""
+    """A factor (B, D) of a product, 1 for samples without its modality, so that the product is that of the others."""
     return torch.where(present[:, None], factor, 1.0)
 
 

@@ -17,8 +17,8 @@ class FiLM(FusionHead):
         y = x after depth blocks
 
     Feature-wise linear modulation of x by c. The norm has no parameters of its own, as in the paper, since gamma and beta are its
-    parameters; it is a layer norm, which doesn't mix samples. A sample without c has gamma = 1, beta = 0; without x it starts from zeros.
-    Two modalities.
+    parameters; it is a layer norm, which doesn't mix samples. A sample without c has gamma = 1, beta = 0; without x, x starts as zeros.
+    For two modalities only.
 
     Source: Perez et al. (2018), "FiLM: Visual Reasoning with a General Conditioning Layer".
     Reads: pooled features (B, D_m).
@@ -27,7 +27,7 @@ class FiLM(FusionHead):
     Args:
         dim: width of the blocks and of the fused features.
         depth: number of blocks.
-        stream: the modality x that is modulated, by the other, c. None: the image, or else the last.
+        stream: the modality x that is modulated by the other, c. None: the image, or else the last modality.
         dropout: dropout probability on the fused features; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 

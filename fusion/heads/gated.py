@@ -1,4 +1,4 @@
-"""Intermediate fusion: each sample weighs its modalities, feature by feature."""
+"""Intermediate fusion: gates that weight the modalities per sample and feature."""
 
 from collections.abc import Mapping
 

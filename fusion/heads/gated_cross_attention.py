@@ -1,4 +1,4 @@
-"""Cross-attention fusion that starts as the text model alone and opens its gates to the image as it learns."""
+"""Cross-attention fusion through tanh gates: it starts as the text model alone and learns to use the image."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from fusion.heads.base import FusionHead, check_options, stream_and_other
 
 
 class GatedCrossAttention(FusionHead):
-    """Let one modality's stream (the text) read the other through gates that are shut at the start.
+    """Let one modality (the text) attend to the other through gates that are closed at the start.
 
         x <- x + tanh(g) * Attention(x, c); x <- x + tanh(g') * FeedForward(x); x <- Transformer layer(x)            g = g' = 0 at first
         y = norm(x)_class
 
-    x has a class token before it. While the gates are 0 the output is the stream's alone, so that a pretrained text encoder is not
-    disturbed by an image it can't yet read. A sample without the stream still has the class token to read c with. Two modalities.
+    x is preceded by a class token. While the gates are 0 the output depends on x alone, so that a pretrained text encoder is not
+    disturbed by untrained cross-attention. A sample without x still attends to c with the class token. For two modalities only.
 
     Source: Alayrac et al. (2022), "Flamingo: a Visual Language Model for Few-Shot Learning" (its gated xattn-dense layers).
     Reads: tokens (B, N_m, D_m), n = N_x + 1.
@@ -27,10 +27,10 @@ class GatedCrossAttention(FusionHead):
 
     Args:
         dim: width of the tokens and of the fused features.
-        depth: number of layers, each a gated reading of c and a transformer layer over x.
+        depth: number of layers, each a gated cross-attention to c and a transformer layer over x.
         num_heads: number of attention heads H, of which dim is a multiple.
-        stream: the modality x that reads the other, c. None: the text, or else the first.
-        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        stream: the modality x that attends to the other, c. None: the text, or else the first modality.
+        mlp_ratio: hidden width of the feed-forward layers, as a multiple of dim; above 0.
         dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
@@ -76,5 +76,5 @@ class GatedCrossAttention(FusionHead):
         mask = None if stream.full else torch.cat([torch.ones_like(stream.mask[:, :1]), stream.mask], dim=1)
         context = self.project[self.condition](condition.tokens)
         for cross, own in zip(self.cross_layers, self.self_layers, strict=True):
-            x = own(cross(x, mask, context, condition.attention_mask, condition.rows), mask)
+            x = own(cross(x, mask, context, condition.attention_mask, condition.indices), mask)
         return self.norm(x[:, 0])

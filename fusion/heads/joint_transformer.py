@@ -16,8 +16,8 @@ class JointTransformer(FusionHead):
 
         t_m = W_m norm(x_m) + position + type_m            y = norm(Transformer([class; t_1; ...; t_M]))_class
 
-    Modality-type embeddings, positions (sinusoidal, Vaswani et al., 2017, so for any length), a class token of its own, pre-norm layers.
-    It reads embeddings before any encoder layer; the encoders' bodies are then not built.
+    With modality-type embeddings, sinusoidal positions (Vaswani et al., 2017) for any length, a class token of its own and pre-norm layers.
+    It reads the embeddings before any encoder layer; the encoders' layers are then removed.
 
     Source: Kim et al. (2021), "ViLT: Vision-and-Language Transformer Without Convolution or Region Supervision", after VisualBERT.
     Reads: tokens (B, N_m, D_m), N = 1 + sum(N_m).
@@ -27,9 +27,9 @@ class JointTransformer(FusionHead):
         dim: width of the tokens and of the fused features.
         depth: number of transformer layers.
         num_heads: number of attention heads H, of which dim is a multiple.
-        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        mlp_ratio: hidden width of the feed-forward layers, as a multiple of dim; above 0.
         dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
-        positions: add sinusoidal positions to the tokens; False where the tokens carry their own.
+        positions: add sinusoidal positions to the tokens; False if the tokens already contain positions.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
     >>> head = JointTransformer({"text": 8, "image": 16}, 3, dim=32, depth=2)
@@ -65,8 +65,8 @@ class JointTransformer(FusionHead):
     def fuse(self, features: dict[str, Features]) -> Tensor:  # (B, dim)
         first = next(iter(features.values()))
         tokens = [self.class_token.expand(first.tokens.shape[0], 1, -1)]
-        whole = joint_mask(features)
-        mask = None if whole is None else torch.cat([torch.ones_like(first.mask[:, :1]), whole], dim=1)
+        joint = joint_mask(features)
+        mask = None if joint is None else torch.cat([torch.ones_like(first.mask[:, :1]), joint], dim=1)
         for name, f in features.items():
             t = self.project[name](f.tokens) + self.modality[name]
             tokens.append(t + positions(t, f.mask) if self.positions else t)
@@ -77,13 +77,13 @@ class JointTransformer(FusionHead):
 
 
 def positions(tokens: Tensor, mask: Tensor) -> Tensor:
-    """(B, N, D) the sinusoid at each token's place, counted from its sample's first real token: padding before it changes nothing."""
-    places = torch.arange(tokens.shape[1], device=tokens.device) - mask.int().argmax(dim=1, keepdim=True)
-    return sinusoid(tokens)[places.clamp(min=0)]
+    """Sinusoidal positions (B, N, D), counted from each sample's first real token, so that padding before it has no effect."""
+    position = torch.arange(tokens.shape[1], device=tokens.device) - mask.int().argmax(dim=1, keepdim=True)
+    return sinusoid(tokens)[position.clamp(min=0)]
 
 
 def sinusoid(tokens: Tensor) -> Tensor:
-    """(N, D) sines and cosines of the position of each of the tokens (B, N, D) (Vaswani et al., 2017)."""
+    """Sinusoidal positions (N, D) for tokens (B, N, D) (Vaswani et al., 2017)."""
     _, length, dim = tokens.shape
     position = torch.arange(length, device=tokens.device, dtype=torch.float32)[:, None]
     rate = torch.exp(torch.arange(0, dim, 2, device=tokens.device, dtype=torch.float32) * (-math.log(10000.0) / dim))

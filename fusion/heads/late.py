@@ -1,4 +1,4 @@
-"""What the late heads share: one classifier a modality, and decisions combined over the modalities that are there."""
+"""Base of the late heads: one classifier per modality, and the decisions of the present modalities combined."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from fusion.heads.base import FusionHead, FusionOutput, check_options
 
 
 class LateHead(FusionHead, ABC):
-    """Base of the heads that combine decisions: implements everything but `combine`.
+    """Base class of the heads that combine decisions; subclasses implement `combine`.
 
     Each modality is classified alone from its pooled features: LayerNorm, hidden layer of width `dim` with GELU (none if
     `dim` is 0), linear. `by_modality` always holds these predictions.
@@ -37,12 +37,12 @@ class LateHead(FusionHead, ABC):
 
     @abstractmethod
     def combine(self, logits: Tensor, present: Tensor) -> Tensor:
-        """(B, out_dim) from the decisions (B, M, out_dim) of the modalities that are present (B, M)."""
+        """Returns (B, out_dim) from the decisions (B, M, out_dim) of the modalities that are present (B, M)."""
 
 
 def classifier(width: int, out_dim: int, dim: int, dropout: float) -> nn.Sequential:
-    """LayerNorm, a hidden layer of width `dim` with GELU (none if 0), and a linear map to `out_dim`. Raises ValueError for options that
-    can't be."""
+    """LayerNorm, a hidden layer of width `dim` with GELU (none if 0), and a linear layer to `out_dim`. Raises ValueError for options that
+    are out of range."""
     if dim < 0:
         raise ValueError(f"dim is {dim}; expected a width, or 0 for no hidden layer")
     check_options("the classifier", dropout=dropout)

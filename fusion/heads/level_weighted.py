@@ -1,4 +1,4 @@
-"""Intermediate fusion: several depths of each encoder, weighted by the sample."""
+"""Intermediate fusion: several depths of each encoder, weighted per sample."""
 
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -11,15 +11,15 @@ from fusion.heads.base import FusionHead, FusionOutput, check_options
 
 
 class LevelWeighted(FusionHead):
-    """Let each sample choose from which depths of each encoder it takes its features: edges and colours, or objects and meaning.
+    """Let each sample weight the depths of each encoder: low-level features (edges, colours) or high-level ones (objects, meaning).
 
         h_ml = W_ml norm(x_ml)            a_m = softmax_l(V_m [h_11; ...; h_ML])
         y = GELU(A [sum_l a_1l h_1l; ...; sum_l a_Ml h_Ml])
 
-    The weights over the depths of one modality are told by all modalities: a question decides how deep the image is read. A modality that
-    a sample lacks fills its place with zeros.
-    dims gives for each modality the widths of its levels, from the shallowest, or one width; of these the head takes the last `depths`.
-    `forward` takes for each modality the features of just those levels, as a list, or one.
+    The weights over the depths of one modality depend on all modalities: a question can select the depth of the image encoder. An absent
+    modality is replaced by zeros.
+    dims maps each modality to the widths of its levels, from the shallowest, or to one width; the head uses the last `depths` of them.
+    `forward` takes for each modality a list of the features of exactly those levels, or the features of a single level.
 
     Source: Peters et al. (2018), "Deep contextualized word representations" (ELMo's mix of layers), with weights that depend on the sample.
     Reads: pooled features (B, D_ml) of L levels of each modality.
@@ -27,7 +27,7 @@ class LevelWeighted(FusionHead):
 
     Args:
         dim: width to which each level is projected, and of the fused features.
-        depths: number of levels L read of each encoder, the last ones; all, if there are fewer.
+        depths: number of levels L used of each encoder, the last ones; all if it has fewer.
         dropout: dropout probability on the fused features; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 
@@ -56,7 +56,7 @@ class LevelWeighted(FusionHead):
         if empty := [name for name, widths in levels.items() if not widths]:
             raise ValueError(f"LevelWeighted: dims gives no level of '{empty[0]}'")
         check_options(type(self).__name__, dim=dim, dropout=dropout)
-        super().__init__({name: min(widths) for name, widths in levels.items()}, out_dim, width=dim)  # which refuses widths below 1
+        super().__init__({name: min(widths) for name, widths in levels.items()}, out_dim, width=dim)  # rejects widths that are too small
         self.dims = {name: widths[-1] for name, widths in levels.items()}
         self.level_dims = levels
         self.unimodal = nn.ModuleDict({name: nn.Linear(width, out_dim) for name, width in self.dims.items()}) if unimodal else None
@@ -67,7 +67,7 @@ class LevelWeighted(FusionHead):
             }
         )
         joint = dim * sum(map(len, levels.values()))
-        # Of one level there is nothing to choose.
+        # A single level needs no weights.
         self.weigh = nn.ModuleDict({name: nn.Linear(joint, len(widths)) for name, widths in levels.items() if len(widths) > 1})
         self.mix = nn.Sequential(nn.Linear(len(dims) * dim, dim), nn.GELU(), nn.Dropout(dropout))
 
@@ -75,21 +75,21 @@ class LevelWeighted(FusionHead):
         clean = self.read_levels(features)
         assert self.classifier is not None
         return FusionOutput(
-            self.classifier(self.fuse_levels(clean)), self.predict_alone({name: found[-1] for name, found in clean.items()})
+            self.classifier(self.fuse_levels(clean)), self.predict_alone({name: levels[-1] for name, levels in clean.items()})
         )
 
     def read_levels(self, features: Mapping[str, Features | Tensor | Sequence[Features | Tensor]]) -> dict[str, list[Features]]:
-        """As `read`, for the levels of each modality."""
-        given = {name: [f] if isinstance(f, Features | Tensor) else list(f) for name, f in features.items()}
+        """Like `read`, for the levels of each modality."""
+        lists = {name: [f] if isinstance(f, Features | Tensor) else list(f) for name, f in features.items()}
         for name, widths in self.level_dims.items():
-            if name in given and len(given[name]) != len(widths):
-                raise ValueError(f"LevelWeighted was built for {len(widths)} levels of '{name}'; got {len(given[name])}")
-        self.check_names(given)
-        clean = {name: [as_one_token(promote(f)) for f in given[name]] for name in self.dims}
+            if name in lists and len(lists[name]) != len(widths):
+                raise ValueError(f"LevelWeighted was built for {len(widths)} levels of '{name}'; got {len(lists[name])}")
+        self.check_names(lists)
+        clean = {name: [as_one_token(promote(f)) for f in lists[name]] for name in self.dims}
         for name, widths in self.level_dims.items():
             for f, width in zip(clean[name], widths, strict=True):
                 self.check_width(name, f, width)
-        self.check_sizes({name: found[0] for name, found in clean.items()})
+        self.check_sizes({name: levels[0] for name, levels in clean.items()})
         return clean
 
     def fuse_levels(self, features: dict[str, list[Features]]) -> Tensor:  # (B, dim)

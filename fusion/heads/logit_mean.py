@@ -7,11 +7,11 @@ from fusion.heads.late import LateHead
 
 
 class LogitMean(LateHead):
-    """Classify each modality alone and average the logits of those that are there.
+    """Classify each modality alone and average the logits of those that are present.
 
         y = mean over present m of f_m(x_m)
 
-    The simplest late fusion. Additive in the modalities: it cannot learn what only their interaction tells (XOR stays at chance).
+    The simplest late fusion. Additive in the modalities: it cannot learn what depends on their interaction (XOR stays at chance).
 
     Source: Kittler et al. (1998), "On Combining Classifiers" (of logits, so a product of experts up to scale).
     Reads: pooled features (B, D_m).

@@ -1,4 +1,4 @@
-"""Intermediate fusion: the outer product of all modalities, read through a tensor of low rank and never made."""
+"""Intermediate fusion: a low-rank weight tensor over the outer product of all modalities, which is never materialised."""
 
 from collections.abc import Mapping
 
@@ -9,12 +9,12 @@ from fusion.heads.base import FusionHead, check_options
 
 
 class LowRankTensor(FusionHead):
-    """The weight tensor over TensorFusion's outer product, of low rank: one linear map a modality, multiplied.
+    """TensorFusion with a weight tensor of low rank: one linear map per modality, and their outputs multiplied.
 
         y = sum_{r=1..rank} prod_m W_m^r [norm(x_m); 1]        =        sum_r (W_1^r (x) ... (x) W_M^r) . ([x_1; 1] (x) ... (x) [x_M; 1])
 
-    The right side is what the left one is worth; the outer product is never made. The appended 1 is the bias of each map, which is
-    also all that an absent modality brings: the products of the others remain.
+    Both sides are equal; only the left one is computed, so that the outer product is never materialised. The appended 1 is the bias of
+    each map, and all that an absent modality contributes: the products of the others remain.
 
     Source: Liu et al. (2018), "Efficient Low-rank Multimodal Fusion with Modality-Specific Factors" (LMF).
     Reads: pooled features (B, D_m).

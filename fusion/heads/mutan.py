@@ -10,20 +10,20 @@ from fusion.heads.factorized_bilinear import factor_or_one
 
 
 class Mutan(FusionHead):
-    """Bring both modalities to a small width, and let a few products of linear maps of them add up.
+    """Project both modalities to a small width, and sum a few products of linear maps of them.
 
         h_m = tanh(W_m norm(x_m))            y = sum_{r=1..rank} (M_r h_1 + a_r) * (N_r h_2 + b_r)
 
     A Tucker decomposition of the full bilinear tensor whose core, seen from each output feature, is a matrix of rank `rank`: y_k = h_1'
-    (sum_r m_rk n_rk') h_2, and, by the biases a_r and b_r, parts linear in each alone. The factor of an absent modality is 1. Two
-    modalities.
+    (sum_r m_rk n_rk') h_2, and, by the biases a_r and b_r, terms linear in each alone. The factor of an absent modality is 1. For two
+    modalities only.
 
     Source: Ben-younes et al. (2017), "MUTAN: Multimodal Tucker Fusion for Visual Question Answering".
     Reads: pooled features (B, D_m).
     Cost: (D_1 + D_2) * embed + 2 * rank * embed * dim parameters and multiply-adds per sample.
 
     Args:
-        embed: width to which each modality is projected, of h_m.
+        embed: width of h_m, to which each modality is projected.
         dim: width of the fused features.
         rank: rank R of the core, the number of products that are summed.
         dropout: dropout probability on the projected modalities h_m; from 0 to below 1.

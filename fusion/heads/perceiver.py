@@ -1,4 +1,4 @@
-"""Intermediate fusion: a few learned latents read the tokens of all modalities."""
+"""Intermediate fusion: a few learned latents attend to the tokens of all modalities."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,14 @@ from fusion.heads.base import FusionHead, check_options
 
 
 class Perceiver(FusionHead):
-    """Let a small array of latents read all tokens, think among themselves, and read again.
+    """Let a small array of latents alternate cross-attention to all tokens with self-attention.
 
         z <- z + Attention(z, [t_1; ...; t_M]); z <- z + FeedForward(z); z <- Transformer layer(z)            t_m = W_m norm(x_m) + type_m
         y = mean(norm(z))
 
-    The latents, not the inputs, carry the depth: however many tokens come in, the cost is linear in them. The tokens carry their own
-    positions (encoders add them). The latents of a sample without any real token read nothing. (The paper
-    shares weights between its layers, and begins with smaller latents.)
+    The layers process the latents, not the inputs, so that the cost is linear in the number of tokens. The tokens contain positions
+    already (encoders add them). For a sample without any real token, cross-attention gives zeros. (The paper
+    shares weights between its layers, and initialises the latents smaller.)
 
     Source: Jaegle et al. (2021), "Perceiver: General Perception with Iterative Attention".
     Reads: tokens (B, N_m, D_m), N = sum(N_m).
@@ -28,10 +28,10 @@ class Perceiver(FusionHead):
 
     Args:
         dim: width of the tokens and latents, and of the fused features.
-        depth: how often the latents read the tokens, each time followed by a transformer layer over the latents.
+        depth: number of layers, each a cross-attention of the latents to the tokens and a transformer layer over the latents.
         latents: number of latents.
         num_heads: number of attention heads H, of which dim is a multiple.
-        mlp_ratio: hidden width of the feed-forward layers, in dims; above 0.
+        mlp_ratio: hidden width of the feed-forward layers, as a multiple of dim; above 0.
         dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 

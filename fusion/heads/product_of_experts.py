@@ -7,12 +7,12 @@ from fusion.heads.late import LateHead
 
 
 class ProductOfExperts(LateHead):
-    """Classify each modality alone and multiply the probabilities of those that are there: a class is likely if no one objects.
+    """Classify each modality alone and multiply the class probabilities of those that are present.
 
         y_c = log(prod over present m of p_m(c)) - log Z            p_m = softmax(f_m(x_m)), Z so that the exp(y_c) sum to 1
 
-    Gives log-probabilities. A modality that is unsure (p_m flat) leaves the answer to the others. Additive in the logarithms: it cannot
-    learn what only the modalities' interaction tells (XOR stays at chance).
+    Returns log-probabilities. An uncertain modality (p_m flat) leaves the decision to the others. Additive in the logarithms: it cannot
+    learn what depends on the modalities' interaction (XOR stays at chance).
 
     Source: Hinton (2002), "Training Products of Experts by Minimizing Contrastive Divergence".
     Reads: pooled features (B, D_m).
@@ -29,7 +29,7 @@ class ProductOfExperts(LateHead):
     """
 
     one_of_classes = True
-    fewest_outputs = 2  # the probability of the only class is always 1
+    fewest_outputs = 2  # the probability of a single class is always 1
 
     def combine(self, logits: Tensor, present: Tensor) -> Tensor:
         return keep(logits.log_softmax(dim=-1), present).sum(dim=1).log_softmax(dim=-1)

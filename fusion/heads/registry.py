@@ -1,4 +1,4 @@
-"""What heads there are, and what each of them is, as their own docstrings say."""
+"""Registry of the heads, with descriptions taken from their docstrings."""
 
 import difflib
 import inspect
@@ -13,9 +13,9 @@ HEADS: dict[str, type[FusionHead]] = {name: head for name, head in vars(all_head
 
 
 class HeadInfo(NamedTuple):
-    """What `describe` tells of a head; texts as in its docstring.
+    """Description of a head; texts as in its docstring.
 
-    most_modalities: None where the method takes any number.
+    most_modalities: None if the method accepts any number.
     """
 
     name: str
@@ -29,7 +29,7 @@ class HeadInfo(NamedTuple):
 
 
 def available(pattern: str = "*", *, family: Family | None = None) -> list[str]:
-    """The names of the heads that match a pattern (as file names do) and belong to a family: early, intermediate, late, cross-attention.
+    """Names of the heads that match a shell-style pattern and belong to a family: early, intermediate, late, cross-attention.
 
     >>> available("Low*")
     ['LowRankTensor']
@@ -42,33 +42,33 @@ def available(pattern: str = "*", *, family: Family | None = None) -> list[str]:
 
 
 def describe(name: str) -> HeadInfo:
-    """What a head is. Raises ValueError for an unknown one, with the nearest known.
+    """Returns the description of a head. Raises ValueError for an unknown name, with the nearest known ones.
 
     >>> describe("LowRankTensor").source
     'Liu et al. (2018), "Efficient Low-rank Multimodal Fusion with Modality-Specific Factors" (LMF).'
     """
     if name not in HEADS:
         near = difflib.get_close_matches(name, HEADS, n=3, cutoff=0.4)
-        hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(HEADS)}"
+        hint = f"nearest: {', '.join(near)}" if near else f"expected one of {', '.join(HEADS)}"
         raise ValueError(f"unknown head '{name}'; {hint}")
     head = HEADS[name]
-    text = inspect.getdoc(head) or ""  # none under python -OO
+    text = inspect.getdoc(head) or ""  # there are no docstrings under python -OO
     return HeadInfo(
         name,
         head.family,
         head.stage,
         one_line(text.partition("\n\n")[0]),
-        said(text, "Source"),
-        said(text, "Reads"),
-        said(text, "Cost"),
+        entry(text, "Source"),
+        entry(text, "Reads"),
+        entry(text, "Cost"),
         head.most_modalities,
     )
 
 
-def said(text: str, what: str) -> str:
-    """What a docstring says after "what:", until the next of these words, an empty line or the end."""
-    found = re.search(rf"^{what}: (.*?)(?=^(?:Source|Reads|Cost): |^\s*$|\Z)", text, re.MULTILINE | re.DOTALL)
-    return one_line(found[1]) if found else ""
+def entry(text: str, key: str) -> str:
+    """The text after "key:" in a docstring, up to the next key, an empty line or the end."""
+    match = re.search(rf"^{key}: (.*?)(?=^(?:Source|Reads|Cost): |^\s*$|\Z)", text, re.MULTILINE | re.DOTALL)
+    return one_line(match[1]) if match else ""
 
 
 def one_line(text: str) -> str:

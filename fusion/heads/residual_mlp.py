@@ -1,4 +1,4 @@
-"""Intermediate fusion: residual blocks over the joint vector."""
+"""Intermediate fusion: residual MLP blocks over the concatenated pooled features."""
 
 from collections.abc import Mapping
 
@@ -11,11 +11,11 @@ from fusion.heads.base import FusionHead, check_options
 
 
 class ResidualMLP(FusionHead):
-    """Put the pooled features side by side and refine their joint vector block by block.
+    """Concatenate the pooled features and refine the joint vector with residual blocks.
 
         x = W [norm(x_1); ...; norm(x_M)]            x <- x + W_2 GELU(W_1 norm(x)), depth times            y = norm(x)
 
-    Concat with depth that trains: each block starts near the identity's path. An absent modality fills its place with zeros.
+    Trains at greater depth than Concat, since each block adds to an identity path. An absent modality is replaced by zeros.
 
     Source: Gorishniy et al. (2021), "Revisiting Deep Learning Models for Tabular Data" (its ResNet, with layer norm for batch
     norm and GELU for ReLU), after He et al. (2016).
@@ -25,7 +25,7 @@ class ResidualMLP(FusionHead):
     Args:
         dim: width of the joint vector, which the blocks refine to the fused features.
         depth: number of residual blocks.
-        mlp_ratio: hidden width of the blocks, in dims; above 0.
+        mlp_ratio: hidden width of the blocks, as a multiple of dim; above 0.
         dropout: dropout probability on each block's hidden layer and output; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
 

@@ -11,14 +11,13 @@ from fusion.heads.late import LateHead
 
 
 class Stacking(LateHead):
-    """Classify each modality alone and let a small network decide over the decisions.
+    """Classify each modality alone and let a small network combine the decisions.
 
         y = W_2 GELU(W_1 [log p_1; ...; log p_M; present])            p_m = softmax(f_m(x_m)); 0 for an absent modality
 
-    Trained in one piece, so the decisions need not be votes: what one modality says may turn the meaning of what another says, and XOR
-    can be learnt. Logarithms, since the probabilities of many classes hardly differ at first: from them it learns nothing for hundreds
-    of updates. `by_modality` holds the decisions as logits. (Wolpert's decisions are on samples held out from those that made them; that
-    is up to the caller.)
+    Trained end to end, so that the decisions of several modalities can interact, and XOR can be learnt. Log-probabilities are used since
+    the probabilities of many classes hardly differ at first, and training on them makes no progress for hundreds of updates.
+    `by_modality` holds the decisions as logits. (Wolpert trains the combining model on held-out samples; that is up to the caller.)
 
     Source: Wolpert (1992), "Stacked Generalization".
     Reads: pooled features (B, D_m).
@@ -26,8 +25,8 @@ class Stacking(LateHead):
 
     Args:
         dim: hidden width of each modality's classifier; 0: no hidden layer.
-        hidden: hidden width of the network over the decisions.
-        detach: the network learns from the decisions and doesn't shape them; they then need losses of their own, such as those of
+        hidden: hidden width of the network that combines the decisions.
+        detach: stop the gradient from that network to the modalities' classifiers; these then need losses of their own, such as those of
             model.balance=UnimodalLosses.
         dropout: dropout probability before the last layer of each classifier and of the network; from 0 to below 1.
 
@@ -37,7 +36,7 @@ class Stacking(LateHead):
     """
 
     one_of_classes = True
-    fewest_outputs = 2  # the probability of the only class is always 1
+    fewest_outputs = 2  # the probability of a single class is always 1
 
     def __init__(
         self,

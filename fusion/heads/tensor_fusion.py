@@ -12,17 +12,17 @@ LARGEST = 2**24  # entries of W: 64 MiB in float32
 
 
 class TensorFusion(FusionHead):
-    """Multiply every feature of each modality with every feature of the others, and let a layer read all the products.
+    """Multiply every feature of each modality with every feature of the others, and apply a linear layer to all the products.
 
         h_m = GELU(U_m norm(x_m))            y = GELU(W vec([h_1; 1] (x) ... (x) [h_M; 1]))
 
-    The appended ones keep, beside the products of all M, those of every subset of the modalities and each alone. An absent modality
-    has h_m = 0: what remains are the products of the others. Explicit and exact, and (embed + 1)^M wide: LowRankTensor reads
-    such a product through a tensor of low rank without making it.
+    The appended ones add, besides the products of all M, those of every subset of the modalities and each alone. An absent modality
+    has h_m = 0, which leaves the products of the others. Explicit and exact, but (embed + 1)^M wide: LowRankTensor applies a weight
+    tensor of low rank without materialising the product.
 
     Source: Zadeh et al. (2017), "Tensor Fusion Network for Multimodal Sentiment Analysis".
     Reads: pooled features (B, D_m).
-    Cost: sum(D_m) * embed + (embed + 1)^M * dim parameters and multiply-adds per sample; at most 2^24 of the latter.
+    Cost: sum(D_m) * embed + (embed + 1)^M * dim parameters and multiply-adds per sample; (embed + 1)^M * dim is at most 2^24.
 
     Args:
         embed: width to which each modality is projected before the products.
@@ -46,7 +46,7 @@ class TensorFusion(FusionHead):
             fitting = max((e for e in range(1, embed) if (e + 1) ** len(dims) * dim <= LARGEST), default=0)
             raise ValueError(
                 f"TensorFusion: {embed + 1}^{len(dims)} products x dim {dim} are {products * dim:,} weights, more than {LARGEST:,}; "
-                f"take {f'embed <= {fitting}, or ' if fitting else ''}LowRankTensor"
+                f"use {f'embed <= {fitting}, or ' if fitting else ''}LowRankTensor"
             )
         check_options(type(self).__name__, embed=embed, dim=dim, dropout=dropout)
         super().__init__(dims, out_dim, width=dim, unimodal=unimodal)

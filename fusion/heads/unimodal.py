@@ -14,7 +14,7 @@ class Unimodal(FusionHead):
 
         y = W2 GELU(W1 norm(x))
 
-    What trains when a model has one modality only. Reads pooled features (B, D). Cost: D * dim + dim * out_dim parameters.
+    Used for models with only one modality. Reads pooled features (B, D). Cost: D * dim + dim * out_dim parameters.
 
     Args:
         dim: hidden width of the classifier; 0: no hidden layer.

@@ -1,4 +1,4 @@
-"""Late fusion: a weighted sum of the modalities' logits, with weights learned or given."""
+"""Late fusion: a weighted sum of the modalities' logits, with learned or fixed weights."""
 
 import math
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from fusion.heads.late import LateHead
 
 
 class WeightedLogits(LateHead):
-    """Classify each modality alone and add the logits with one weight a modality, learned or given.
+    """Classify each modality alone and sum the logits with one weight per modality, learned or fixed.
 
         y = sum_m w_m f_m(x_m)            w = softmax(a) over the present modalities; a is learned, or log of the given weights
 
-    The weights of the present modalities always sum to 1, so that a sample lacking one is scored on the same scale.
-    Additive in the modalities: it cannot learn what only their interaction tells (XOR stays at chance).
+    The weights of the present modalities always sum to 1, so that the logits of a sample without one have the same scale.
+    Additive in the modalities: it cannot learn what depends on their interaction (XOR stays at chance).
 
     Source: Kittler et al. (1998), "On Combining Classifiers".
     Reads: pooled features (B, D_m).
     Cost: as LogitMean, and M parameters.
 
     Args:
-        weights: by modality, a positive number for each; normalised to sum to 1 and not trained. None: learned, equal at first.
+        weights: by modality, a positive number for each; normalised to sum to 1 and not trained. None: learned, initially equal.
         dim: hidden width of each modality's classifier; 0: no hidden layer.
         dropout: dropout probability before the last layer of each classifier; from 0 to below 1.
 
@@ -45,7 +45,7 @@ class WeightedLogits(LateHead):
 
     @property
     def weights(self) -> Tensor:
-        """(M,) the weights of a sample that has every modality, in the order of `dims`."""
+        """Weights (M,) of a sample that has every modality, in the order of `dims`."""
         return self.log_weights.detach().softmax(dim=0)
 
     def combine(self, logits: Tensor, present: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Runs: what stands in a run's folder."""
+"""Files of a run's folder: its model and its checkpoints."""

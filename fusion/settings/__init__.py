@@ -1,1 +1,1 @@
-"""Settings: from recipes and options to the objects of a run."""
+"""Settings: recipes and options, parsed into the objects of a run."""

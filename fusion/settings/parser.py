@@ -1,4 +1,4 @@
-"""The Lightning command line over our engine and data, with recipes, and with errors that name the nearest thing that exists."""
+"""The Lightning command line for our engine and data, with recipes and with error messages that name the nearest known name."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from fusion.data import FusionData
 from fusion.data.sampler import accumulation
 from fusion.errors import UserError, construction
 from fusion.lightning_private import LateCLI
-from fusion.settings.mistakes import rejected_by_constructor, told_plainly
+from fusion.settings.error_messages import plain_message, rejected_by_constructor
 from fusion.settings.recipes import PATH_KEYS, Recipe, stack
 from fusion.training import Engine
 from fusion.training.callbacks.checkpoints import AtomicCheckpointIO
@@ -30,15 +30,15 @@ from fusion.training.distributed.ddp import DDP
 
 TRAINER_DEFAULTS = {
     "max_epochs": 10,
-    "enable_model_summary": False,  # the plan tells
-    "use_distributed_sampler": False,  # our batches are already shared out among the ranks
+    "enable_model_summary": False,  # the plan shows it
+    "use_distributed_sampler": False,  # our batches are already distributed among the ranks
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,
 }
 
 
 class FusionCLI(LateCLI):
-    """Parses recipes and options into settings; `make` turns them into model, data and trainer when asked to."""
+    """Parses recipes and options into settings, from which `make` builds model, data and trainer."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         super().__init__(
@@ -63,23 +63,23 @@ class FusionCLI(LateCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--recipe", type=str | None, help="Name under recipes/ or path of a YAML file; may be repeated, later ones win."
+            "--recipe", type=str | None, help="Name under recipes/ or path of a YAML file; may be repeated, later ones take precedence."
         )
-        parser.add_argument("--resume", type=str | None, help="Run folder to continue exactly where it stopped.")
+        parser.add_argument("--resume", type=str | None, help="Run folder to resume exactly where it stopped.")
         parser.add_argument(
             "--init_from",
             type=str | None,
-            help="Run, checkpoint or file of weights to start from; only those whose name and shape fit.",
+            help="Run, checkpoint or file of weights to start from; weights are loaded where name and shape match.",
         )
-        parser.add_argument("--checkpoint.every_updates", type=int | None, help="Also save last.ckpt after so many updates.")
-        parser.add_argument("--checkpoint.every_minutes", type=float | None, help="Also save last.ckpt after so many minutes.")
+        parser.add_argument("--checkpoint.every_updates", type=int | None, help="Also save last.ckpt every so many updates.")
+        parser.add_argument("--checkpoint.every_minutes", type=float | None, help="Also save last.ckpt every so many minutes.")
         parser.add_argument(
             "--float32_matmul_precision",
             type=Literal["highest", "high", "medium"],
             default="highest",
-            help="Of float32 products and convolutions on GPUs: high is tf32, faster and of fewer digits (10 bits instead of 23).",
+            help="Of float32 matrix products and convolutions on GPUs; high is TF32: faster, with a mantissa of 10 bits instead of 23.",
         )
-        parser.add_argument("--runs", type=str, default="runs", help="Folder under which run folders are made.")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder in which run folders are created.")
         parser.set_defaults({"model.task": {"class_path": "fusion.tasks.Classification"}})
         parser.link_arguments("seed_everything", "data.init_args.seed" if self.subclass_mode_data else "data.seed")
 
@@ -88,20 +88,20 @@ class FusionCLI(LateCLI):
         try:
             self.config = parser.parse_args([as_written(word) for word in expanded])
         except (ArgumentError, OmegaConfBaseException) as error:
-            raise UserError(told_plainly(str(error), parser, recipes)) from error
-        for key in PATH_KEYS:  # so that the saved recipe means the same from anywhere
+            raise UserError(plain_message(str(error), parser, recipes)) from error
+        for key in PATH_KEYS:  # so that the saved recipe doesn't depend on the working folder
             if self.config.data[key]:
                 self.config.data[key] = os.path.abspath(os.path.expanduser(self.config.data[key]))
 
     def instantiate_classes(self) -> None:
-        """Not at parsing: see `make`."""
+        """Does nothing: the classes are instantiated by `make`, not when parsing."""
 
     def make(self, callbacks: list[Any]) -> tuple[Engine, FusionData, Trainer]:
-        """The objects. Raises UserError for values that they refuse."""
+        """Build engine, data and trainer. Raises UserError for values that they reject."""
         self.trainer_defaults["callbacks"] = callbacks
         with self.constructors():
             super().instantiate_classes()
-        # First, since it brings the loggers that others look for.
+        # First, since it adds the loggers that other callbacks use.
         self.trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunFolder))  # type: ignore[attr-defined]
         self.datamodule.processes_per_node = self.trainer.num_devices
         if self.datamodule.device_batch_size is not None:
@@ -110,35 +110,35 @@ class FusionCLI(LateCLI):
         return self.model, self.datamodule, self.trainer
 
     def model_and_data(self) -> tuple[Engine, FusionData]:
-        """Without a trainer, whose devices need not be here."""
+        """Build engine and data without a trainer, whose devices need not be available."""
         with self.constructors():
-            made = self.parser.instantiate(self.config)
-        return made.model, made.data
+            objects = self.parser.instantiate(self.config)
+        return objects.model, objects.data
 
     @contextmanager
     def constructors(self) -> Iterator[None]:
-        """Around the constructors of all that a recipe names: what they reject, in one line."""
+        """Turn errors raised by the constructors of a recipe's classes into one-line UserErrors."""
         try:
             with construction():
                 yield
         except ArgumentError as error:
-            raise UserError(told_plainly(str(error), self.parser, [])) from error
+            raise UserError(plain_message(str(error), self.parser, [])) from error
         except UserError as error:
             raise UserError(rejected_by_constructor(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self.config_init.trainer.plugins
         listed = plugins if isinstance(plugins, list) else [plugins] if plugins is not None else []
-        # RunFolder brings the loggers; Lightning's own default would leave lightning_logs/ wherever the command is run.
+        # RunFolder adds the loggers; Lightning's default would create lightning_logs/ in the working folder.
         logger = self.config_init.trainer.logger
         plugins, logger = [*listed, AtomicCheckpointIO()], False if logger is None else logger
-        given = self.config_init.trainer.callbacks or []
-        given = given if isinstance(given, list) else [given]
-        bars = [type(callback).__name__ for callback in given if isinstance(callback, ProgressBar)]
+        callbacks = self.config_init.trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        bars = [type(callback).__name__ for callback in callbacks if isinstance(callback, ProgressBar)]
         if bars and self.config_init.trainer.enable_progress_bar is False:
-            raise UserError(f"trainer.enable_progress_bar is false, but trainer.callbacks has {bars[0]}: leave out one of the two")
+            raise UserError(f"trainer.enable_progress_bar is false, but trainer.callbacks has {bars[0]}: remove one of the two")
         if self.config_init.trainer.enable_progress_bar is not False and not bars:
-            self.trainer_defaults["callbacks"] = [Bar(), *self.trainer_defaults["callbacks"]]  # before the lines, which it lets through
+            self.trainer_defaults["callbacks"] = [Bar(), *self.trainer_defaults["callbacks"]]  # before EpochLines, which prints through it
         try:
             strategy = own_ddp(self.config_init.trainer)
             more = kwargs if strategy is None else {**kwargs, "strategy": strategy}
@@ -147,37 +147,37 @@ class FusionCLI(LateCLI):
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def resolved(self) -> str:
-        """Every setting, as a recipe. Raises UserError for one that YAML can't say."""
+        """Every setting, as a recipe. Raises UserError for a value that YAML can't represent."""
         try:
             return self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
         except ValueError as error:
-            found = re.search(r"\('cannot represent an object', (.+?)\)\n", str(error))
-            if found is None:
+            match = re.search(r"\('cannot represent an object', (.+?)\)\n", str(error))
+            if match is None:
                 raise
             cls = re.search(r"class_path='[\w.]*?(\w+)'", str(error))
             raise UserError(
-                f"{cls[1] if cls else 'a class'} has an option whose value, {found[1]}, a recipe can't hold; "
+                f"{cls[1] if cls else 'a class'} has an option whose value, {match[1]}, can't be stored in a recipe; "
                 "give that option as text or as a number"
             ) from error
 
 
-def own_ddp(asked: Any) -> DDP | None:
-    """Our strategy, where Lightning would take its own for several processes: by itself, or by one of its names."""
-    if asked.strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):
+def own_ddp(settings: Any) -> DDP | None:
+    """Our DDP strategy, if Lightning would choose its own, by default or by name; else None."""
+    if settings.strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):
         return None
-    options: dict[str, Any] = {name: asked[name] for name in ("accelerator", "devices", "num_nodes", "strategy")}
+    options: dict[str, Any] = {name: settings[name] for name in ("accelerator", "devices", "num_nodes", "strategy")}
     options |= dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     chosen = Trainer(**options).strategy
-    return DDP(find_unused_parameters=asked.strategy.endswith("true")) if type(chosen) is DDPStrategy else None
+    return DDP(find_unused_parameters=settings.strategy.endswith("true")) if type(chosen) is DDPStrategy else None
 
 
 def accumulate(config: Any, data: FusionData, devices: int) -> int:
-    """The accumulated batches of an update: as given, or as data.device_batch_size asks. Raises UserError where both are given."""
-    given = config.trainer.accumulate_grad_batches
+    """The number of accumulated batches, as given or derived from data.device_batch_size. Raises UserError if both are given."""
+    batches = config.trainer.accumulate_grad_batches
     if data.device_batch_size is None:
-        return given
-    if given != 1:
-        raise UserError("give trainer.accumulate_grad_batches or data.device_batch_size, from which it follows; not both")
+        return batches
+    if batches != 1:
+        raise UserError("give either trainer.accumulate_grad_batches or data.device_batch_size, which determines it, not both")
     return accumulation(data.batch_size, devices, data.device_batch_size)
 
 
@@ -186,7 +186,7 @@ def fit_help() -> str:
 
 
 def expand_recipes(arguments: Sequence[str]) -> tuple[list[str], list[Recipe]]:
-    """Each --recipe replaced, in its place, by the files that it stands for, so that what comes later on the line wins; and these files."""
+    """The arguments with each --recipe replaced in place by its files, so that later arguments override earlier ones; and these recipes."""
     expanded: list[str] = []
     recipes: list[Recipe] = []
     for is_value, word in words(arguments, "--recipe"):
@@ -202,7 +202,7 @@ def expand_recipes(arguments: Sequence[str]) -> tuple[list[str], list[Recipe]]:
 
 
 def as_written(word: str) -> str:
-    """--data.where=... with its cells as texts: YAML would take 010 for 8, 12:30:00 for a number of seconds and yes for a boolean.
+    """--data.where=... with its values quoted: YAML would read 010 as 8, 12:30:00 as a number of seconds and yes as a boolean.
 
     >>> as_written("--data.where={code: 010, label: [yes, no]}")
     '--data.where={"code": "010", "label": ["yes", "no"]}'
@@ -211,22 +211,22 @@ def as_written(word: str) -> str:
     if option != "--data.where" or not equals:
         return word
     try:
-        asked = yaml.load(value, yaml.BaseLoader)
+        selection = yaml.load(value, yaml.BaseLoader)
     except yaml.YAMLError:
-        return word  # told as any other mistake
-    return f"{option}={json.dumps(asked)}" if isinstance(asked, dict) else word
+        return word  # reported by the parser
+    return f"{option}={json.dumps(selection)}" if isinstance(selection, dict) else word
 
 
 def words(arguments: Sequence[str], option: str) -> Iterator[tuple[bool, str]]:
-    """The line's words in order, and whether each is a value of `option`, which itself is left out; "" for a value that is missing.
+    """The arguments in order, each with whether it is a value of `option`, which itself is omitted; "" for a missing value.
 
     >>> list(words(["--a=1", "--recipe", "x", "--recipe=y"], "--recipe"))
     [(False, '--a=1'), (True, 'x'), (True, 'y')]
     """
-    waiting = iter(arguments)
-    for word in waiting:
+    remaining = iter(arguments)
+    for word in remaining:
         name, equals, value = word.partition("=")
         if name == option:
-            yield True, value if equals else next(waiting, "")
+            yield True, value if equals else next(remaining, "")
         else:
             yield False, word

@@ -1,4 +1,4 @@
-"""How evaluate and predict read a manifest: as the run read its own, or as options ask that are named as those of fit."""
+"""How evaluate and predict read a manifest: as the run read its own, unless options named as those of fit say otherwise."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -16,14 +16,14 @@ from fusion.data.table import Columns
 from fusion.errors import UserError
 from fusion.predictor import Predictor
 from fusion.runs.bundle import is_bundle
-from fusion.settings.mistakes import told_plainly
+from fusion.settings.error_messages import plain_message
 
 PREFIXES = ("--data.columns.", "--data.format.")
-HELP = "--data.columns.NAME and --data.format.NAME, as in fit, say how the manifest is written where that differs from the run's own."
+HELP = "--data.columns.NAME and --data.format.NAME, as in fit, describe a manifest whose columns or format differ from the run's own."
 
 
 def reading_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command's own words, and those that say how a manifest is read.
+    """The command's own arguments, and those that say how a manifest is read.
 
     >>> reading_options(["--run", "r", "--data.columns.text", "question", "--data.format.separator=;"])
     (['--run', 'r'], ['--data.columns.text', 'question', '--data.format.separator=;'])
@@ -42,7 +42,7 @@ def reading_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def reading_of(run: Path, options: Sequence[str]) -> tuple[Columns, Format]:
-    """The columns and the format of a run's manifest, changed by options; defaults for a checkpoint file, which doesn't know them."""
+    """The columns and the format of a run's manifest, overridden by options; the defaults for a checkpoint file, which has none."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(Columns, "data.columns")
@@ -50,47 +50,47 @@ def reading_of(run: Path, options: Sequence[str]) -> tuple[Columns, Format]:
     settings = settings_of(run) if is_run(run) else {}
     own = {name: settings[name] for name in ("columns", "format") if settings.get(name)}
     try:
-        made = parser.instantiate(parser.parse_args([f"--config={yaml.safe_dump({'data': own})}", *options]))
+        objects = parser.instantiate(parser.parse_args([f"--config={yaml.safe_dump({'data': own})}", *options]))
     except ArgumentError as error:
-        raise UserError(told_plainly(str(error), parser, [])) from error
-    return made.data.columns, made.data.format
+        raise UserError(plain_message(str(error), parser, [])) from error
+    return objects.data.columns, objects.data.format
 
 
 def inputs_for(predictor: Predictor, columns: Columns, run: Path) -> dict[str, Kind]:
-    """The inputs of a run's model as a manifest with these columns has them."""
+    """The inputs of a run's model, reading these columns of a manifest."""
     of_run = is_run(run)
     named = (settings_of(run).get("inputs") or {}) if of_run else {}
-    found: dict[str, Kind] = {}
+    inputs: dict[str, Kind] = {}
     for name, kind in predictor.processor.inputs.items():
-        usual = name in ("image", "text") and name not in named
-        asked = getattr(columns, name) if usual else ""
-        others = usual and (of_run or asked != getattr(Columns, name))  # a model alone knows its columns itself
-        found[name] = type(kind)(asked) if others else kind
-        found[name].option = f"data.columns.{name}" if usual else ""  # a named input's columns are the run's
-    return found
+        is_short = name in ("image", "text") and name not in named
+        column = getattr(columns, name) if is_short else ""
+        replaced = is_short and (of_run or column != getattr(Columns, name))  # a model without its run stores its own columns
+        inputs[name] = type(kind)(column) if replaced else kind
+        inputs[name].option = f"data.columns.{name}" if is_short else ""  # the columns of data.inputs are those of the run
+    return inputs
 
 
 def is_run(run: Path) -> bool:
-    """Whether it is a run's folder, and not a model's folder or a checkpoint file alone."""
+    """Whether this is a run folder, rather than a model folder or a checkpoint file."""
     return run.is_dir() and not is_bundle(run)
 
 
 def data_of(run: Path) -> FusionData:
-    """The data of a run, as its recipe says; not loaded."""
+    """The data of a run, as in its recipe; not loaded."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(FusionData, "data", sub_configs=True)
     try:
         return parser.instantiate(parser.parse_object({"data": settings_of(run)})).data
     except ArgumentError as error:
-        raise UserError(f"{run / 'recipe.yaml'}: {told_plainly(str(error), parser, [])}") from error
+        raise UserError(f"{run / 'recipe.yaml'}: {plain_message(str(error), parser, [])}") from error
 
 
 def settings_of(run: Path) -> Any:
-    """What a run's recipe says of its data."""
+    """The data section of a run's recipe."""
     recipe = run / "recipe.yaml"
     if not run.exists():
         raise UserError(f"there is no run {run}")
     if not recipe.is_file():
-        raise UserError(f"{run} has no recipe.yaml; expected the run folder that fit printed")
+        raise UserError(f"{run} has no recipe.yaml; expected the run folder printed by fit")
     settings: Any = OmegaConf.to_container(OmegaConf.load(recipe))
     return settings["data"]

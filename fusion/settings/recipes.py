@@ -11,13 +11,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fusion.errors import UserError, nearest
 
-# Keys whose value is a path. Anywhere else a value is taken as one when it begins with ./ or ../
+# Keys whose values are paths. Values of other keys are paths if they begin with ./ or ../
 PATH_KEYS = {"manifest", "val_manifest", "test_manifest", "root", "cache"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One file's settings, without `extends`, with absolute paths; not yet merged, interpolations not yet resolved."""
+    """The settings of one file, with absolute paths and without `extends`; not merged, interpolations not resolved."""
 
     path: Path
     settings: dict[str, Any]
@@ -27,7 +27,7 @@ class Recipe:
 
 
 def shipped() -> Path:
-    """The folder that holds recipes/ and data/: the repository, or inside the installed package."""
+    """The folder of recipes/ and data/: the repository, or a folder of the installed package."""
     package = Path(__file__).parents[1]
     inside = package / "shipped"
     return inside if inside.is_dir() else package.parent
@@ -39,7 +39,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str, near: Path | None = None) -> Path:
-    """The file of a recipe: a path (also relative to `near`), or a name under recipes/. Raises UserError with the nearest names."""
+    """The file of a recipe: a path (also relative to `near`), or a name under recipes/. Raises UserError that names the nearest."""
     places = [Path(name).expanduser(), shipped() / "recipes" / f"{name}.yaml"]
     if near is not None:
         places = [near / name, near / f"{name}.yaml", *places]
@@ -52,7 +52,7 @@ def find_recipe(name: str, near: Path | None = None) -> Path:
 
 
 def stack(name: str, near: Path | None = None, inside: tuple[Path, ...] = ()) -> Iterator[Recipe]:
-    """A recipe after those that it extends, in the order in which later ones win."""
+    """A recipe, preceded by those that it extends; later ones override earlier ones."""
     path = find_recipe(name, near)
     if path in inside:
         raise UserError(f"recipe {path} extends itself: {' -> '.join(p.name for p in [*inside, path])}")
@@ -60,24 +60,24 @@ def stack(name: str, near: Path | None = None, inside: tuple[Path, ...] = ()) ->
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OmegaConfBaseException, OSError, ValueError) as error:
         raise UserError(f"recipe {path} can't be read: {error}") from error
-    except Exception as error:  # yaml's own errors share no base with the above
+    except Exception as error:  # yaml's errors have no base class in common with the above
         if type(error).__module__.split(".")[0] != "yaml":
             raise
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict) or not loaded:
-        raise UserError(f"recipe {path} holds no settings; expected keys such as data, model and trainer")
+        raise UserError(f"recipe {path} has no settings; expected keys such as data, model and trainer")
     settings = {str(key): value for key, value in loaded.items()}
     written = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader).get("data")
     if isinstance(written, dict) and isinstance(written.get("where"), dict):
-        settings["data"]["where"] = written["where"]  # cells as they are written: YAML takes 010 for 8, and yes for a boolean
-    above = settings.pop("extends", [])
-    for extended in [above] if isinstance(above, str) else above:
+        settings["data"]["where"] = written["where"]  # values as written: YAML would read 010 as 8, and yes as a boolean
+    extends = settings.pop("extends", [])
+    for extended in [extends] if isinstance(extends, str) else extends:
         yield from stack(extended, path.parent, (*inside, path))
     yield Recipe(path, absolute(settings, path.parent))
 
 
 def absolute(value: Any, folder: Path, key: str = "") -> Any:
-    """`value` with every relative path in it made absolute, seen from `folder`."""
+    """`value` with its relative paths made absolute, resolved from `folder`."""
     if isinstance(value, dict):
         return {name: absolute(inner, folder, str(name)) for name, inner in value.items()}
     if isinstance(value, list):

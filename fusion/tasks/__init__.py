@@ -1,4 +1,4 @@
-"""Tasks: what is asked of a sample, one file each."""
+"""Tasks, which define targets, losses, scores and answers; one file each."""
 
 from fusion.tasks.base import Task
 from fusion.tasks.classification import Classification

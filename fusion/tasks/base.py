@@ -1,4 +1,4 @@
-"""The contract that every task keeps."""
+"""The contract of all tasks."""
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -16,17 +16,17 @@ OnUnseen = Literal["error", "count_as_wrong"]
 
 
 class Task(Rebuildable, nn.Module, ABC):
-    """What is asked of a sample: how its target is read and learnt from the training split, the loss of each sample, scores and answers.
+    """Defines how targets are read and learnt from the training split, the loss of each sample, the scores and the answers.
 
-    A task knows no file, no device and no trainer. It is a module so that what it needs at the loss (weights of classes) is where the model
-    is; its buffers are not part of a checkpoint's weights, `state` is.
+    A task depends on no file, device or trainer. It is a module so that tensors of its loss (class weights) are on the model's device;
+    its buffers are not part of a checkpoint's weights, but its `state` is stored in the checkpoint.
 
-    Shapes: output (B, out_dim), what the head gives; values (B, K) float32, what is scored (probabilities, standardised numbers); target
-    (B, ...), rows of what `encode` gives.
+    Shapes: output (B, out_dim), of the head; values (B, K) float32, which are scored (probabilities, standardised numbers); target
+    (B, ...), rows of the array that `encode` returns.
 
-    monitor: the score by which the best checkpoint is chosen, its greatest or, with mode "min", its least. headline: the scores that are
-    printed, by the title of their column. baseline: the name of the score that one answer for all samples reaches, with bounded, the score
-    of which `bound` is a bound. takes_lists: whether a target's cell may be a list. one_of_classes: whether exactly one class is right,
+    monitor: the score by which the best checkpoint is chosen, the highest or, with mode "min", the lowest. headline: the scores that are
+    printed, by column title. baseline: the name under which the `bounded` score of the best constant answer is reported. bounded: the score
+    that `bound` bounds. takes_lists: whether a target's cell may be a list. one_of_classes: whether the classes are mutually exclusive,
     which some heads assume.
     """
 
@@ -41,72 +41,72 @@ class Task(Rebuildable, nn.Module, ABC):
 
     names: list[str]  # of the outputs: classes, labels
 
-    # The target, from cells to tensors.
+    # Targets
 
     @abstractmethod
     def check(self, cell: str | None) -> str | None:
-        """Why a target's cell can't be used, in a few words for the list of issues; None where it can. Lists are given as JSON."""
+        """Returns why a target's cell is invalid, in a few words for the list of issues, or None if it is valid. Lists are JSON."""
 
     @abstractmethod
     def learn(self, cells: Mapping[str, Sequence[str | None]], *, column: str, on_unseen: OnUnseen) -> None:
-        """Learn from the training split what targets there are.
+        """Learn the classes, labels or scale of the targets from the training split.
 
         Args:
             cells: by split, the targets' cells, all of which `check` accepts.
-            column: their name in the manifest, for messages.
-            on_unseen: whether classes that train lacks are an "error", or "count_as_wrong".
+            column: the name of their column in the manifest, for messages.
+            on_unseen: whether classes that are missing in the training split are an "error", or "count_as_wrong".
 
         Raises UserError for targets that nothing can be learnt from.
         """
 
     @property
     def out_dim(self) -> int:
-        """How many numbers the head gives for a sample."""
+        """Width of the head's output."""
         return len(self.names)
 
     @abstractmethod
     def encode(self, cells: Sequence[str | None]) -> np.ndarray:
-        """(n, ...) the targets as the loss and the scores take them."""
+        """Returns the targets (n, ...) as the loss and the scores expect them."""
 
     def unseen(self, cells: Sequence[str | None]) -> int:
-        """How many of these samples have a class that train lacks."""
+        """Number of samples with a class that is missing in the training split."""
         return 0
 
     @abstractmethod
     def strata(self, cells: Sequence[str | None]) -> list[str]:
-        """What splits are to have alike shares of: a class, a range of numbers."""
+        """Returns each sample's stratum (a class, a range of numbers), of which all splits get about the same share."""
 
     @abstractmethod
     def summary(self, cells: Sequence[str | None]) -> str:
-        """A split's targets in a line, for the plan."""
+        """Describes a split's targets in one line, for the plan."""
 
-    # The loss.
+    # Loss
 
     @abstractmethod
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """(B,) the loss of each sample, times its weight where samples are weighted."""
+        """Returns the loss (B,) of each sample, times its weight if samples are weighted."""
 
     def weight(self, target: Tensor) -> Tensor | None:
-        """(B,) the weights by whose mean over an update the losses are divided; None where none is weighted."""
+        """Returns the weights (B,), by the mean of which over an update the losses are divided; None without weights."""
         return None
 
     def plain_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """(B,) the loss for comparison and for the report: without weights and smoothing, NaN where a sample has none."""
+        """Returns the loss (B,) for comparison and reports: without weights and smoothing, NaN for a sample that has none."""
         return self.loss(output, target)
 
     def confidence(self, output: Tensor, target: Tensor) -> Tensor:
-        """(B,) how much of the right answer an output has, from 0 to 1: exp(-loss), which is the true class's probability under cross
+        """Returns the confidence (B,) in the true answer, from 0 to 1: exp(-loss), which is the true class's probability under cross
         entropy."""
         return torch.exp(-self.plain_loss(output, target))
 
-    # Scores and answers.
+    # Scores and answers
 
     @abstractmethod
     def values(self, output: Tensor) -> Tensor:
-        """(B, K) float32: probabilities, or standardised numbers."""
+        """Returns (B, K) float32: probabilities, or standardised numbers."""
 
     def in_units(self, values: np.ndarray) -> np.ndarray:
-        """(n, K) values as people read them: in the target's own units."""
+        """Converts values (n, K) to the target's own units."""
         return values
 
     @abstractmethod
@@ -115,49 +115,50 @@ class Task(Rebuildable, nn.Module, ABC):
 
     @abstractmethod
     def update(self, metrics: MetricCollection, values: Tensor, target: Tensor) -> None:
-        """Take samples into the metrics."""
+        """Add samples to the metrics."""
 
     def scores(self, metrics: MetricCollection) -> dict[str, Tensor]:
-        """The metrics by name; those that the samples at hand don't define are left out."""
+        """Computes the metrics, by name; undefined ones are NaN or left out."""
         return metrics.compute()
 
     def metric_names(self) -> list[str]:
-        """The names that `scores` gives."""
+        """The names of the scores."""
         return list(map(str, self.metrics()))
 
     def batch_figures(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """What is logged of a training batch beside its loss, by name: means over its samples, without waiting for the device."""
+        """Figures that are logged of a training batch besides its loss, by name: means over its samples, without a device
+        synchronisation."""
         return {}
 
     @abstractmethod
     def answers(self, values: np.ndarray) -> list[Any]:
-        """(n, K) to the answer of each sample, as a person would give it."""
+        """Converts values (n, K) to each sample's answer: a class, a list of labels, a number."""
 
     def cell_of(self, answer: Any) -> Any:
-        """An answer as it is written into a table."""
+        """An answer as a table's cell."""
         return answer
 
     def columns(self, values: np.ndarray) -> dict[str, list[Any]]:
-        """What is written of (n, K) values into a table of predictions, by column."""
+        """The columns for values (n, K) in a table of predictions, by name."""
         return {f"p_{name}": values[:, i].tolist() for i, name in enumerate(self.names)}
 
     def bound(self, seen: Sequence[Hashable], cells: Sequence[str | None]) -> float:
-        """The best `bounded` score on exactly these samples of any function of what is seen (alike where that is alike)."""
-        found: dict[Hashable, dict[Hashable, int]] = defaultdict(lambda: defaultdict(int))
-        for what, answer in zip(seen, self.strict(cells), strict=True):
-            found[what][answer] += 1
-        return sum(max(counts.values()) for counts in found.values()) / len(cells)
+        """The best `bounded` score that any function of `seen` can reach on exactly these samples."""
+        counts: dict[Hashable, dict[Hashable, int]] = defaultdict(lambda: defaultdict(int))
+        for value, answer in zip(seen, self.strict(cells), strict=True):
+            counts[value][answer] += 1
+        return sum(max(of_value.values()) for of_value in counts.values()) / len(cells)
 
     def strict(self, cells: Sequence[str | None]) -> Sequence[Hashable]:
-        """Targets that are equal where an answer to one is right for the other."""
+        """The targets in a form in which two are equal if the same answer is right for both."""
         return list(cells)
 
-    # State, as plain data.
+    # Checkpoint state, as plain data
 
     @abstractmethod
     def learnt(self) -> dict[str, Any]:
-        """What `learn` found, as plain data."""
+        """The state that `learn` has set, as plain data."""
 
     @abstractmethod
     def set_learnt(self, learnt: dict[str, Any]) -> None:
-        """Take what `learnt` gave."""
+        """Restore the state that `learnt` returned."""

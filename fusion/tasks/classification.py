@@ -1,4 +1,4 @@
-"""One class of several."""
+"""Classification: one class of several."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,16 @@ MOST_CLASSES = 8
 
 
 class Classification(Task):
-    """Tell one class of several, by cross entropy.
+    """Predict one class of several, with cross entropy.
 
         l = -w_y ((1 - s) log p_y + s / C sum_c (w_c / w_y) log p_c)            p = softmax(output)
 
-    Target: (B,) int64, the class's number; labels that train lacks have numbers from C on, which no model can predict. Values: (B, C)
-    probabilities.
+    Target: (B,) int64, the class's index; labels missing in the training split have indices from C on, which no model can predict.
+    Values: (B, C) probabilities.
 
     Args:
         label_smoothing: share s of each target that is spread over all classes (Szegedy et al., 2016).
-        class_weights: "balanced" weighs each class by n / (C n_c), the inverse of its frequency in train; "none" weighs none.
+        class_weights: "balanced" weights each class by n / (C n_c), the inverse of its frequency in train; "none" uses no weights.
 
     >>> task = Classification()
     >>> task.learn({"train": ["yes", "no", "yes"]}, column="label", on_unseen="error")
@@ -61,7 +61,7 @@ class Classification(Task):
             only = f"only '{self.names[0]}' occurs" if self.names else "no sample is left"
             raise UserError(f"a classifier needs at least two classes: in the training split {only} (column '{column}')")
         self.number = {name: i for i, name in enumerate(self.names)}
-        refuse_unseen(cells, counts, on_unseen)
+        reject_unseen(cells, counts, on_unseen)
         for split in cells:
             self.encode(cells[split])
         if self.class_weights == "balanced":
@@ -118,15 +118,15 @@ class Classification(Task):
         self.number = {name: i for i, name in enumerate(self.names)}
 
 
-def refuse_unseen(cells: Mapping[str, Sequence[str | None]], known: Mapping[str, int], on_unseen: OnUnseen) -> None:
-    """Raises UserError for labels of other splits that train lacks, unless they may count as misses."""
+def reject_unseen(cells: Mapping[str, Sequence[str | None]], known: Mapping[str, int], on_unseen: OnUnseen) -> None:
+    """Raises UserError for labels of other splits that are missing in the training split, unless they count as wrong."""
     unseen = {
         str(label): split for split in cells if split != "train" for label in sorted(set(map(str, cells[split]))) if label not in known
     }
     if unseen and on_unseen == "error":
         shown = ", ".join(f"'{label}' ({split})" for label, split in list(unseen.items())[:5]) + (", ..." if len(unseen) > 5 else "")
         raise UserError(
-            f"{len(unseen)} labels never occur in train: {shown}. Fix the labels or the split, or let them count as misses: "
+            f"{len(unseen)} labels never occur in train: {shown}. Fix the labels or the split, or count them as wrong: "
             "--data.on_unseen_label=count_as_wrong"
         )
 

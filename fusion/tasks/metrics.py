@@ -1,4 +1,4 @@
-"""What tasks are scored by, where torchmetrics lacks it."""
+"""Metrics that torchmetrics doesn't provide."""
 
 import warnings
 from typing import Any
@@ -21,7 +21,7 @@ class BalancedAccuracy(MulticlassStatScores):
     0.5
 
     Args:
-        classes: how many there are.
+        classes: number of classes.
     """
 
     def __init__(self, classes: int) -> None:
@@ -44,34 +44,34 @@ class MeanAveragePrecision(MultilabelAveragePrecision):
     0.75
 
     Args:
-        labels: how many there are.
+        labels: number of labels.
     """
 
     def __init__(self, labels: int) -> None:
         super().__init__(labels, average="none", validate_args=False)
 
     def sync(self, *args: Any, **options: Any) -> None:
-        """A rank that saw no sample takes part with none, of the shape and type of the others'."""
+        """A rank without samples takes part with empty tensors of the same shape and dtype as the others'."""
         if isinstance(self.preds, list) and not self.preds:
             self.preds = [torch.zeros(0, self.num_labels, device=self.device)]
             self.target = [torch.zeros(0, self.num_labels, device=self.device, dtype=torch.int64)]
         super().sync(*args, **options)
 
     def compute(self) -> Tensor:  # type: ignore[override]
-        # (synchronised over the ranks by now)
+        # (already synchronised over the ranks)
         occurs = dim_zero_cat(self.target).sum(dim=0) > 0
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="No positive samples")
             return super().compute()[occurs].mean()
 
 
-class ExplainedShare(R2Score):
-    """R2, of standardised targets; NaN of fewer than two, and of targets that differ by no more than rounding.
+class R2(R2Score):
+    """R2 of standardised targets; NaN for fewer than two targets, and for targets that differ only by rounding.
 
-    (torchmetrics' raises for one target, and divides by what rounding left of the variance.)
+    (torchmetrics' R2Score raises for one target, and divides by a variance that is rounding error only.)
 
     >>> import torch
-    >>> metric = ExplainedShare()
+    >>> metric = R2()
     >>> round(float(metric(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 1.0, 2.0]))), 2)
     0.5
     """
@@ -79,15 +79,15 @@ class ExplainedShare(R2Score):
     def compute(self) -> Tensor:
         spread = self.sum_squared_error - self.sum_error.square() / self.total.clamp(min=1)
         explained = 1 - self.residual / spread
-        tells = (self.total > 1) & (spread > 1e-5 * self.sum_squared_error)
-        return torch.where(tells, explained, torch.nan)
+        defined = (self.total > 1) & (spread > 1e-5 * self.sum_squared_error)
+        return torch.where(defined, explained, torch.nan)
 
 
 def classification_metrics(classes: int) -> MetricCollection:
     """accuracy (share of hits), balanced_accuracy (mean recall) and f1_macro (mean F1 over the classes that occur or are predicted).
 
-    They add up counts, so that they are exact over any number of batches and ranks. Labels that train never shows are classes too,
-    with numbers of their own after those that the model knows: always missed.
+    They add up counts, so that they are exact over any number of batches and ranks. Labels missing in the training split are classes too,
+    with indices after those that the model knows: always wrong.
     """
     return MetricCollection(
         {

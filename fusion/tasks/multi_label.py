@@ -1,4 +1,4 @@
-"""Any number of labels of several, none included."""
+"""Multi-label classification: any number of labels per sample, including none."""
 
 import json
 from collections import Counter
@@ -15,25 +15,25 @@ from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 from fusion.cell_text import canonical, cell_text
 from fusion.errors import UserError
 from fusion.tasks.base import OnUnseen, Task
-from fusion.tasks.classification import counted, refuse_unseen
+from fusion.tasks.classification import counted, reject_unseen
 from fusion.tasks.metrics import MeanAveragePrecision
 
 
 class MultiLabel(Task):
-    """Tell which of several labels a sample has, each by itself, by binary cross entropy.
+    """Predict which of several labels a sample has, each independently, with binary cross entropy.
 
         l = -1/L sum_c [y_c log p_c + (1 - y_c) log(1 - p_c)]            p = sigmoid(output)
 
     A target's cell holds the labels with a separator between them, or a list (JSON in a text file, a list in Parquet or JSON Lines). An
-    empty cell is a sample without any label. Target: (B, L) 0 or 1; labels that train lacks have columns after those that the model
-    knows. Values: (B, L) probabilities; a label is given where its own is above `threshold`.
+    empty cell is a sample without any label. Target: (B, L) 0 or 1; labels missing in the training split have columns after those that
+    the model knows. Values: (B, L) probabilities; a label is predicted if its probability is above `threshold`.
 
     Scores: mean average precision over the labels that occur, F1 (macro and micro) and the share of samples whose set of labels is right
     (subset_accuracy), at `threshold`.
 
     Args:
-        separator: what stands between two labels of a text cell.
-        threshold: probability above which a label is given, between 0 and 1.
+        separator: the text between two labels of a text cell.
+        threshold: probability above which a label is predicted, between 0 and 1.
 
     >>> task = MultiLabel()
     >>> task.learn({"train": ["red;round", "round", None]}, column="label", on_unseen="error")
@@ -56,7 +56,7 @@ class MultiLabel(Task):
     def __init__(self, separator: str = ";", threshold: float = 0.5) -> None:
         super().__init__()
         if not separator:
-            raise UserError("task: separator is empty; expected what stands between two labels, such as ;")
+            raise UserError("task: separator is empty; expected the text between two labels, such as ;")
         if not 0 < threshold < 1:
             raise UserError(f"task: threshold is {threshold}; expected a probability between 0 and 1")
         self.separator, self.threshold = separator, threshold
@@ -67,24 +67,24 @@ class MultiLabel(Task):
         try:
             self.labels(cell)
         except ValueError:
-            return f"label {str(cell)[:40]!r} begins as a list, but is no JSON list of texts"
+            return f"label {str(cell)[:40]!r} begins like a list, but is not a JSON list of texts"
         return None
 
     def labels(self, cell: str | None) -> list[str]:
-        """The labels of a cell, each once. Raises ValueError for a broken list."""
+        """The labels of a cell, each once. Raises ValueError for an invalid list."""
         if cell is None or not cell.strip():
             return []
         if cell.lstrip().startswith("["):
             try:
-                found = json.loads(cell)
+                parsed = json.loads(cell)
             except RecursionError as error:
-                raise ValueError("lists in lists") from error
-            if not isinstance(found, list) or any(isinstance(label, list | dict) for label in found):
-                raise ValueError("no list of texts")
-            names = [text for label in found if (text := cell_text(label)) is not None]
+                raise ValueError("nested lists") from error
+            if not isinstance(parsed, list) or any(isinstance(label, list | dict) for label in parsed):
+                raise ValueError("not a list of texts")
+            names = [text for label in parsed if (text := cell_text(label)) is not None]
         else:
             names = cell.split(self.separator)
-        # One spelling for each value, as cells have it: a label 1.0 beside others is the label 1 alone.
+        # Canonical spelling, as for cells: the label 1.0 among several is the label 1.
         return list(dict.fromkeys(canonical(name.strip()) for name in names if name.strip()))
 
     def learn(self, cells: Mapping[str, Sequence[str | None]], *, column: str, on_unseen: OnUnseen) -> None:
@@ -94,7 +94,7 @@ class MultiLabel(Task):
             raise UserError(f"no training sample has any label (column '{column}'): there is nothing to learn")
         self.number = {name: i for i, name in enumerate(self.names)}
         each = {split: [label for cell in column for label in self.labels(cell)] for split, column in cells.items()}
-        refuse_unseen(each, counts, on_unseen)
+        reject_unseen(each, counts, on_unseen)
         for labels in each.values():
             for label in labels:
                 self.number.setdefault(label, len(self.number))
@@ -103,10 +103,10 @@ class MultiLabel(Task):
         return Counter(label for cell in cells for label in self.labels(cell))
 
     def encode(self, cells: Sequence[str | None]) -> np.ndarray:
-        rows = [[self.number.setdefault(label, len(self.number)) for label in self.labels(cell)] for cell in cells]
-        target = np.zeros((len(rows), len(self.number)), dtype=np.uint8)
-        for row, labels in zip(target, rows, strict=True):
-            row[labels] = 1
+        indices = [[self.number.setdefault(label, len(self.number)) for label in self.labels(cell)] for cell in cells]
+        target = np.zeros((len(indices), len(self.number)), dtype=np.uint8)
+        for row, columns in zip(target, indices, strict=True):
+            row[columns] = 1
         return target
 
     def unseen(self, cells: Sequence[str | None]) -> int:
@@ -114,13 +114,13 @@ class MultiLabel(Task):
         return sum(not known.issuperset(self.labels(cell)) for cell in cells)
 
     def strata(self, cells: Sequence[str | None]) -> list[str]:
-        """Of each sample its rarest label: the others are common enough to be alike anyway."""
+        """The rarest label of each sample: the others are frequent enough to be balanced anyway."""
         counts = self.counts(cells)
         return [min(self.labels(cell), key=lambda label: (counts[label], label), default="") for cell in cells]
 
     def summary(self, cells: Sequence[str | None]) -> str:
-        none = sum(not self.labels(cell) for cell in cells)
-        return counted(self.counts(cells), "labels") + (f"; {none:,} samples have none" if none else "")
+        unlabelled = sum(not self.labels(cell) for cell in cells)
+        return counted(self.counts(cells), "labels") + (f"; {unlabelled:,} samples have none" if unlabelled else "")
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         known = target[:, : output.shape[1]].to(output.dtype)
@@ -146,14 +146,14 @@ class MultiLabel(Task):
         metrics.update(torch.cat([values, values.new_zeros(len(values), unknown)], dim=1), target.long())
 
     def batch_figures(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        given = output.sigmoid() > self.threshold
-        return {"subset_accuracy": (given == target[:, : output.shape[1]].bool()).all(dim=1).float().mean()}
+        predicted = output.sigmoid() > self.threshold
+        return {"subset_accuracy": (predicted == target[:, : output.shape[1]].bool()).all(dim=1).float().mean()}
 
     def answers(self, values: np.ndarray) -> list[Any]:
         return [[self.names[i] for i in np.flatnonzero(row > self.threshold)] for row in values]
 
     def cell_of(self, answer: Any) -> Any:
-        """Such that a manifest with it is read to the same labels."""
+        """Written so that a manifest with it is read as the same labels."""
         joined = self.separator.join(answer)
         plain = self.check(joined) is None and self.labels(joined) == answer
         return joined if plain else json.dumps(answer, ensure_ascii=False)

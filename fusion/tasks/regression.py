@@ -1,4 +1,4 @@
-"""A number."""
+"""Regression: one number."""
 
 import math
 from collections import defaultdict
@@ -14,14 +14,14 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection
 from fusion.cell_text import NUMBER
 from fusion.errors import UserError
 from fusion.tasks.base import OnUnseen, Task
-from fusion.tasks.metrics import ExplainedShare
+from fusion.tasks.metrics import R2
 
-LARGEST = 1e30  # float32 ends at 3.4e38, and squares are taken of standardised numbers only
+LARGEST = 1e30  # float32 ends at 3.4e38, and only standardised numbers are squared
 STRATA = 10
 
 
 class Regression(Task):
-    """Tell a number, which the model learns standardised by the training split's mean and deviation.
+    """Predict a number, standardised by the training split's mean and standard deviation.
 
         z = (y - mean) / deviation        l = (output - z)^2 / 2 ("mse"), |output - z| ("mae"), or between the two ("huber": the first up
         to a difference of `delta`, from there on delta (|output - z| - delta / 2))
@@ -29,8 +29,8 @@ class Regression(Task):
     Target: (B,) and values: (B, 1), standardised, float32. Answers and scores (mae, rmse, r2) are in the target's own units.
 
     Args:
-        loss: "mse", "mae" or "huber", above.
-        delta: where "huber" turns from squares to differences, in deviations of the target.
+        loss: "mse", "mae" or "huber", as above.
+        delta: difference from which "huber" is linear instead of quadratic, in standard deviations of the target.
 
     >>> task = Regression()
     >>> task.learn({"train": ["1", "2.5", "4"]}, column="price", on_unseen="error")
@@ -65,8 +65,8 @@ class Regression(Task):
     def learn(self, cells: Mapping[str, Sequence[str | None]], *, column: str, on_unseen: OnUnseen) -> None:
         numbers = self.numbers(cells.get("train", ()))
         if len(numbers) < 2 or not 0 < numbers.std() < math.inf:
-            found = f"every target is {numbers[0]:g}, or so near that it makes no difference" if len(numbers) else "no sample is left"
-            raise UserError(f"a regression needs different targets: in the training split {found} (column '{column}')")
+            reason = f"every target is {numbers[0]:g} up to rounding" if len(numbers) else "no sample is left"
+            raise UserError(f"a regression needs different targets: in the training split {reason} (column '{column}')")
         self.names, self.mean, self.deviation = [column], float(numbers.mean()), float(numbers.std())
 
     @property
@@ -80,7 +80,7 @@ class Regression(Task):
         return ((self.numbers(cells) - self.mean) / self.deviation).astype(np.float32)
 
     def strata(self, cells: Sequence[str | None]) -> list[str]:
-        """Ranges with about as many samples in each, at most ten."""
+        """Ranges with about the same number of samples each, at most ten."""
         ranges = max(1, min(STRATA, len(cells) // STRATA))
         ranks = np.argsort(np.argsort(self.numbers(cells), kind="stable"), kind="stable")
         return [str(rank * ranges // len(cells)) for rank in ranks.tolist()]
@@ -102,16 +102,14 @@ class Regression(Task):
         return values.astype(np.float64) * self.deviation + self.mean
 
     def metrics(self) -> MetricCollection:
-        return MetricCollection(
-            {"mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False), "r2": ExplainedShare()}, compute_groups=False
-        )
+        return MetricCollection({"mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False), "r2": R2()}, compute_groups=False)
 
     def update(self, metrics: MetricCollection, values: Tensor, target: Tensor) -> None:
         metrics.update(values[:, 0], target)
 
     def scores(self, metrics: MetricCollection) -> dict[str, Tensor]:
-        found: dict[str, Any] = {name: metrics[name].compute() * self.deviation for name in ("mae", "rmse")}
-        return found | {"r2": metrics["r2"].compute()}
+        scores: dict[str, Any] = {name: metrics[name].compute() * self.deviation for name in ("mae", "rmse")}
+        return scores | {"r2": metrics["r2"].compute()}
 
     def answers(self, values: np.ndarray) -> list[Any]:
         return self.in_units(values)[:, 0].tolist()
@@ -120,11 +118,11 @@ class Regression(Task):
         return {}
 
     def bound(self, seen: Sequence[Hashable], cells: Sequence[str | None]) -> float:
-        """The least mean absolute error: of the median wherever what is seen is alike."""
-        found = defaultdict(list)
-        for what, number in zip(seen, self.numbers(cells).tolist(), strict=True):
-            found[what].append(number)
-        return sum(float(np.abs(np.array(same) - np.median(same)).sum()) for same in found.values()) / len(cells)
+        """The lowest mean absolute error of any function of `seen`: that of the median over each group of samples with equal `seen`."""
+        groups = defaultdict(list)
+        for value, number in zip(seen, self.numbers(cells).tolist(), strict=True):
+            groups[value].append(number)
+        return sum(float(np.abs(np.array(group) - np.median(group)).sum()) for group in groups.values()) / len(cells)
 
     def learnt(self) -> dict[str, Any]:
         return {"names": list(self.names), "mean": self.mean, "deviation": self.deviation}

@@ -1,7 +1,8 @@
-"""Balance of modalities: so that the one that learns faster doesn't leave the other behind.
+"""Balancing of modalities: methods against one modality dominating the training of a multimodal model.
 
-Each method sees the fused loss and each modality's own (of the head's `by_modality` predictions), and may change gradients once per update:
-when they are unscaled, summed over accumulated batches and averaged over ranks, and before they are clipped. All ranks act alike.
+Each method gets the fused loss and each modality's own loss (of the head's `by_modality` predictions), and may change the gradients once an
+update: after they are unscaled, summed over accumulated batches and averaged over ranks, and before they are clipped. All ranks do so
+identically.
 """
 
 import math
@@ -19,9 +20,10 @@ from fusion.training.optim.precision import scaler_of
 
 
 class Training(Protocol):
-    """What a balance needs to know of the training that it changes: the engine.
+    """What a balancing method uses of the engine.
 
-    modalities: in the head's order. updates: made so far. sample_losses: by "fused" and modality, (n,) the loss of each sample of a split.
+    modalities: in the head's order. updates: number made so far. sample_losses: by "fused" and modality, (n,) the loss of each sample of a
+    split.
     """
 
     trainer: Any
@@ -33,9 +35,9 @@ class Training(Protocol):
 
 
 class Balance:
-    """Base of the methods: by itself it changes nothing.
+    """Base class of the methods; it doesn't change gradients.
 
-    detached: whether the modalities' own predictions are learnt beside the model, without a say in what the encoders learn.
+    detached: whether the modalities' own predictions are computed from detached features, so that their losses don't train the encoders.
     """
 
     detached = False
@@ -44,20 +46,20 @@ class Balance:
         """Called once before training."""
 
     def total(self, fused: Tensor, alone: Mapping[str, Tensor]) -> Tensor:
-        """The loss to be minimised, from the fused one and each modality's own, all scalars."""
+        """The loss to minimise, from the fused loss and each modality's own loss, all scalars."""
         return fused + sum(alone.values())
 
     def observe(self, engine: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
-        """See a batch before its backward pass: by modality its own loss, and the probability that it gave to the true class of each of the
-        n samples that have it (n,).
+        """Called before the backward pass of each batch, with each modality's own loss and (n,) the probability that it gave to the true
+        class of each of the n samples that have it.
         """
 
     def modulate(self, engine: Training) -> dict[str, Any]:
-        """Change the gradients of an update; gives the coefficients, to be logged."""
+        """Change the gradients of an update; returns the coefficients to log."""
         return {}
 
     def end_epoch(self, engine: Training) -> None:
-        """Called by all ranks after every epoch and its validation."""
+        """Called on all ranks after every epoch and its validation."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -67,7 +69,7 @@ class Balance:
 
 
 class UnimodalLosses(Balance):
-    """Each modality also has to predict alone: loss = L + sum_m weight_m L_m.
+    """Adds the loss of each modality's own prediction: loss = L + sum_m weight_m L_m.
 
     Args:
         weight: weight of every modality's loss, or of each by modality; at least 0.
@@ -76,7 +78,7 @@ class UnimodalLosses(Balance):
     def __init__(self, weight: float | dict[str, float] = 1.0) -> None:
         self.weight = weight
         if any(not 0 <= w < math.inf for w in (weight.values() if isinstance(weight, dict) else [weight])):
-            raise UserError(f"model.balance: weight is {weight}; expected numbers from 0")
+            raise UserError(f"model.balance: weight is {weight}; expected numbers of at least 0")
 
     def begin(self, engine: Training) -> None:
         if isinstance(self.weight, dict) and self.weight.keys() != set(engine.modalities):
@@ -88,26 +90,26 @@ class UnimodalLosses(Balance):
 
 
 class OGMGE(Balance):
-    """Slow the gradients of the modality that is ahead, and add noise of their own spread.
+    """Scales down the gradients of the modality that is ahead, and adds noise with the gradients' own standard deviation.
 
-        s_m = mean of the probability that modality m alone gives to the true class        rho_m = s_m / mean of the others' s
+        s_m = mean probability that modality m alone gives to the true class        rho_m = s_m / mean of the others' s
         k_m = 1 - tanh(alpha * rho_m) where rho_m > 1, else 1        g_m <- k_m g_m + N(0, std(g_m)^2)
 
     Source: Peng et al. (2022), "Balanced Multimodal Learning via On-the-fly Gradient Modulation", for any number of modalities. There
-    the decisions are the parts of one linear layer over concatenated features; here they are the modalities' own predictions: those of
-    a late head, else probes that learn beside the model on detached features, so that any head can be balanced.
+    the unimodal predictions are the parts of one linear layer over concatenated features; here they are the modalities' own predictions:
+    those of a late head, else of probes trained on detached features, so that any head can be balanced.
 
     Args:
-        alpha: how strongly gradients are slowed; 0 for not at all.
-        noise: add the noise, the generalisation enhancement (GE).
-        until_update: for so many updates, then no more. None: always.
+        alpha: strength of the modulation, at least 0; 0 leaves the gradients unscaled.
+        noise: add the noise (generalisation enhancement, GE).
+        until_update: number of updates after which gradients are no longer changed. None: never.
     """
 
     detached = True
 
     def __init__(self, alpha: float = 0.3, noise: bool = True, until_update: int | None = None) -> None:
         if not 0 <= alpha < math.inf:
-            raise UserError(f"model.balance: alpha is {alpha}; expected a number from 0")
+            raise UserError(f"model.balance: alpha is {alpha}; expected a number of at least 0")
         self.alpha, self.noise, self.until_update = alpha, noise, until_update
         self.sums: dict[str, Tensor] = {}
         self.probes = True
@@ -121,9 +123,9 @@ class OGMGE(Balance):
 
     def observe(self, engine: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
         for name, score in scores.items():
-            found = score.detach().float().sum()
-            seen = torch.stack([found, torch.full_like(found, len(score))])
-            self.sums[name] = self.sums[name] + seen if name in self.sums else seen
+            total = score.detach().float().sum()
+            added = torch.stack([total, torch.full_like(total, len(score))])
+            self.sums[name] = self.sums[name] + added if name in self.sums else added
 
     def modulate(self, engine: Training) -> dict[str, Any]:
         sums = summed(torch.stack([self.sums[name] for name in engine.modalities]), engine.trainer.world_size)
@@ -133,7 +135,7 @@ class OGMGE(Balance):
         scores = sums[:, 0] / sums[:, 1].clamp(min=1)
         coefficients = dict(zip(engine.modalities, ogm_coefficients(scores, self.alpha), strict=True))
         generator: torch.Generator | None = None
-        for name, p in learning(engine).items():
+        for name, p in with_gradient(engine).items():
             part = part_of(name)
             if part not in coefficients:
                 continue
@@ -141,14 +143,14 @@ class OGMGE(Balance):
             spread = p.grad.std() if self.noise and p.numel() > 1 else None
             p.grad.mul_(coefficients[part])
             if spread is not None:
-                if generator is None:  # of the update alone: the same on every rank, and after a resume
+                if generator is None:  # seeded by the update alone: the same on every rank, and in a resumed run
                     generator = torch.Generator(p.device).manual_seed(draw_seed(engine.trainer.datamodule.seed, engine.updates))
                 p.grad.add_(torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) * spread)
         return coefficients
 
 
 def ogm_coefficients(scores: Tensor, alpha: float) -> Tensor:
-    """By modality (M,), what its gradients are multiplied by. On the scores' device, which nothing waits for.
+    """Factor of each modality's gradients, (M,), on the scores' device and without synchronising with it.
 
     >>> ogm_coefficients(torch.tensor([0.8, 0.4]), alpha=0.3)
     tensor([0.4630, 1.0000])
@@ -158,13 +160,13 @@ def ogm_coefficients(scores: Tensor, alpha: float) -> Tensor:
     exact = scores.double() if scores.device.type != "mps" else scores
     others = (exact.sum() - exact) / (len(scores) - 1)
     ratios = exact / others.clamp(min=1e-12)
-    # Scores that are equal but for the rounding of their mean are not ahead of each other.
+    # Scores that differ only by the rounding of their mean count as equal.
     rounding = 1e-9 if exact.dtype == torch.float64 else 1e-6
     return torch.where(ratios > 1 + rounding, 1 - torch.tanh(alpha * ratios), torch.ones_like(ratios)).to(scores.dtype)
 
 
 class MMPareto(Balance):
-    """Join each encoder's two gradients, of the fused loss (g) and of its modality's own (u), in a direction that serves both.
+    """Combines each encoder's two gradients, of the fused loss (g) and of its modality's own loss (u), into a direction that reduces both.
 
         cos(g, u) >= 0:  a = 1/2        else:  a of the shortest a g + (1 - a) u        h = 2 a g + 2 (1 - a) u
         gradient <- gamma * h * max(1, |g + u| / |h|)
@@ -173,7 +175,7 @@ class MMPareto(Balance):
     as one vector. Costs a second backward pass through the encoders.
 
     Args:
-        gamma: factor above 0 that enlarges the gradient, whose noise is lost in the conflict.
+        gamma: factor of the combined gradient, above 0; values above 1 restore the gradient noise that combining reduces.
     """
 
     def __init__(self, gamma: float = 1.5) -> None:
@@ -184,67 +186,67 @@ class MMPareto(Balance):
 
     def observe(self, engine: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
         scaler = scaler_of(engine.trainer.precision_plugin)
-        # So that small gradients don't vanish in fp16; as a tensor, which the host needn't wait for.
+        # Scaled so that small gradients don't vanish in fp16; a tensor, so that the host doesn't wait for the device.
         scale = 1.0 if scaler is None else scaler.scale(next(iter(alone.values())).new_ones(()))
         for modality, loss in alone.items():
-            inside = self.encoder(engine, modality)
-            if not inside:
+            parameters = self.encoder_parameters(engine, modality)
+            if not parameters:
                 continue
-            # torch.autograd.grad leaves .grad, and DDP's hooks on it, alone.
-            gradients = torch.autograd.grad(loss * scale, inside, retain_graph=True, allow_unused=True)
-            zeros = (torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(inside, gradients, strict=True))
-            flat = torch.cat([gradient.flatten() for gradient in zeros]) / (scale * engine.trainer.accumulate_grad_batches)
+            # torch.autograd.grad doesn't write .grad, nor does it run DDP's hooks.
+            gradients = torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True)
+            filled = (torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, gradients, strict=True))
+            flat = torch.cat([gradient.flatten() for gradient in filled]) / (scale * engine.trainer.accumulate_grad_batches)
             self.own[modality] = self.own[modality] + flat if modality in self.own else flat
 
     def modulate(self, engine: Training) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        coefficients: dict[str, Any] = {}
         for modality in engine.modalities:
             if modality not in self.own:
                 continue
-            inside = self.encoder(engine, modality)
+            parameters = self.encoder_parameters(engine, modality)
             own = summed(self.own[modality], engine.trainer.world_size) / engine.trainer.world_size
-            both = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in inside])
-            share, joined = pareto(both - own, own, self.gamma)
-            found[modality] = share
-            for p, gradient in zip(inside, joined.split([p.numel() for p in inside]), strict=True):
-                # Fused optimisers go by the memory of parameter and gradient, which must be laid out alike (channels last).
+            both = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+            coefficient, combined = pareto(both - own, own, self.gamma)
+            coefficients[modality] = coefficient
+            for p, gradient in zip(parameters, combined.split([p.numel() for p in parameters]), strict=True):
+                # Fused optimisers need the gradient in the memory layout of its parameter (channels last).
                 p.grad = torch.empty_like(p).copy_(gradient.view_as(p))
         self.own.clear()
-        return found
+        return coefficients
 
-    def encoder(self, engine: Training, modality: str) -> list[Tensor]:
+    def encoder_parameters(self, engine: Training, modality: str) -> list[Tensor]:
         assert engine.model is not None
         return [p for p in engine.model.encoders[modality].parameters() if p.requires_grad]
 
 
 def pareto(fused: Tensor, own: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """The share a of the fused gradient, and the joint gradient, of two flat gradients. On their device, which nothing waits for.
+    """The coefficient a of the fused gradient, and the combined gradient, from two flat gradients; on their device, without synchronising.
 
     >>> pareto(torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 1.0]), gamma=1.0)[0]
     tensor(0.4000)
     """
     product, a, b = fused @ own, fused @ fused, own @ own
-    # The shortest a g + (1 - a) u where they conflict; at the ends it would be one of them alone.
+    # The shortest a g + (1 - a) u where the gradients conflict; a of 0 or 1 is one of them alone.
     shortest = ((b - product) / (a + b - 2 * product)).clamp(0, 1)
-    share = torch.where(product < 0, shortest, torch.full_like(product, 0.5))
-    joined = 2 * share * fused + 2 * (1 - share) * own
-    length = joined.norm()
-    # Between two that point against each other nothing serves both: what rounding leaves of h must not be enlarged.
-    enlarged = torch.where(length > 1e-6 * (a + b).sqrt(), ((fused + own).norm() / length).clamp(min=1), torch.ones_like(length))
-    return share, gamma * enlarged * joined
+    coefficient = torch.where(product < 0, shortest, torch.full_like(product, 0.5))
+    combined = 2 * coefficient * fused + 2 * (1 - coefficient) * own
+    length = combined.norm()
+    # For opposite gradients no direction reduces both losses: h is then only rounding error, which must not be enlarged.
+    factor = torch.where(length > 1e-6 * (a + b).sqrt(), ((fused + own).norm() / length).clamp(min=1), torch.ones_like(length))
+    return coefficient, gamma * factor * combined
 
 
 class GradientBlending(Balance):
-    """Weigh the fused loss and each modality's own by how well each generalises for how much it overfits.
+    """Weights the fused loss and each modality's own loss by their generalisation relative to their overfitting.
 
-        G_k = fall of its loss on val        O_k = growth of its gap, val less train        w_k = G_k / O_k^2, normalised to sum 1
+        G_k = decrease of its loss on val        O_k = increase of its gap, val minus train        w_k = G_k / O_k^2, normalised to sum 1
 
-    each from one measurement to the next, on val and on as many samples of train, in evaluation mode. Losses that don't fall on val get no
-    weight; where none falls, and until the second measurement, all weigh alike.
+    each from one measurement to the next, on val and on as many samples of train, in evaluation mode. Losses that don't decrease on val get
+    weight 0; where none decreases, and until the second measurement, all weights are equal.
 
-    Source: Wang et al. (2020), "What Makes Training Multi-Modal Classification Networks Hard?", online, along the joint training itself
-    (there each super-epoch trains copies of the modalities apart). The weights look at val, so choose by another split, or by test, with
-    care.
+    Source: Wang et al. (2020), "What Makes Training Multi-Modal Classification Networks Hard?", the online variant, measured during the
+    joint training itself (in the paper each super-epoch trains copies of the unimodal models separately). The weights depend on val:
+    scores on val are no longer those of unseen data.
 
     Args:
         every: number of epochs from one measurement to the next, at least 1.
@@ -261,7 +263,7 @@ class GradientBlending(Balance):
 
     def begin(self, engine: Training) -> None:
         if "val" not in engine.trainer.datamodule.splits:
-            raise UserError("model.balance: gradient blending weighs losses by their fall on a val split; there is none")
+            raise UserError("model.balance: gradient blending weights losses by their decrease on a val split; there is none")
 
     def total(self, fused: Tensor, alone: Mapping[str, Tensor]) -> Tensor:
         losses = {self.FUSED: fused, **alone}
@@ -288,7 +290,7 @@ class GradientBlending(Balance):
 
 
 def blending_weights(before: Mapping[str, list[float]], now: Mapping[str, list[float]]) -> dict[str, float]:
-    """By loss, its weight, from each loss on [train, val] at two measurements.
+    """Weight of each loss, from its values on [train, val] at two measurements.
 
     >>> weights = blending_weights({"a": [1.0, 1.0], "b": [1.0, 1.0]}, {"a": [0.8, 0.9], "b": [0.6, 0.9]})
     >>> {name: round(weight, 3) for name, weight in weights.items()}
@@ -303,7 +305,7 @@ def blending_weights(before: Mapping[str, list[float]], now: Mapping[str, list[f
     return {name: value / total if total else 1 / len(ratio) for name, value in ratio.items()}
 
 
-def learning(engine: Training) -> dict[str, Tensor]:
+def with_gradient(engine: Training) -> dict[str, Tensor]:
     """The model's parameters that have a gradient, by name."""
     assert engine.model is not None
     return {name: p for name, p in engine.model.named_parameters() if p.grad is not None}

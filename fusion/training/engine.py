@@ -1,4 +1,4 @@
-"""The one LightningModule: trains any task on any data, right under AMP, several ranks, accumulation and resuming."""
+"""The LightningModule of every run: trains any task on any data, with mixed precision, several ranks, accumulation and resuming."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,7 +31,7 @@ from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP, shard
 from fusion.training.means import Means
 from fusion.training.modality_dropout import drop_modalities, presence
-from fusion.training.optim.freezing import Freeze, Freezing, wrap_again
+from fusion.training.optim.freezing import Freeze, Freezing, rewrap_ddp
 from fusion.training.optim.groups import Rate, check_rates, parameter_groups
 from fusion.training.optim.muon import Muon
 from fusion.training.optim.precision import reject_trained_float16, scaler_of
@@ -41,28 +41,28 @@ ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
 
 
 class Engine(LightningModule):
-    """A FusionModel, what it is asked, and how it is optimised.
+    """A FusionModel with its task, optimiser and schedule.
 
-    Every mean is made of the losses of single samples, in one place (`loss`), so that accumulated batches and ranks give exactly the
-    update that one batch would.
+    Every mean loss is computed from the losses of single samples, in one place (`loss`), so that accumulated batches and ranks give exactly
+    the update of one global batch.
 
     Args:
         image: makes the image encoder.
         text: makes the text encoder.
-        encoders: makes the encoders of inputs by their names in data.inputs, beside image and text or instead of them.
-        task: what is asked of a sample; Classification if none.
-        head: makes the head that joins them; it gets the encoders' widths and the number of outputs when these are known.
-        modalities: which inputs to use, in the head's order, all that have an encoder if none; with one alone the head is Unimodal.
-        optimizer: makes the optimiser; its weight decay is left out for biases, norms, gates, embeddings and positions.
-        schedule: the learning rate over the updates; constant if none.
-        rates: by part (image, text, head), how fast it learns beside the others.
-        freeze: by part, or by a pattern of parameter names, what doesn't learn, and until which update: {image: {until_update: 500}}.
-        adapters: by modality, a peft configuration: the encoder stays as it is, but for small matrices of low rank that learn.
-        checkpoint_activations: parts whose activations are computed again for the backward pass instead of being kept.
-        compile: the whole model by torch.compile.
-        balance: keeps the modality that learns faster from leaving the other behind: OGMGE, MMPareto, GradientBlending, UnimodalLosses.
+        encoders: make the encoders of further inputs, by their names in data.inputs, in addition to or instead of image and text.
+        task: the task to train and how it is scored; Classification if none.
+        head: makes the fusion head; it is called with the encoders' widths and the number of outputs once these are known.
+        modalities: inputs to use, in the head's order; all that have an encoder if none. With a single one the head is Unimodal.
+        optimizer: makes the optimiser; biases, norms, gates, embeddings and positions get no weight decay.
+        schedule: learning rate over the updates; constant if none.
+        rates: by part (image, text, head), its learning rate relative to the optimiser's.
+        freeze: by part, or by a pattern of parameter names, what is not trained, and until which update: {image: {until_update: 500}}.
+        adapters: by modality, a peft configuration: the encoder is frozen, and small low-rank matrices in it are trained.
+        checkpoint_activations: parts whose activations are recomputed in the backward pass instead of being stored.
+        compile: compile the whole model by torch.compile.
+        balance: balances how fast the modalities learn: OGMGE, MMPareto, GradientBlending or UnimodalLosses.
         modality_dropout: probability of removing each modality of a training sample, keeping at least one.
-        allow_unused: go on where parameters get no gradient at the first update.
+        allow_unused: continue with a warning where parameters get no gradient at the first update.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Engine(LightningModule):
             if factories.get(name) is not None:
                 raise UserError(f"model.{name} and model.encoders.{name} both name an encoder of '{name}'; leave out one of them")
             if name in ("head", "self", "batch_size"):
-                raise UserError(f"model.encoders: no input can be called '{name}', which names something else; take another name")
+                raise UserError(f"model.encoders: no input can be called '{name}', which is a reserved name; choose another one")
         factories |= encoders or {}
         if modalities is None:
             modalities = [name for name, make in factories.items() if make is not None] if encoders else ["image", "text"]
@@ -98,13 +98,13 @@ class Engine(LightningModule):
             if name not in factories:
                 raise UserError(f"model.modalities: unknown modality '{name}'. {nearest(name, factories)}")
             if factories[name] is None:
-                raise UserError(f"model.modalities asks for '{name}', but model.{name} names no encoder")
+                raise UserError(f"model.modalities has '{name}', but model.{name} names no encoder")
         if not modalities or len(set(modalities)) < len(modalities):
             raise UserError(f"model.modalities is {list(modalities)}; expected some of {', '.join(factories)}, each once")
         self.task = task or Classification()
         self.modalities = list(modalities)
         self.factories: dict[str, Callable[[], Encoder]] = {name: factories[name] for name in modalities}  # type: ignore[misc]
-        chosen: Any = head if len(modalities) > 1 else Unimodal
+        head_factory: Any = head if len(modalities) > 1 else Unimodal
         self.make_optimizer, self.schedule = optimizer, schedule or Constant()
         self.rates: Mapping[str, Rate] = rates or {}
         check_rates(self.rates, self.modalities)
@@ -120,20 +120,20 @@ class Engine(LightningModule):
         self.balance = balance
         if balance is not None:
             if len(self.modalities) < 2:
-                raise UserError("model.balance: one modality alone has nothing to be balanced with; leave it out")
-            chosen = with_unimodal(chosen)
-        self.head_factory: Callable[..., FusionHead] = chosen
+                raise UserError("model.balance: there is only one modality, so there is nothing to balance; leave it out")
+            head_factory = with_unimodal(head_factory)
+        self.head_factory: Callable[..., FusionHead] = head_factory
         self.updates = 0
-        self.horizon_before: int | None = None  # of a resumed run, when its checkpoint was made
+        self.horizon_before: int | None = None  # the horizon in a resumed run's checkpoint
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.scheduled = 0
         self.model: FusionModel | None = None
 
-    # Built when the data is known.
+    # Construction, once the data is known
 
     def build(self, data: FusionData) -> FusionModel:
-        """Load the data for the encoders, then make the head for the outputs that it asks for. Done once."""
+        """Make the encoders, load the data for them, then make the head with the number of outputs that the data needs. Done once."""
         if self.model is None:
             with construction():
                 encoders = {name: make() for name, make in self.factories.items()}
@@ -145,13 +145,13 @@ class Engine(LightningModule):
             model = FusionModel.build(encoders, self.head_factory, self.task.out_dim)
             if model.head.one_of_classes and not self.task.one_of_classes:
                 raise UserError(
-                    f"the head {type(model.head).__name__} reads its outputs as classes of which exactly one is right, which isn't "
-                    f"so in {type(self.task).__name__}; take another head"
+                    f"the head {type(model.head).__name__} treats its outputs as classes of which exactly one is right, which isn't "
+                    f"so in {type(self.task).__name__}; choose another head"
                 )
             if self.balance is not None and not predicts_alone(model.head):
                 raise UserError(
-                    f"model.balance needs the prediction of each modality alone, which this {type(model.head).__name__} lacks: "
-                    "let the function that makes it pass unimodal=True, or leave model.balance out"
+                    f"model.balance needs a prediction of each modality alone, which this {type(model.head).__name__} doesn't make: "
+                    "pass unimodal=True in the function that makes the head, or leave model.balance out"
                 )
             self.head_spec = head_spec(model)
             self.model = model
@@ -162,7 +162,7 @@ class Engine(LightningModule):
             self.freezing.apply(self.model, 0)
             reject_trained_float16(self.model, self.freezing.later(self.model))
             if self.compiled:
-                # A graph for each of: training or not, padded or not, with all pictures or some, and lengths.
+                # A graph for each combination of training or evaluation, padding or none, all images or some, and lengths.
                 torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
                 self.model.compile()
             scored = [name for name in data.splits if name != "train"]
@@ -178,32 +178,32 @@ class Engine(LightningModule):
         if isinstance(strategy, FSDP) and not isinstance(self.model, FSDPModule):
             assert self.model is not None
             if factory_parts(self.make_optimizer, Optimizer)[0] is Muon:
-                raise UserError("Muon needs whole matrices, of which FSDP leaves each device a share: --model.optimizer=torch.optim.AdamW")
+                raise UserError("Muon needs whole matrices, but FSDP shards them over the devices; use --model.optimizer=torch.optim.AdamW")
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             shard(self.model, strategy.device_mesh["data_parallel"], dtype)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.model is not None
         if self.freezing.apply(self.model, self.updates):
-            wrap_again(self.trainer)
+            rewrap_ddp(self.trainer)
 
     def on_train_start(self) -> None:
         if self.balance is not None:
             self.balance.begin(self)
 
-    # Training.
+    # Training
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:  # (B, out_dim)
         assert self.model is not None
         return self.model(inputs).output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        output, kept = self.read(batch.inputs)
+        output, retained = self.forward_with_dropout(batch.inputs)
         loss = self.loss(output.output, batch.target, batch.update_target)
         if self.balance is not None:
-            there = kept or presence(batch.inputs)
-            alone = self.losses_alone(output.by_modality, batch, there)
-            scores = {name: self.task.confidence(one.detach(), batch.target)[there[name]] for name, one in output.by_modality.items()}
+            present = retained or presence(batch.inputs)
+            alone = self.unimodal_losses(output.by_modality, batch, present)
+            scores = {name: self.task.confidence(one.detach(), batch.target)[present[name]] for name, one in output.by_modality.items()}
             self.balance.observe(self, alone, scores)
             loss = self.balance.total(loss, alone)
         figures = self.task.batch_figures(output.output.detach(), batch.target)
@@ -211,15 +211,15 @@ class Engine(LightningModule):
         self.means.note({"loss": loss, **figures}, len(batch.target), begins_update=first)
         return loss
 
-    def read(self, inputs: dict[str, Any]) -> tuple[FusionOutput, dict[str, Tensor] | None]:
-        """The model's output for a training batch; and by modality (B,) bool, which samples keep it, None where all do."""
+    def forward_with_dropout(self, inputs: dict[str, Any]) -> tuple[FusionOutput, dict[str, Tensor] | None]:
+        """The model's output for a training batch; and by modality (B,) bool, which samples retain it, None without modality dropout."""
         assert self.model is not None
-        kept = drop_modalities(inputs, self.modality_dropout) if self.modality_dropout else None
-        return self.model(inputs, kept), kept
+        retained = drop_modalities(inputs, self.modality_dropout) if self.modality_dropout else None
+        return self.model(inputs, retained), retained
 
     def loss(self, output: Tensor, target: Tensor, update_target: Tensor | None = None) -> Tensor:
-        """The mean of the samples' losses, weighted where the task weighs: divided by the mean weight of the whole update (update_target),
-        so that the means of its shares, over ranks and accumulated batches, have the update's own weighted mean for their mean.
+        """Mean of the samples' losses; where the task weights samples, divided by the mean weight of the whole update (update_target), so
+        that the mean over ranks and accumulated batches is the weighted mean of the whole update.
         """
         return self.sample_loss(output, target, update_target).mean()
 
@@ -228,10 +228,12 @@ class Engine(LightningModule):
         weight = self.task.weight(target if update_target is None else update_target)
         return each if weight is None else each / weight.mean()
 
-    def losses_alone(self, by_modality: dict[str, Tensor], batch: Batch, there: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each modality's own loss, over the batch: 0 for a sample that lacks it. So shares of a batch have the mean of their losses."""
+    def unimodal_losses(self, by_modality: dict[str, Tensor], batch: Batch, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each modality's own mean loss over the whole batch, 0 for samples without it; the mean over ranks and accumulated batches is then
+        the loss of the whole update.
+        """
         each = {name: self.sample_loss(output, batch.target, batch.update_target) for name, output in by_modality.items()}
-        return {name: torch.where(there[name], loss, 0.0).mean() for name, loss in each.items()}
+        return {name: torch.where(present[name], loss, 0.0).mean() for name, loss in each.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.balance is not None:
@@ -240,7 +242,7 @@ class Engine(LightningModule):
     def on_train_epoch_end(self) -> None:
         means = {f"train/{name}_epoch": mean for name, mean in self.means.of_epoch(self).items()}
         self.log_dict(means, logger=False)
-        # At once, since Lightning would do it after the epoch's checkpoint is made, which knows what was logged before.
+        # Logged directly: Lightning would log them only after saving the epoch's checkpoint, which records what was logged before it.
         for logger in self.loggers:
             logger.log_metrics(means | {"epoch": self.current_epoch}, step=batches_that_stepped(self.trainer) - 1)
         self.means.clear()
@@ -250,17 +252,17 @@ class Engine(LightningModule):
         if data.first_pass_ends(self.trainer.current_epoch):
             data.set_losses(self.sample_losses("train")["fused"].double().cpu().numpy())
 
-    # Evaluation.
+    # Evaluation
 
     def metric_names(self) -> list[str]:
-        """What is logged of training and validation, beside what the balance and the strategy log."""
-        trained = [f"train/{name}_{over}" for name in ("loss", *self.task.figure_names) for over in ("step", "epoch")]
-        return ["train/lr", *trained, *(f"val/{name}" for name in (*self.task.metric_names(), "loss"))]
+        """Names of the metrics logged in training and validation, without those of the balancing method and the strategy."""
+        training = [f"train/{name}_{over}" for name in ("loss", *self.task.figure_names) for over in ("step", "epoch")]
+        return ["train/lr", *training, *(f"val/{name}" for name in (*self.task.metric_names(), "loss"))]
 
     @torch.no_grad()
     def sample_losses(self, split: str, most: int | None = None) -> dict[str, Tensor]:
-        """By "fused" and, where the head predicts by modality, by modality: (n,) the loss of each sample of a split, or of the first of
-        them, at most so many; in evaluation mode, without augmentation, the same on all ranks. NaN where a sample has none.
+        """(n,) the loss of each sample of a split (the first `most` of them), under "fused" and, where the head predicts by modality, under
+        each modality; in evaluation mode, without augmentation, the same on all ranks. NaN for samples without a loss.
         """
         assert self.model is not None
         data: FusionData = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -268,22 +270,22 @@ class Engine(LightningModule):
         count = count if most is None else min(count, most)
         training = self.training
         self.eval()
-        # Each rank fills the rows that it saw: losses, and which there are.
-        found: dict[str, Tensor] = {}
+        # Each rank fills in the samples of its own batches: row 0 has the losses, row 1 is 1 where there is a loss.
+        partial: dict[str, Tensor] = {}
         for batch in data.evaluation_loader(split, most):
             moved = self.trainer.strategy.batch_to_device(batch, self.device)
             with self.trainer.precision_plugin.forward_context():
                 output = self.model(moved.inputs)
-            there = presence(moved.inputs)
+            present = presence(moved.inputs)
             for name, one in {"fused": output.output, **output.by_modality}.items():
                 losses = self.task.plain_loss(one.float(), moved.target)
-                scored = (moved.row >= 0) & losses.isfinite() & there.get(name, torch.ones_like(moved.row, dtype=torch.bool))
-                rows = found.setdefault(name, torch.zeros(2, count, device=self.device))
-                rows[0, moved.row[scored]] = losses[scored]
-                rows[1, moved.row[scored]] = 1
+                scored = (moved.sample >= 0) & losses.isfinite() & present.get(name, torch.ones_like(moved.sample, dtype=torch.bool))
+                rows = partial.setdefault(name, torch.zeros(2, count, device=self.device))
+                rows[0, moved.sample[scored]] = losses[scored]
+                rows[1, moved.sample[scored]] = 1
         self.train(training)
-        everywhere = {name: summed(both, self.trainer.world_size) for name, both in found.items()}
-        return {name: torch.where(there > 0, loss, torch.nan) for name, (loss, there) in everywhere.items()}
+        complete = {name: summed(rows, self.trainer.world_size) for name, rows in partial.items()}
+        return {name: torch.where(has_loss > 0, loss, torch.nan) for name, (loss, has_loss) in complete.items()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.score("val", batch)
@@ -292,7 +294,7 @@ class Engine(LightningModule):
         self.score("test", batch)
 
     def score(self, split: str, batch: Batch) -> None:
-        counted = batch.row >= 0
+        counted = batch.sample >= 0
         output, target = self(batch.inputs)[counted], batch.target[counted]
         if not len(target):
             return
@@ -310,36 +312,36 @@ class Engine(LightningModule):
 
     def log_scores(self, split: str) -> None:
         scores = self.task.scores(self.metrics[split]) | {"loss": self.mean_loss[split].compute()}  # type: ignore[arg-type, operator]
-        # They are already summed over the ranks by the metrics themselves.
+        # Not synchronised again: the metrics are already reduced over the ranks.
         self.log_dict({f"{split}/{name}": value for name, value in scores.items()}, rank_zero_only=False, sync_dist=False)
         self.metrics[split].reset()  # type: ignore[operator]
         self.mean_loss[split].reset()  # type: ignore[operator]
 
-    # Optimiser and schedule, by updates really made.
+    # Optimiser and schedule, by updates made (without skipped ones)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.new_optimizer()
-        # GradScaler doesn't call the optimiser when it skips an update: counting its steps counts true updates.
+        # GradScaler doesn't step the optimiser when it skips an update, so that counting steps counts the updates made.
         optimizer.register_step_post_hook(self.count_update)
         horizon = self.trainer.estimated_stepping_batches
         if horizon == float("inf"):
-            raise UserError("the schedule needs an end: give --trainer.max_epochs or --trainer.max_steps")
+            raise UserError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
         self.horizon = int(horizon)
         scheduler = LambdaLR(optimizer, [partial(self.factor, own) for own in self.own_schedules])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def factor(self, own: Schedule | None, update: int) -> float:
-        """The fraction of its peak rate that a group of parameters learns at, by the run's schedule and the group's own."""
+        """Learning rate of a parameter group as a fraction of its peak, by the run's schedule and the group's own."""
         return self.schedule.factor(update, self.horizon) * (own.factor(update, self.horizon) if own else 1.0)
 
     def new_optimizer(self) -> Optimizer:
-        """As the recipe says; the model must be attached to its trainer."""
+        """The optimiser of the recipe, with its parameter groups; the module must be attached to a trainer."""
         assert self.model is not None
         groups = parameter_groups(self.model, self.rates, self.freezing.later(self.model))
         self.own_schedules: list[Schedule | None] = [group.pop("schedule", None) for group in groups]
         with construction():
             optimizer = self.make_optimizer(groups, **self.fused())
-        # Else a fused kernel unscales gradients by itself, after they are clipped, balanced and looked at.
+        # Otherwise a fused kernel would unscale the gradients itself, after they were clipped, balanced and checked.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         self.peak: float = optimizer.defaults["lr"]
         for group in optimizer.param_groups:
@@ -347,12 +349,12 @@ class Engine(LightningModule):
         return optimizer
 
     def fused(self) -> dict[str, bool]:
-        """fused=True where the optimiser has it and the recipe doesn't say: one kernel for all parameters, several times faster for many
-        small ones. Not on shares of matrices (FSDP), for which not all optimisers have such a kernel.
+        """fused=True where the optimiser has this option and the recipe doesn't set it: one kernel for all parameters, several times faster
+        for many small ones. Not for sharded parameters (FSDP), for which not all optimisers have such a kernel.
         """
         cls, options = factory_parts(self.make_optimizer, Optimizer)
-        takes = "fused" in signature(cls).parameters and options.get("fused") is None
-        return {"fused": True} if takes and not isinstance(self.trainer.strategy, FSDP) else {}
+        has_option = "fused" in signature(cls).parameters and options.get("fused") is None
+        return {"fused": True} if has_option and not isinstance(self.trainer.strategy, FSDP) else {}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
         before = self.updates
@@ -361,20 +363,20 @@ class Engine(LightningModule):
         self.skipped_in_a_row = 0 if self.updates > before else self.skipped_in_a_row + 1
         if self.updates == before:
             self.skipped += 1
-            # Lightning counts a step next, by which max_steps and global_step would go on.
+            # Lightning is about to count this step, which would advance global_step towards max_steps.
             steps = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
             for progress in (steps.total, steps.current):
                 progress.ready -= 1
                 progress.completed -= 1
-        if logs_now(self.trainer):  # a call of log costs a millisecond, reading a scale waits for the device
+        if logs_now(self.trainer):  # logging costs a millisecond, and reading the scale synchronises with the device
             means = {f"train/{name}_step": mean for name, mean in self.means.of_update(self).items()}
             self.log_dict({"train/lr": rate, **self.figures(), **means})
 
     def figures(self) -> dict[str, float]:
-        """What else is logged of an update."""
+        """Further figures that are logged with an update."""
         scaler, strategy = scaler_of(self.trainer.precision_plugin), self.trainer.strategy
-        found = {} if scaler is None else {"train/loss_scale": scaler.get_scale(), "train/skipped_updates": float(self.skipped)}
-        return found | ({"train/sent_bytes": float(strategy.sent_bytes())} if isinstance(strategy, DDP) else {})
+        of_scaler = {} if scaler is None else {"train/loss_scale": scaler.get_scale(), "train/skipped_updates": float(self.skipped)}
+        return of_scaler | ({"train/sent_bytes": float(strategy.sent_bytes())} if isinstance(strategy, DDP) else {})
 
     def count_update(self, optimizer: Optimizer, *_: Any) -> None:
         self.updates += 1
@@ -384,7 +386,7 @@ class Engine(LightningModule):
             scheduler.step()
             self.scheduled = self.updates
 
-    # What a checkpoint holds beside Lightning's own: all that prediction needs, as plain data.
+    # Checkpoint state besides Lightning's own: all that prediction needs, as plain data
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fusion"] = {
@@ -404,12 +406,12 @@ class Engine(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        refuse_other_format(checkpoint)
+        reject_other_format(checkpoint)
         self.updates = self.scheduled = checkpoint["fusion"]["updates"]
         self.skipped = checkpoint["fusion"]["skipped"]
         self.horizon_before = checkpoint["fusion"]["horizon"]
         if checkpoint["loops"] and checkpoint["fusion"]["accumulated"] != self.trainer.accumulate_grad_batches:
-            self.recount(checkpoint)
+            self.adjust_batch_progress(checkpoint)
         sums = checkpoint["fusion"]["epoch_sums"]
         self.means.sums = sums if self.trainer.global_rank == 0 else dict.fromkeys(sums, 0)
         if self.balance is not None:
@@ -417,12 +419,12 @@ class Engine(LightningModule):
         if isinstance(self.trainer.strategy, DDP):
             self.trainer.strategy.load_compression_state(checkpoint["fusion"]["compression"])
 
-    def recount(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning counts the epoch's batches, of which an update now has another number."""
+    def adjust_batch_progress(self, checkpoint: dict[str, Any]) -> None:
+        """Convert Lightning's count of the epoch's batches where an update now has another number of accumulated batches."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         updates = progress["processed"] // checkpoint["fusion"]["accumulated"]
         more = updates * self.trainer.accumulate_grad_batches - progress["processed"]
-        for name in progress:  # the last batch may be processed and not yet completed
+        for name in progress:  # not set to one value: the last batch may be processed but not yet completed
             progress[name] += more
 
     def compression_state(self) -> dict[str, Any]:
@@ -430,11 +432,11 @@ class Engine(LightningModule):
         return strategy.compression_state() if isinstance(strategy, DDP) else {}
 
 
-def refuse_other_format(checkpoint: Mapping[str, Any]) -> None:
-    """Raises UserError for a checkpoint to be continued that another version made."""
-    found = checkpoint.get("fusion", {}).get("format")
-    if found != FORMAT:
-        raise UserError(f"the checkpoint has format {found}, this version of fusion {FORMAT}; --init_from takes its weights")
+def reject_other_format(checkpoint: Mapping[str, Any]) -> None:
+    """Raises UserError for a checkpoint to resume from that was written by another version."""
+    actual = checkpoint.get("fusion", {}).get("format")
+    if actual != FORMAT:
+        raise UserError(f"the checkpoint has format {actual}, this version of fusion reads {FORMAT}; --init_from takes its weights")
 
 
 def type_path(thing: object) -> str:

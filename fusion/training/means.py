@@ -1,4 +1,4 @@
-"""Means over what a training saw: of an update, and of an epoch so far."""
+"""Means of training figures (loss, batch metrics) over an update and over an epoch."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -11,7 +11,7 @@ from fusion.training.distributed.collectives import summed
 
 
 class OnDevice(Protocol):
-    """Whose means they are."""
+    """What `Means` needs of the engine: its trainer and its device."""
 
     trainer: Trainer
 
@@ -20,49 +20,50 @@ class OnDevice(Protocol):
 
 
 class Means:
-    """Figures of training batches (the loss, a share of hits), summed without waiting for the device.
+    """Figures of training batches (the loss, the accuracy), summed without synchronising with the device.
 
-    sums: of the epoch, on this rank, with the number of "samples"; what a resumed run had seen before is rank 0's.
+    sums: of the epoch, on this rank, with the number of "samples"; the sums of a resumed run's checkpoint are on rank 0.
     """
 
     def __init__(self) -> None:
-        self.noted: list[dict[str, Tensor]] = []  # by accumulated batch of the update at hand
+        self.update_figures: list[dict[str, Tensor]] = []  # one for each accumulated batch of the current update
         self.sums: dict[str, Tensor | float] = {"samples": 0}
 
     def clear(self) -> None:
-        """A new epoch begins."""
+        """Reset the sums, at the start of an epoch."""
         self.sums = {"samples": 0}
 
     def note(self, figures: Mapping[str, Tensor], samples: int, *, begins_update: bool) -> None:
-        """Take in the means over a training batch of so many samples."""
+        """Add the means over a training batch of so many samples."""
         if begins_update:
-            self.noted = []
-        self.noted.append({name: value.detach().float() for name, value in figures.items()})
+            self.update_figures = []
+        self.update_figures.append({name: value.detach().float() for name, value in figures.items()})
         self.sums["samples"] += samples
-        for name, value in self.noted[-1].items():
-            self.sums[name] = self.sums.get(name, 0) + value.to(exact(value.device)) * samples
+        for name, value in self.update_figures[-1].items():
+            self.sums[name] = self.sums.get(name, 0) + value.to(sum_dtype(value.device)) * samples
 
     def of_update(self, engine: OnDevice) -> dict[str, Tensor]:
-        """What the update at hand gave, over all ranks. A collective: all ranks call it."""
-        own = torch.stack([torch.stack([figures[name] for figures in self.noted]).mean() for name in self.noted[0]])
-        return dict(zip(self.noted[0], summed(own, engine.trainer.world_size) / engine.trainer.world_size, strict=True))
+        """Means of the current update over all ranks. A collective: all ranks call it."""
+        names = list(self.update_figures[0])
+        own = torch.stack([torch.stack([figures[name] for figures in self.update_figures]).mean() for name in names])
+        return dict(zip(names, summed(own, engine.trainer.world_size) / engine.trainer.world_size, strict=True))
 
     def epoch_sums(self, engine: OnDevice) -> dict[str, float]:
-        """What the epoch gave so far, over all ranks. A collective: all ranks call it."""
+        """Sums of the epoch so far, over all ranks. A collective: all ranks call it."""
         if len(self.sums) == 1:
             return {"samples": 0}
-        own = [torch.as_tensor(value, dtype=exact(engine.device), device=engine.device) for value in self.sums.values()]
+        own = [torch.as_tensor(value, dtype=sum_dtype(engine.device), device=engine.device) for value in self.sums.values()]
         return dict(zip(self.sums, summed(torch.stack(own), engine.trainer.world_size).tolist(), strict=True))
 
     def of_epoch(self, engine: OnDevice) -> dict[str, float]:
-        """Of the epoch so far, over all ranks and what a run that was resumed had seen before; in single precision, in which it is the same
-        whatever the order of the summands was. A collective.
+        """Means of the epoch so far, over all ranks and including the part before a resumed run's checkpoint. Rounded to single precision,
+        so that they don't depend on the order of summation. A collective.
         """
         sums = self.epoch_sums(engine)
         samples = sums.pop("samples")
         return {name: torch.tensor(total / samples, dtype=torch.float32).item() for name, total in sums.items()}
 
 
-def exact(device: torch.device) -> torch.dtype:
-    """What to sum in."""
-    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which sums are accumulated."""
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64

@@ -9,7 +9,7 @@ from small_runs import TINY, Run
 
 from fusion.benchmarks.findings import Finding
 from fusion.benchmarks.gpu import findings
-from fusion.benchmarks.gpu_runs import Bounds, Runs, judged
+from fusion.benchmarks.gpu_runs import Bounds, Runs, loss_finding
 
 
 def test_the_overhead_of_the_fit_loop_is_measured_against_two_bare_loops(here: Run) -> None:
@@ -21,12 +21,12 @@ def test_the_overhead_of_the_fit_loop_is_measured_against_two_bare_loops(here: R
     assert len(re.findall(r"[\d.]+  \([\d.]+ to [\d.]+\)", done.stdout)) == 2
 
 
-def test_memory_is_measured_with_activations_kept_and_computed_again(command: Run) -> None:
+def test_memory_is_measured_with_activations_stored_and_recomputed(command: Run) -> None:
     done = command("benchmark", "memory", "--rounds=1", *TINY)
     assert done.returncode == 0, done.stderr
     peaks = {name: float(mib) for name, mib in re.findall(r"^(\S.*\S) +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+$", done.stdout, re.MULTILINE)}
-    assert list(peaks) == ["all kept", *(f"{part} computed again" for part in ("image", "text", "head", "all"))]
-    assert 0 < peaks["all computed again"] < peaks["all kept"]
+    assert list(peaks) == ["all stored", *(f"{part} recomputed" for part in ("image", "text", "head", "all"))]
+    assert 0 < peaks["all recomputed"] < peaks["all stored"]
 
 
 def test_reading_a_large_manifest_is_measured_beside_pyarrow_alone(command: Run) -> None:
@@ -79,7 +79,7 @@ def test_the_page_of_a_machine_without_gpus_says_so_and_judges_what_needs_none(c
     for what in ("loss of fp16", "overflow", "Muon killed and resumed", "23 heads in fp16", "loss of two ranks, compress=sign"):
         assert any(line.startswith(f"pass   {what}: ") for line in lines), done.stdout
     assert any(line.startswith("pass   a rank that lost another: status 69") for line in lines)
-    assert any("waits for a GPU" in line for line in lines)
+    assert any("needs a GPU" in line for line in lines)
 
 
 def test_a_run_that_failed_or_strays_from_the_reference_is_told_with_its_error(tmp_path) -> None:
@@ -97,11 +97,11 @@ def test_a_run_that_failed_or_strays_from_the_reference_is_told_with_its_error(t
     ended("nan", [2.0] + [float("nan")] * 11)
     ended("broken", [], "plan\nerror: no such card\nmore\n")
     bounds = Bounds(first=0.01, last=0.1)
-    good = {name: judged(runs, name, 0, bounds, "reference").good for name in ("near", "far", "nan")}
+    good = {name: loss_finding(runs, name, 0, bounds, "reference").good for name in ("near", "far", "nan")}
     assert good == {"near": True, "far": False, "nan": False}
-    told = judged(runs, "broken", 2, bounds, "reference")
-    assert told.good is False
-    assert "status 2: error: no such card" in told.told
+    finding = loss_finding(runs, "broken", 2, bounds, "reference")
+    assert finding.good is False
+    assert "status 2: error: no such card" in finding.detail
 
 
 def test_a_check_that_breaks_is_a_failure_and_loses_no_other(capsys) -> None:

@@ -106,11 +106,11 @@ MISTAKES = {
     "option of the strategy": ([*DDP, "--trainer.strategy.init_args.compres=sign"], "DDP has no option 'compres'. Did you mean compress?"),
     "word for an option": (
         [*DDP, "--trainer.strategy.init_args.compress=sgn"],
-        "compress: sgn is not one of them. Did you mean sign?",
+        "compress: unknown value sgn. Did you mean sign?",
     ),
     "word for a number": ([*DDP, "--trainer.strategy.init_args.timeout_s=soon"], "init_args.timeout_s: expected float, got soon\n"),
-    "option of no strategy": ([*TINY, "--trainer.strategy.init_args.compress=sign"], "by --trainer.strategy=CLASS or by a recipe\n"),
-    "option of no balance": ([*TINY, "--model.balance.init_args.alpha=1"], "by --model.balance=CLASS (UnimodalLosses, OGMGE, MMPareto"),
+    "option of no strategy": ([*TINY, "--trainer.strategy.init_args.compress=sign"], "with --trainer.strategy=CLASS or in a recipe\n"),
+    "option of no balance": ([*TINY, "--model.balance.init_args.alpha=1"], "with --model.balance=CLASS (UnimodalLosses, OGMGE, MMPareto"),
     "option of a class that has none": (
         [*TINY, "--trainer.plugins=lightning.pytorch.plugins.DoublePrecision", "--trainer.plugins.init_args.scale=2"],
         "DoublePrecision has no option 'scale'",

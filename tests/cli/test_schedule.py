@@ -10,7 +10,7 @@ import pytest
 from small_runs import ROOT, TINY, InProcess
 
 from fusion.cli.main import run
-from fusion.errors import UNHEARD
+from fusion.errors import OUTPUT_CLOSED
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_reader_that_has_read_enough_is_no_mistake(world):
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=60) == UNHEARD
+    assert process.wait(timeout=60) == OUTPUT_CLOSED
 
 
 def test_another_broken_pipe_is_not_taken_for_it(monkeypatch):

@@ -7,8 +7,8 @@ from typing import Any
 
 from fusion.data import FusionData
 from fusion.data.format import Format
+from fusion.data.issues import DataIssues
 from fusion.data.kinds import Kind
-from fusion.data.ledger import Ledger
 from fusion.data.table import Columns, Table, read_table
 from fusion.tasks import Classification
 
@@ -24,10 +24,10 @@ def read_all(
     path: Path, modalities: tuple[str, ...] = ("text",), *, columns: Columns | None = None, need_label: bool = True, **format: Any
 ) -> tuple[Table, list[tuple[int | None, str]], list[str]]:
     """The table, (row, reason) of each sample that was dropped, and the notes."""
-    ledger = Ledger("drop")
+    issues = DataIssues("drop")
     columns, task = columns or Columns(), Classification() if need_label else None
-    table = read_table(path, columns, usual_inputs(columns, modalities), task=task, ledger=ledger, format=Format(**format))
-    return table, [(issue.row, issue.reason) for issue in ledger.issues], ledger.notes
+    table = read_table(path, columns, usual_inputs(columns, modalities), task=task, issues=issues, format=Format(**format))
+    return table, [(issue.row, issue.reason) for issue in issues.dropped], issues.notes
 
 
 def usual_inputs(columns: Columns, names: Sequence[str]) -> dict[str, Kind]:

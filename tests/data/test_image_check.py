@@ -100,7 +100,7 @@ def test_shared_pixels_of_killed_runs_are_removed_after_a_day(pictures, tmp_path
 def test_an_image_that_went_bad_after_its_check_is_named(pictures):
     store = ImageStore(pictures, ImageSpec((16, 16)))
     os.remove(pictures[1])
-    with pytest.raises(UserError, match=rf"{pictures[1]}: missing; it could be read when the images were checked.*--resume"):
+    with pytest.raises(UserError, match=rf"{pictures[1]}: missing; it was readable when the images were checked.*--resume"):
         store.batch(np.array([0, 1]))
 
 

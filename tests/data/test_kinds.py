@@ -83,7 +83,7 @@ def test_missing_cells_are_masked_and_unknown_categories_share_a_bucket():
     assert batch.categories.tolist() == [[1], [2], [0], [0]]
     assert batch.full is False
     assert store.batch(np.array([0, 1]), 0).full is True
-    assert store.notes == ["1 have a category that train lacks"]
+    assert store.notes == ["1 have a category that does not occur in train"]
 
 
 @pytest.mark.parametrize("make", [dict, pa.table])
@@ -120,9 +120,9 @@ def test_samples_of_several_pictures_share_them(tmp_path):
     store = ShownImages(ImageStore(paths, ImageSpec((8, 8))), rows)
     batch = store.batch(np.array([0, 1, 2]), 0)
     assert batch.pixels.shape == (2, 3, 8, 8)
-    assert batch.shown.tolist() == [[True, True], [True, False], [False, False]]
+    assert batch.image_mask.tolist() == [[True, True], [True, False], [False, False]]
     assert batch.present.tolist() == [True, True, False]
-    assert batch.pixels[batch.picture[0]][:, 0, 0, 0].tolist() == [0, 160]
+    assert batch.pixels[batch.image_index[0]][:, 0, 0, 0].tolist() == [0, 160]
     assert store.distinct().tolist()[2] == -1
     assert len(set(store.distinct().tolist())) == 4
 
@@ -135,12 +135,12 @@ def test_pictures_that_cannot_be_read_cost_their_sample_alone(tmp_path):
     encoder = TimmImage("test_vit", pretrained=False, image_size=16)
     bad = kind.check(cells, encoder, Checking(1.0, tmp_path))
     assert bad == {1: "image corrupt: not an image (10 bytes)", 4: f"image missing: {tmp_path / 'none.png'}"}
-    assert (kind.most, kind.digest(good)) == (2, kind.digest(cells[2]))
+    assert (kind.max_images, kind.digest(good)) == (2, kind.digest(cells[2]))
     assert kind.digest(cells[1]) == ""
     unreadable = {}
     batch = kind.batch(cells, unreadable)
     assert sorted(unreadable) == [1, 4]
-    assert batch.shown.tolist() == [[True, False], [True, True], [True, False], [False, False], [True, True]]
+    assert batch.image_mask.tolist() == [[True, False], [True, True], [True, False], [False, False], [True, True]]
 
 
 # State.
@@ -159,5 +159,5 @@ def test_state_is_plain_data_and_brings_every_kind_back(tmp_path):
     assert torch.equal(again.batch(cells, {}).numbers, facts.batch(cells, {}).numbers)
     other, *_ = table([{"n": "1", "c": "a"}, {"n": "5", "c": "b"}])
     assert list(other.differences(facts.learnt())) == ["column 'n' has other values in train"]
-    with pytest.raises(UserError, match="which it is not"):
+    with pytest.raises(UserError, match="but it is no Kind"):
         Kind.from_state(TextInput("a").init_args | {"class": "torch.nn.Linear", "init": {}, "learnt": {}})

@@ -6,8 +6,8 @@ import pytest
 
 from fusion.data import FusionData
 from fusion.data.format import Format
+from fusion.data.issues import DataIssues
 from fusion.data.kinds import TextInput
-from fusion.data.ledger import Ledger
 from fusion.data.manifests import read_manifests
 from fusion.data.table import Columns
 from fusion.errors import UserError
@@ -32,9 +32,9 @@ def file(tmp_path):
     return write
 
 
-def read(main, val=None, test=None, ledger=None):
+def read(main, val=None, test=None, issues=None):
     return read_manifests(
-        main, {"val": val, "test": test}, Columns(), TEXT, Classification(), format=Format(), ledger=ledger or Ledger("drop")
+        main, {"val": val, "test": test}, Columns(), TEXT, Classification(), format=Format(), issues=issues or DataIssues("drop")
     )
 
 
@@ -80,8 +80,8 @@ def test_one_file_for_validation_and_test_is_both_and_is_reported(file):
     data, found = splits_of(manifest=main, val_manifest=dev, test_manifest=dev)
     assert found["val"] == found["test"] == {f"dev.csv text {i}" for i in range(8)}
     assert len(found["train"]) == 30
-    assert "is given for val and for test" in data.ledger.notes[0]
-    data.refuse_leaks(data.split_table(TEXT, Classification()))
+    assert "is given for val and for test" in data.issues.notes[0]
+    data.check_leaks(data.split_table(TEXT, Classification()))
     assert data.shared_inputs["test", "val"] == 8
 
 
@@ -90,14 +90,14 @@ def test_the_training_file_as_validation_is_used_and_reported(file):
     data, found = splits_of(manifest=main, val_manifest=main)
     assert len(found["val"]) == 30
     assert found["train"]
-    assert "is given for train and for val; validation samples are trained on" in data.ledger.notes[0]
+    assert "is given for train and for val; validation samples are trained on" in data.issues.notes[0]
 
 
 def test_a_bad_row_of_a_file_given_twice_is_listed_once(file, tmp_path):
     (tmp_path / "dev.csv").write_text("text,label\nt,a\nu,\n")
-    ledger = Ledger("drop")
-    table = read(file("m.csv", [""] * 4), val=str(tmp_path / "dev.csv"), test=str(tmp_path / "dev.csv"), ledger=ledger)
-    assert [issue.row for issue in ledger.issues] == [3]
+    issues = DataIssues("drop")
+    table = read(file("m.csv", [""] * 4), val=str(tmp_path / "dev.csv"), test=str(tmp_path / "dev.csv"), issues=issues)
+    assert [issue.row for issue in issues.dropped] == [3]
     assert len(set(table.ids)) == len(table) == 6
 
 
@@ -111,7 +111,7 @@ def test_files_of_one_name_in_two_folders_have_ids_of_their_own(file, tmp_path):
 def test_a_training_row_whose_group_is_held_out_in_another_file_is_a_leak_not_moved(file):
     data = FusionData(manifest=file("m.csv", [""] * 8, group="g"), val_manifest=file("v.csv", [""] * 4, group="g"), test=0)
     with pytest.raises(UserError, match=r"1 groups are in train and in another split \(the first: 'g0' in train, val\).* Fix the files"):
-        data.refuse_leaks(data.split_table(TEXT, Classification()))
+        data.check_leaks(data.split_table(TEXT, Classification()))
 
 
 def test_a_leak_between_given_splits_is_told_before_others_are_carved(file, tmp_path):
@@ -127,32 +127,32 @@ def test_a_file_read_in_another_encoding_that_would_be_utf8_is_noted(tmp_path):
         (tmp_path / f"{name}.csv").write_text("text,label\ngr\u00f6\u00dfe,x\nb,y\n", encoding=encoding)
         data = FusionData(manifest=str(tmp_path / f"{name}.csv"), format=Format(encoding="cp1252"))
         data.table(TEXT, Classification())
-        notes[name] = data.ledger.notes
+        notes[name] = data.issues.notes
     assert not notes["one"]
     assert "other.csv is read as cp1252, but is valid UTF-8" in notes["other"][0]
 
 
 def test_a_given_split_that_a_filter_empties_is_not_carved_anew(file):
     main = file("m.csv", ["train", "train", "test"] * 10)
-    with pytest.raises(UserError, match=r"data.where leaves no row of the split test .*--data.test=0"):
+    with pytest.raises(UserError, match=r"data.where selects no row of the given split test; .*--data.test=0"):
         splits_of(manifest=main, where={"split": "train"})
     assert not splits_of(manifest=main, where={"split": "train"}, test=0)[1]["test"]
 
 
 def test_a_file_of_its_own_that_a_filter_empties_is_not_replaced_by_a_carved_split(file, tmp_path):
     (tmp_path / "m.csv").write_text("text,label,kind\n" + "".join(f"t{i},{'xy'[i % 2]},shoe\n" for i in range(20)))
-    with pytest.raises(UserError, match=r"data.where leaves no row of the split val .*--data.val=0"):  # v.csv has no such column
+    with pytest.raises(UserError, match=r"data.where selects no row of the given split val; .*--data.val=0"):  # v.csv has no such column
         splits_of(manifest=str(tmp_path / "m.csv"), val_manifest=file("v.csv", [""] * 6), where={"kind": "shoe"})
 
 
 def test_a_column_of_splits_in_capitals_is_noted(tmp_path):
     (tmp_path / "m.csv").write_text("text,label,Split\n" + "".join(f"t{i},{'xy'[i % 2]},train\n" for i in range(20)))
     data, _ = splits_of(manifest=str(tmp_path / "m.csv"))
-    assert "column 'Split' is not taken for 'split'; if it is meant: --data.columns.split=Split" in data.ledger.notes[0]
+    assert "column 'Split' is not used as 'split'; to use it: --data.columns.split=Split" in data.issues.notes[0]
 
 
 def test_a_given_split_without_a_usable_row_is_noted(tmp_path):
     rows = "".join(f"t{i},{'xy'[i % 2]},train\n" for i in range(20)) + "u,,test\n"
     (tmp_path / "m.csv").write_text("text,label,split\n" + rows)
     data, _ = splits_of(manifest=str(tmp_path / "m.csv"))
-    assert any("no row of the split 'test'" in note for note in data.ledger.notes)
+    assert any("no row of the split 'test'" in note for note in data.issues.notes)

@@ -166,7 +166,7 @@ def test_a_batch_larger_than_train_becomes_the_largest_that_can_be_shared():
 
 
 def test_fewer_samples_than_shares_are_refused():
-    with pytest.raises(UserError, match="3 training samples are fewer than 4 devices x 1"):
+    with pytest.raises(UserError, match="3 training samples are too few for 4 devices x 1"):
         GlobalBatches(3, 64, seed=0, world=4)
 
 

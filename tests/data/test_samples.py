@@ -48,7 +48,7 @@ def test_a_batch_holds_each_distinct_picture_once_and_maps_back_to_the_right_pix
     images = batch_of(made(store), [0, 1, 2, 4, 5]).inputs["image"]
     assert len(images.pixels) == 3
     for position, sample in enumerate([0, 1, 2, 4, 5]):
-        assert torch.equal(images.pixels[images.picture[position]], colour(ROW_OF[sample]))
+        assert torch.equal(images.pixels[images.image_index[position]], colour(ROW_OF[sample]))
     assert images.present.all()
     assert images.pixels.dtype == torch.uint8
 
@@ -59,28 +59,28 @@ def test_a_sample_without_a_picture_or_a_text_is_absent(store):
     assert images.present.tolist() == [True, True, False]
     assert texts.mask.any(dim=1).tolist() == [True, False, True]
     assert len(images.pixels) == 2
-    assert int(images.picture[2]) < len(images.pixels)  # an index, valid for a gather
-    assert torch.equal(images.pixels[images.picture[1]], colour(2))
+    assert int(images.image_index[2]) < len(images.pixels)  # an index, valid for a gather
+    assert torch.equal(images.pixels[images.image_index[1]], colour(2))
 
 
 def test_a_batch_in_which_nobody_has_a_picture_keeps_its_shapes(store):
     images = batch_of(made(store), [3, 3]).inputs["image"]
     assert images.pixels.shape == (1, 3, 8, 8)
-    assert images.picture.tolist() == [0, 0]
+    assert images.image_index.tolist() == [0, 0]
     assert not images.present.any()
 
 
 def test_placeholders_make_valid_rows_that_are_not_counted(store):
     batch = batch_of(made(store), [4, PLACEHOLDER])
-    assert batch.row.tolist() == [4, -1]
+    assert batch.sample.tolist() == [4, -1]
     assert batch.target[0] == 4
     assert len(batch.target) == len(batch.inputs["image"].present) == len(batch.inputs["text"].ids) == 2
 
 
 def test_rows_and_targets_follow_the_draw(store):
     batch = batch_of(made(store), [5, 0, 3])
-    assert batch.row.tolist() == batch.target.tolist() == [5, 0, 3]
-    assert batch.target.dtype == batch.row.dtype == torch.int64
+    assert batch.sample.tolist() == batch.target.tolist() == [5, 0, 3]
+    assert batch.target.dtype == batch.sample.dtype == torch.int64
 
 
 def test_one_sample_is_a_batch_of_one(store):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fusion.data import Columns, FusionData
 from fusion.data.kinds import TextInput
 from fusion.data.module import wanted_cells
-from fusion.data.splits import draw_alike
+from fusion.data.splits import draw_stratified
 from fusion.encoders import TransformersText
 from fusion.errors import UserError
 from fusion.settings.parser import FusionCLI
@@ -46,9 +46,9 @@ def test_a_draw_has_the_asked_size_every_class_and_the_proportions(labels, count
     sizes = Counter(labels)
     if count < len(sizes):
         with pytest.raises(UserError, match=rf"train_samples is {count}; expected at least one sample of each of the {len(sizes)}"):
-            draw_alike(labels, count, seed)
+            draw_stratified(labels, count, seed)
         return
-    drawn = draw_alike(labels, count, seed)
+    drawn = draw_stratified(labels, count, seed)
     assert drawn == sorted(set(drawn))
     assert len(drawn) == min(count, len(labels))
     found = Counter(labels[i] for i in drawn)
@@ -62,7 +62,7 @@ def test_a_draw_has_the_asked_size_every_class_and_the_proportions(labels, count
 
 def test_another_seed_draws_other_samples():
     labels = ["a"] * 50 + ["b"] * 50
-    draws = [draw_alike(labels, 20, seed) for seed in (0, 0, 1)]
+    draws = [draw_stratified(labels, 20, seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1]
     assert draws[0] != draws[2]
     assert np.ptp(draws[0]) > 50  # from the whole of the table
@@ -111,11 +111,11 @@ def test_an_unknown_column_or_value_is_rejected_with_the_nearest(manifest):
 
 
 def test_a_filter_that_no_row_can_fit_is_rejected(manifest, tmp_path):
-    with pytest.raises(UserError, match=r"data\.where\.kind is an empty list, which no row fits"):
+    with pytest.raises(UserError, match=r"data\.where\.kind is an empty list, which matches no row"):
         table_of(manifest, where={"kind": []})
     bare = tmp_path / "bare.csv"
     bare.write_text("text,label,note\nt,a,\nu,b,\n")
-    with pytest.raises(UserError, match=r"data\.where: no row has anything in column 'note'"):
+    with pytest.raises(UserError, match=r"data\.where: column 'note' is empty in every row"):
         table_of(bare, where={"note": "x"})
 
 

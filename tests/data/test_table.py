@@ -14,7 +14,7 @@ from reading import usual_inputs
 
 from fusion.data import text_file
 from fusion.data.format import Format
-from fusion.data.ledger import Ledger
+from fusion.data.issues import DataIssues
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError
 from fusion.tasks import Classification
@@ -27,14 +27,14 @@ HEADER = "image,text,label\n"
 QUOTES = Format(quotes=True)
 
 
-def read(path, modalities=BOTH, *, columns=None, need_label=True, split=None, ledger=None, format=None):
-    columns, ledger = columns or Columns(), ledger or Ledger("drop")
+def read(path, modalities=BOTH, *, columns=None, need_label=True, split=None, issues=None, format=None):
+    columns, issues = columns or Columns(), issues or DataIssues("drop")
     return read_table(
         path,
         columns,
         usual_inputs(columns, modalities),
         task=Classification() if need_label else None,
-        ledger=ledger,
+        issues=issues,
         split=split,
         format=format or Format(),
     )
@@ -47,8 +47,8 @@ def manifest(folder, content, name="m.csv"):
 
 
 def with_issues(path, modalities=BOTH, **options):
-    ledger = Ledger("drop")
-    return read(path, modalities, ledger=ledger, **options), [(issue.row, issue.id, issue.reason) for issue in ledger.issues]
+    issues = DataIssues("drop")
+    return read(path, modalities, issues=issues, **options), [(issue.row, issue.id, issue.reason) for issue in issues.dropped]
 
 
 def refusal(path, modalities=BOTH, **options):
@@ -207,8 +207,8 @@ def test_a_modality_that_is_not_wanted_is_neither_needed_nor_read(tmp_path, want
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('[{"text": "t", "label": "x"}]', "is a JSON array; expected one object a line"),
-        ('\n[\n{"text": "t", "label": "x"},\n{"text": "u", "label": "y"}\n]', "is a JSON array; expected one object a line"),
+        ('[{"text": "t", "label": "x"}]', "is a JSON array; expected one object per line"),
+        ('\n[\n{"text": "t", "label": "x"},\n{"text": "u", "label": "y"}\n]', "is a JSON array; expected one object per line"),
         ("text,label\nt,x\nu,y\n", "has no line that is a JSON object; the first: row 1: not JSON"),
         ("[1]\n", "is a JSON array"),
     ],
@@ -335,7 +335,7 @@ def test_issues_come_in_the_order_of_the_file(tmp_path):
 
 def test_a_strict_ledger_stops_at_the_first_bad_row_of_the_file(tmp_path):
     with pytest.raises(UserError, match="row 2, id '2': label is missing"):
-        read(manifest(tmp_path, HEADER + "a,t,\nb\na,t,x\n"), ledger=Ledger("error"))
+        read(manifest(tmp_path, HEADER + "a,t,\nb\na,t,x\n"), issues=DataIssues("error"))
 
 
 def test_a_file_mostly_of_bad_rows_still_gives_the_good_ones(tmp_path):
@@ -461,7 +461,7 @@ def test_several_pictures_of_a_text_file_are_a_json_list(tmp_path):
     found, issues = with_issues(manifest(tmp_path, HEADER + "\n".join(rows) + "\n"))
     path = str(tmp_path) + os.sep
     assert found.inputs["image"] == [(f"{path}a.png", f"{path}b.png"), f"{path}c.png", f"{path}d.png"]
-    assert issues == [(5, "5", "column image has 9 images, at most 8 are read")]
+    assert issues == [(5, "5", "column image has 9 images, expected at most 8")]
 
 
 # Ids and splits.

@@ -74,7 +74,7 @@ def test_equally_rare_characters_are_left_out_in_the_same_way_by_every_process()
 
 
 def test_a_vocabulary_without_room_for_a_character_is_refused():
-    with pytest.raises(UserError, match=r"vocab_size is 4; expected more than 4, those of \[PAD\], \[UNK\]"):
+    with pytest.raises(UserError, match=r"vocab_size is 4; expected more than the 4 of \[PAD\], \[UNK\]"):
         Tokenizer.train(TEXTS, vocab_size=4, max_length=8)
 
 

@@ -16,7 +16,7 @@ from fusion.features import Features
 REASONS = re.compile(
     r"^timm's '\w+' gives a list; expected one feature map"  # several branches, no single map
     r"|^early fusion can't find the stem of '\w+': its parts are .*; expected one of "
-    r"|^timm's '\w+' can't be read before its first block, as early fusion does \(\w+: .+\)$"
+    r"|^timm's '\w+' can't be run up to its first block alone, as early fusion does \(\w+: .+\)$"
     r"|^timm's '\w+' gives no features of its levels \(\w+: .+\)$"
 )
 # Transformers of 88 to 412 million parameters at 384 to 768 pixels, a minute and more each: with one of their blocks, which are all alike.

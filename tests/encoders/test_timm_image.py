@@ -173,7 +173,7 @@ def test_pixels_of_an_absent_image_change_neither_other_samples_nor_statistics_n
 def test_a_training_batch_without_any_image_leaves_the_running_statistics_alone(name: str, picture: Tensor | None) -> None:
     encoder = make(name).train()
     before = state(encoder)
-    features = encoder(images([False] * 3)._replace(picture=picture))
+    features = encoder(images([False] * 3)._replace(image_index=picture))
     assert features.tokens.isfinite().all()
     assert not features.mask.any()
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
@@ -302,7 +302,7 @@ def test_a_model_of_one_channel_reads_the_luma_of_the_picture(name: str) -> None
 
 
 def test_other_numbers_of_channels_are_refused() -> None:
-    with pytest.raises(UserError, match=r"'test_vit' has in_chans 4; expected 3 \(RGB\) or 1 \(grey, made from RGB\)"):
+    with pytest.raises(UserError, match=r"'test_vit' has in_chans 4; expected 3 \(RGB\) or 1 \(greyscale, converted from RGB\)"):
         make("test_vit", options={"in_chans": 4})
     with pytest.raises(UserError, match=r"data_config\.mean has 2 values; expected one for each of 3 channels"):
         make("test_vit", data_config={"mean": [0.1, 0.2]})
@@ -337,7 +337,7 @@ def test_a_size_that_is_none_is_refused_saying_what_was_expected(size: Any) -> N
 def test_a_size_at_which_the_model_does_not_run_is_refused_with_the_reason() -> None:
     with pytest.raises(UserError, match=r"timm's 'convit_tiny' does not run on images of 64 x 96 pixels \(RuntimeError: .+\)"):
         make("convit_tiny", image_size=[64, 96])
-    with pytest.raises(UserError, match=r"'nest_tiny' refused its options {} and size 64 x 96: Model only handles square inputs"):
+    with pytest.raises(UserError, match=r"'nest_tiny' rejected its options {} and size 64 x 96: Model only handles square inputs"):
         make("nest_tiny", image_size=[64, 96], options={})
 
 
@@ -379,7 +379,7 @@ def test_weights_stored_in_half_precision_are_read_as_float32(tmp_path: Path) ->
 
 
 def test_an_option_that_the_model_does_not_take_is_refused_naming_it() -> None:
-    with pytest.raises(UserError, match=r"'test_vit' refused its options.*no_such_option"):
+    with pytest.raises(UserError, match=r"'test_vit' rejected its options.*no_such_option"):
         make("test_vit", options={"no_such_option": 1})
 
 

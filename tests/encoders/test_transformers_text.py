@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPConfig, CLIPModel, GPT2Config, T5Config
 
 from fusion.encoders import Texts, TransformersText
-from fusion.encoders.transformers_text import readable
+from fusion.encoders.transformers_text import never_empty
 from fusion.errors import UserError
 from fusion.features import Features
 
@@ -91,7 +91,7 @@ def test_a_batch_without_any_text_is_finite(kind: str) -> None:
 
 
 def test_a_sample_without_a_text_lets_the_model_read_its_first_token_since_softmax_over_nothing_may_be_nan() -> None:
-    assert readable(texts([2, 0], 3).mask).tolist() == [[True, True, False], [True, False, False]]
+    assert never_empty(texts([2, 0], 3).mask).tolist() == [[True, True, False], [True, False, False]]
 
 
 @every
@@ -168,7 +168,7 @@ def test_a_vocabulary_is_fitted_by_keeping_the_first_words(kind: str) -> None:
 
 
 def test_a_vocabulary_larger_than_the_embeddings_is_refused_naming_both() -> None:
-    with pytest.raises(UserError, match="51 words don't fit the 50 embeddings"):
+    with pytest.raises(UserError, match="51 tokens don't fit the 50 embeddings"):
         make().fit_vocabulary(51)
 
 
@@ -366,7 +366,7 @@ def test_a_folder_whose_weights_lack_a_layer_is_refused_naming_the_missing_ones(
             del weights[key]
 
     change_weights(folder, lose_a_layer)
-    with pytest.raises(UserError, match="lacks 16 of the model's weights") as refused:
+    with pytest.raises(UserError, match="is missing 16 of the model's weights") as refused:
         TransformersText(str(folder))
     assert_names_ways_out(refused.value, str(folder), "encoder.layer.1.attention")
 
@@ -408,7 +408,7 @@ def test_a_hub_name_that_cannot_be_had_is_refused_naming_it_and_the_two_ways_out
 def test_decoders_are_refused_from_a_config_and_from_a_folder_naming_encoders(config: Any, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     for options in ({"config": {"model_type": config.model_type}}, {"name_or_path": str(tmp_path)}):
-        with pytest.raises(UserError, match=f"'{config.model_type}' is a decoder or encoder-decoder; take an encoder such as bert"):
+        with pytest.raises(UserError, match=f"'{config.model_type}' is a decoder or encoder-decoder; use an encoder such as bert"):
             TransformersText(**options)
 
 
@@ -442,7 +442,7 @@ def test_neither_or_both_of_name_and_config_are_refused_naming_both(options: dic
 @pytest.mark.parametrize("kind", ["vit", "ibert", "luke", "layoutlm"])
 def test_a_model_that_reads_no_plain_texts_is_refused_in_one_line(kind: str) -> None:
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    with pytest.raises(UserError, match=f"'{kind}' doesn't read token ids and a mask alone") as caught:
+    with pytest.raises(UserError, match=f"'{kind}' can't be run on token ids and a mask alone") as caught:
         TransformersText(config={"model_type": kind, **small})
     assert "\n" not in str(caught.value)
 
@@ -470,9 +470,9 @@ def make_as(config: dict[str, Any], attention: Any) -> TransformersText:
 @pytest.mark.parametrize(
     ("kind", "attention", "message"),
     [
-        ("bert", "flex_attention", "has no dropout of attention weights, this bert 0.1"),
-        ("deberta-v2", "flash_attention_2", "deberta-v2 can't attend by flash_attention_2; take"),
-        ("bert", "flash_attention_2", "bert can't attend by flash_attention_2 here"),
+        ("bert", "flex_attention", "has no dropout of attention weights, but this bert has 0.1"),
+        ("deberta-v2", "flash_attention_2", "deberta-v2 can't use flash_attention_2; use"),
+        ("bert", "flash_attention_2", "bert can't use flash_attention_2 here"),
     ],
 )
 def test_attention_that_the_model_lacks_is_refused(kind, attention, message):

@@ -320,7 +320,7 @@ def test_a_useless_width_or_name_of_a_modality_is_refused_naming_it(name: str) -
         ALL[name](dims_of(name) | {"a": 0}, OUT)
     for bad in ("a.b", "keys", ""):
         dims = {bad: 4} if name == "Unimodal" else {bad: 4, "b": 4}
-        with pytest.raises(ValueError, match=f"'{bad}' can't name a modality"):
+        with pytest.raises(ValueError, match=f"'{bad}' is not a valid name of a modality"):
             ALL[name](dims, OUT)
 
 

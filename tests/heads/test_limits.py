@@ -16,7 +16,7 @@ from fusion.heads.registry import HEADS
 def test_a_modality_too_narrow_to_be_normalised_is_refused_or_heard(name: str) -> None:
     dims = {"a": 1, "b": 6}
     if HEADS[name.split()[0]].narrowest > 1:
-        with pytest.raises(ValueError, match="width of 'a' is 1; expected at least 2; the head normalises it"):
+        with pytest.raises(ValueError, match="width of 'a' is 1; expected at least 2; layer normalisation maps a single number to 0"):
             FUSING[name](dims, OUT)
         return
     head = make(name, dims)

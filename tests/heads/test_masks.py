@@ -66,7 +66,7 @@ def inputs(full):
     there = torch.ones(4, dtype=torch.bool)
     pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return {
-        "image": Images(pixels, there, anyone=True, everyone=full),
+        "image": Images(pixels, there, any_present=True, all_present=full),
         "text": Texts(ids, torch.ones(4, 6, dtype=torch.bool), full),
     }
 

@@ -177,7 +177,7 @@ def test_gated_cross_attention_starts_as_its_stream_alone_and_opens_with_its_gat
 
 @pytest.mark.parametrize("head", [FiLM, GatedCrossAttention])
 def test_a_stream_that_is_no_modality_is_refused_naming_those_there_are(head: type[FusionHead]) -> None:
-    with pytest.raises(ValueError, match="no modality 'sound' to be the stream; there are a, b"):
+    with pytest.raises(ValueError, match="stream is 'sound'; expected one of the modalities a, b"):
         head(DIMS, OUT, stream="sound")  # type: ignore[call-arg]
 
 
@@ -215,7 +215,7 @@ def test_a_graph_refuses_what_it_cannot_build(options: dict[str, Any], message: 
 
 
 def test_squeeze_excite_refuses_to_attend_to_a_modality_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="no modality 'c' to attend to; there are a, b"):
+    with pytest.raises(ValueError, match="spatial has the unknown modality 'c'; expected some of a, b"):
         SqueezeExcite(DIMS, OUT, spatial=["c"])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_heads import DIMS, batch_of, smudged
 
-from fusion.benchmarks.heads import peak_bytes, taking_turns
+from fusion.benchmarks.heads import alternate, peak_bytes
 from fusion.benchmarks.plain_heads import plain_output
 from fusion.cli.benchmark import benchmark
 from fusion.errors import UserError
@@ -39,7 +39,7 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
 
 def test_both_ways_are_timed_in_every_round() -> None:
     calls: list[str] = []
-    found = taking_turns([lambda: calls.append("a"), lambda: calls.append("b")], rounds=2)
+    found = alternate([lambda: calls.append("a"), lambda: calls.append("b")], rounds=2)
     assert [len(times) for times in found] == [2, 2]
     assert calls.count("a") == calls.count("b") > 2
 

@@ -36,7 +36,7 @@ def test_an_unknown_family_or_head_is_refused_with_what_there_is() -> None:
         available(family="lat")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown head 'Gatd'; nearest: Gated"):
         describe("Gatd")
-    with pytest.raises(ValueError, match="unknown head '12345'; there are JointTransformer"):
+    with pytest.raises(ValueError, match="unknown head '12345'; expected one of JointTransformer"):
         describe("12345")
 
 

@@ -41,7 +41,7 @@ def test_labels_are_read_from_separated_text_and_from_lists():
     cells = ["red; green", '["green", "red"]', " red ;; red", "", None, "[]", '["red", null]']
     assert task.encode(cells).tolist() == [[0, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1]]
     assert [task.check(cell) for cell in cells] == [None] * len(cells)
-    assert task.check("[red") == "label '[red' begins as a list, but is no JSON list of texts"
+    assert task.check("[red") == "label '[red' begins like a list, but is not a JSON list of texts"
     assert task.check('[["red"]]') is not None
 
 
@@ -203,7 +203,7 @@ def test_state_is_plain_data_and_brings_the_task_back(kind):
 
 def test_a_state_that_names_no_task_is_rejected():
     state = Classification().state()
-    for named, message in (("torch.nn.Linear", "which it is not"), ("nowhere.Task", "can't be imported here")):
+    for named, message in (("torch.nn.Linear", "but it is no Task"), ("nowhere.Task", "can't be imported here")):
         with pytest.raises(UserError, match=message):
             Task.from_state(state | {"class": named})
 

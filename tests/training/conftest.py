@@ -19,7 +19,7 @@ from fusion.cli.ray_worker import free_port
 from fusion.data import Shapes
 from fusion.data.prepare import prepared
 from fusion.errors import INTERRUPTED, REQUEUE
-from fusion.session import fit, quiet
+from fusion.session import fit, silence_harmless_warnings
 from fusion.settings.parser import FusionCLI
 from fusion.training.callbacks.signals import SaveInTime
 
@@ -87,7 +87,7 @@ def parts(tiny):
     """(model, data, trainer) of the tiny world, made but not run."""
 
     def make(*options, callbacks=(), dropout=0.0, manifest=None):
-        quiet()
+        silence_harmless_warnings()
         torch.manual_seed(0)
         recipe = tiny(dropout=dropout, manifest=manifest)
         off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
@@ -174,7 +174,7 @@ def requeued_after(monkeypatch):
     def arrange(updates):
         def ask(self, trainer, module, *rest, to_the_end=SaveInTime.on_train_batch_end):
             if module.updates == updates:
-                self.asked = REQUEUE
+                self.requested = REQUEUE
             to_the_end(self, trainer, module, *rest)
 
         with monkeypatch.context() as patched:

@@ -96,9 +96,9 @@ def test_a_sample_that_lacks_a_modality_has_no_part_in_its_own_loss(parts, write
     model, data, _ = parts(*use("UnimodalLosses"), manifest=manifest)
     model.build(data)
     batch = next(iter(data.train_dataloader()))
-    output, _ = model.read(batch.inputs)
+    output, _ = model.forward_with_dropout(batch.inputs)
     there = presence(batch.inputs)
-    alone = model.losses_alone(output.by_modality, batch, there)
+    alone = model.unimodal_losses(output.by_modality, batch, there)
     each = cross_entropy(output.by_modality["image"], batch.target, reduction="none")
     assert 0 < int(there["image"].sum()) < len(batch.target)
     assert float(alone["image"]) == pytest.approx(float(each[there["image"]].sum()) / len(batch.target), rel=1e-6)
@@ -335,7 +335,7 @@ def test_fp16_two_ranks_and_accumulation_together_follow_float32_on_one(tiny, fi
 
 
 def test_one_modality_has_nothing_to_be_balanced_with(parts):
-    with pytest.raises(UserError, match="one modality alone"):
+    with pytest.raises(UserError, match="only one modality"):
         parts('--model.modalities=["text"]', *use("OGMGE"))
 
 

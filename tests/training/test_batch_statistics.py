@@ -70,8 +70,8 @@ def test_a_rank_without_pictures_takes_part_with_none_of_them(monkeypatch):
     encoder.train()
     pixels, absent = torch.zeros(1, 3, 32, 32), torch.zeros(4, dtype=torch.bool)
     for images in (
-        Images(pixels, absent, torch.zeros(4, dtype=torch.long), anyone=False),
-        Images(pixels.expand(4, -1, -1, -1), absent, anyone=False),
+        Images(pixels, absent, torch.zeros(4, dtype=torch.long), any_present=False),
+        Images(pixels.expand(4, -1, -1, -1), absent, any_present=False),
     ):
         counts.clear()
         features = encoder(images)
@@ -88,7 +88,7 @@ def test_it_is_refused_on_a_cpu_before_training(tiny, fit_here):
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize(("batch", "told"), [(8, "about 2 pictures"), (64, None)])
+@pytest.mark.parametrize(("batch", "told"), [(8, "about 2 images"), (64, None)])
 def test_the_plan_says_when_statistics_are_of_few_pictures(tiny, fit_here, capsys, batch, told):
     image = ["--model.image.init_args.name=resnet10t", "--model.image.init_args.options={}"]
     fit_here("--recipe", tiny(), *image, f"--data.batch_size={batch}", "--data.shuffle=images", "--trainer.max_steps=1")

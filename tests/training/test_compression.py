@@ -13,15 +13,15 @@ from tiny_world import ROUNDING, TWO, assert_same_end, furthest, furthest_weight
 
 from fusion.errors import UserError
 from fusion.training.distributed import residuals
-from fusion.training.distributed.sign_compression import SignCompression, code, packed, spoken, unpacked
+from fusion.training.distributed.sign_compression import SignCompression, decode, encode, pack_bits, unpack_bits
 from fusion.training.optim.muon import orthogonal
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=50))
 def test_bits_survive_being_packed_into_an_eighth_of_the_bytes(values):
     bits = torch.tensor(values)
-    assert unpacked(packed(bits), len(bits)).tolist() == values
-    assert packed(bits).nbytes == -(-len(values) // 8)
+    assert unpack_bits(pack_bits(bits), len(bits)).tolist() == values
+    assert pack_bits(bits).nbytes == -(-len(values) // 8)
 
 
 # One rank alone, so that what it hears is what it says.
@@ -58,7 +58,7 @@ SHAPES = [(3, 4), (5,), (1,), (), (2, 3, 2, 2), (3, 4)]
 def said(compression, strategy, parameters, values, *, skipped=False):
     bucket = Bucket(parameters, values)
     compression.exchange(strategy, bucket).wait()
-    compression.settle(skipped=skipped)
+    compression.end_update(skipped=skipped)
     return [view.clone() for view in bucket.gradients()]
 
 
@@ -102,7 +102,7 @@ def test_a_matrix_is_said_by_sizes_of_its_rows_and_columns(alone):
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=2), st.integers(0, 10**6))
 def test_what_is_left_is_never_more_than_what_was_to_be_said(shape, seed):
     p = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) ** 5
-    assert (p - spoken(*code(p), shape)).square().sum() <= p.square().sum() * (1 + 1e-5)
+    assert (p - decode(*encode(p), shape)).square().sum() <= p.square().sum() * (1 + 1e-5)
 
 
 def uneven(updates, shape, seed=0):
@@ -142,7 +142,7 @@ def test_the_axes_stay_at_right_angles(alone, shape):
         assert torch.allclose(axes.basis.T @ axes.basis, torch.eye(len(axes.basis)), atol=1e-5)
         assert len(axes.basis) == 1 or not torch.equal(axes.basis.abs(), torch.eye(len(axes.basis)))
     matrices = torch.randn(1, *shape)
-    assert torch.allclose(compression.turned_back([p], compression.turned([p], matrices)), matrices, atol=1e-5)
+    assert torch.allclose(compression.rotate_back([p], compression.rotate([p], matrices)), matrices, atol=1e-5)
 
 
 def test_sides_too_long_and_filters_and_vectors_and_embeddings_keep_their_axes(alone, monkeypatch):
@@ -161,7 +161,7 @@ def test_compression_goes_on_from_its_state_to_the_bit(alone, tmp_path):
     for values in gradients[:13]:
         said(whole, alone, parameters, values)
     torch.save(whole.state(named), tmp_path / "state.pt")
-    residuals.write(residuals.path_of(tmp_path, 13, 0, 1), whole.unsaid(named))
+    residuals.write(residuals.path_of(tmp_path, 13, 0, 1), whole.residual_state(named))
     resumed = SignCompression()
     resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True), residuals.read(tmp_path, 13, 1, 0, 1), named)
     for values in gradients[13:]:
@@ -212,7 +212,7 @@ def test_each_rank_reads_its_own_share_and_another_number_of_ranks_an_equal_shar
         assert torch.stack(parts).mean(dim=0).tolist() == [1.5, 1.5]  # what all have left, as the mean over the ranks says it
     path = residuals.path_of(tmp_path, 7, 2, 4)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"update-7-rank-2-of-4\.pt, what rank 2 had left to say, is not whole"):
+    with pytest.raises(UserError, match=r"update-7-rank-2-of-4\.pt, the residuals of rank 2, can't be loaded"):
         residuals.read(tmp_path, 7, 4, 2, 4)
     path.unlink()
     with pytest.raises(UserError, match="it is missing"):

@@ -21,7 +21,7 @@ class Seen(Callback):
         self.rows = []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.rows.append(batch.row.tolist())
+        self.rows.append(batch.sample.tolist())
 
 
 def test_short_texts_come_first(parts):

@@ -69,17 +69,17 @@ def test_what_was_left_to_be_said_goes_where_the_weights_are(fake_cuda):
     layer = torch.nn.Linear(4, 6)
     named = dict(layer.named_parameters())
     compression = SignCompression()
-    compression.encode([layer.weight], torch.ones(1, 6, 4))
-    compression.encode([layer.bias], torch.ones(1, 6))
-    state, unsaid = on_cpu(compression.state(named)), compression.unsaid(named)
+    compression.encode_with_feedback([layer.weight], torch.ones(1, 6, 4))
+    compression.encode_with_feedback([layer.bias], torch.ones(1, 6))
+    state, residuals = on_cpu(compression.state(named)), compression.residual_state(named)
     resumed = SignCompression()
     there = torch.nn.Linear(4, 6, device="cuda")
-    resumed.load_state(state, unsaid, dict(there.named_parameters()))
+    resumed.load_state(state, residuals, dict(there.named_parameters()))
     sides = [axes for both in resumed.axes.values() for axes in both if axes is not None]
     tensors = [*resumed.residual.values(), *(tensor for axes in sides for tensor in (axes.moment, axes.basis))]
     assert len(tensors) == 6
     assert {tensor.device.type for tensor in tensors} == {"cuda"}
-    resumed.encode([there.weight], torch.ones(1, 6, 4, device="cuda"))
+    resumed.encode_with_feedback([there.weight], torch.ones(1, 6, 4, device="cuda"))
 
 
 # A value that Python would have to read does not exist here, and asking for it raises: what runs waits for no device.
@@ -131,7 +131,7 @@ def test_a_whole_model_runs_on_the_device_and_asks_it_for_nothing(name, head, pa
                         of_kind[key] = torch.nn.Parameter(moved, tensor.requires_grad) if of_kind is module._parameters else moved
         with torch.device("cuda"):
             pixels = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
-            images = Images(pixels, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.long), anyone=True)
+            images = Images(pixels, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.long), any_present=True)
             texts = Texts(torch.ones(4, 6, dtype=torch.long), torch.ones(4, 6, dtype=torch.bool), full=not padded)
         output = model({"image": images, "text": texts}).output
     assert output.device.type == "cuda"

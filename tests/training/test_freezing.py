@@ -109,9 +109,9 @@ def test_two_ranks_thaw_together_and_stay_alike(tiny, fit_here, fit_on_two):
     ("freeze", "message"),
     [
         ('{"imge": {}}', "unknown part 'imge'"),
-        ('{"text.*lstm*": {}}', "no parameter is named like"),
+        ('{"text.*lstm*": {}}', "no parameter matches"),
         ('{"image": {"until_update": 0}}', "at least 1"),
-        ('{"image": {}, "text": {}, "head": {}}', "nothing is left to learn"),
+        ('{"image": {}, "text": {}, "head": {}}', "no trainable parameter is left"),
     ],
 )
 def test_a_freeze_that_means_nothing_is_refused(parts, freeze, message):

@@ -54,7 +54,7 @@ def test_a_weight_that_is_nan_stops_the_run_with_its_name_and_the_ids_of_the_upd
     assert model.updates == 3
     batches = iter(data.train_dataloader())
     fourth = [next(batches) for _ in range(4)][3]
-    assert kept["ids"] == [data.splits["train"].table.ids[row] for row in fourth.row.tolist()]
+    assert kept["ids"] == [data.splits["train"].table.ids[row] for row in fourth.sample.tolist()]
     assert kept["ids"][0] in told
 
 
@@ -163,7 +163,7 @@ def test_the_command_tells_it_in_one_line_without_a_traceback(tiny, tmp_path, ca
         run_command("fit", ["--recipe", str(tiny()), "--model.optimizer.init_args.lr=1e30", f"--runs={tmp_path / 'runs'}"])
     assert ended.value.code == 2
     told = capsys.readouterr().err
-    assert re.fullmatch(r"error: update \d+: .*non_finite\.json\. Look at them.*\n", told), told
+    assert re.fullmatch(r"error: update \d+: .*non_finite\.json\. Inspect them.*\n", told), told
 
 
 @pytest.mark.slow

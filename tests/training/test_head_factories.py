@@ -78,5 +78,5 @@ def test_balance_trains_any_head_that_can_predict_from_each_modality_alone(made,
 
 def test_balance_rejects_a_function_whose_head_does_not_predict_from_each_modality_alone(made):
     task, data = made(FUNCTIONS["pooled"], balance=OGMGE())
-    with pytest.raises(UserError, match=r"model\.balance needs the prediction of each modality alone.*pass unimodal=True"):
+    with pytest.raises(UserError, match=r"model\.balance needs a prediction of each modality alone.*pass unimodal=True"):
         task.build(data)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_world import REPOSITORY, Run, assert_same_end, newest
 
-from fusion.cli.launch import launch, refuse_what_does_not_fit
+from fusion.cli.launch import check_resources, launch
 from fusion.errors import INTERRUPTED, UserError
 
 LAUNCH = [sys.executable, str(REPOSITORY / "scripts/launch.py"), "--engine", "ray", "--workers=2"]
@@ -76,8 +76,8 @@ def test_what_cannot_be_launched_is_told_before_anything_is_started(options, tol
 @pytest.mark.parametrize(
     ("accelerator", "workers", "cpus", "gpus", "told"),
     [
-        ("gpu", 2, 1, 0, "asks for trainer.accelerator=gpu, but the cluster has no GPU"),
-        ("auto", 0, 1, 0, "say with --workers=N"),
+        ("gpu", 2, 1, 0, "requests trainer.accelerator=gpu, but the cluster has no GPU"),
+        ("auto", 0, 1, 0, "number of CPU workers with --workers=N"),
         ("auto", 3, 1, 2, "has 2 GPUs; to train on CPUs"),
         ("cpu", 1, 6, 0, r"room for 0 \(CPUs there: 4, 4\)"),
         ("auto", 2, 4, 2, r"room for 1 "),
@@ -86,7 +86,7 @@ def test_what_cannot_be_launched_is_told_before_anything_is_started(options, tol
 def test_what_the_cluster_has_no_room_for_is_refused(accelerator, workers, cpus, gpus, told):
     nodes = [{"CPU": 4.0, "GPU": float(gpus)}, {"CPU": 4.0}]
     with pytest.raises(UserError, match=told):
-        refuse_what_does_not_fit(accelerator, workers, cpus, gpus, nodes)
+        check_resources(accelerator, workers, cpus, gpus, nodes)
 
 
 @pytest.mark.slow

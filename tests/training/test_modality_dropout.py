@@ -5,13 +5,13 @@ import torch
 
 from fusion.encoders import Images, Texts
 from fusion.errors import UserError
-from fusion.training.modality_dropout import drop_modalities, kept_modalities
+from fusion.training.modality_dropout import drop_modalities, retained_modalities
 
 
 def test_each_modality_is_lost_as_often_as_asked_and_the_last_one_never():
     present = torch.ones(20_000, 3, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
-    kept = kept_modalities(present, torch.rand(present.shape, generator=generator), 0.5)
+    kept = retained_modalities(present, torch.rand(present.shape, generator=generator), 0.5)
     assert kept.any(dim=1).all()
     # Of eight equally likely outcomes the one that loses all goes to one of the three.
     assert kept.float().mean(dim=0).tolist() == pytest.approx([0.5 + 0.125 / 3] * 3, abs=0.01)
@@ -34,9 +34,9 @@ def test_training_samples_lose_modalities_and_evaluated_ones_do_not(parts, monke
     seen = []
     forward = FusionModel.forward
 
-    def watched(self, inputs, kept=None):
-        seen.append((self.training, kept))
-        return forward(self, inputs, kept)
+    def watched(self, inputs, modality_mask=None):
+        seen.append((self.training, modality_mask))
+        return forward(self, inputs, modality_mask)
 
     monkeypatch.setattr(FusionModel, "forward", watched)
     model, data, trainer = parts("--model.modality_dropout=0.5", "--trainer.max_epochs=1")

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from tiny_world import REPOSITORY, ROUNDING, TWO, Run, assert_same_end, furthest_weights, newest
 
 import fusion.session as command
-from fusion.benchmarks.kills import unlike
+from fusion.benchmarks.kills import difference_of
 from fusion.errors import UserError
-from fusion.runs.checkpoint_files import find_damage, newest_whole, read_checkpoint
+from fusion.runs.checkpoint_files import find_corruption, newest_intact, read_checkpoint
 from fusion.training.callbacks.checkpoints import AtomicCheckpointIO, BestAndLast
 from fusion.training.callbacks.signals import SaveInTime
 from fusion.training.weights import load_weights
@@ -50,8 +50,8 @@ def test_a_byte_that_was_altered_is_found_or_changes_nothing(checkpoint, data):
     altered[place] ^= data.draw(st.integers(1, 255))
     other = path.with_name("altered.ckpt")
     other.write_bytes(altered)
-    if find_damage(other) is None:
-        assert unlike(read_checkpoint(other), held) is None
+    if find_corruption(other) is None:
+        assert difference_of(read_checkpoint(other), held) is None
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_is_altered_in_the_list_of_members_is_found(checkpoint, record, fie
     altered[content.index(record) + field] ^= flip
     other = path.with_name("altered.ckpt")
     other.write_bytes(altered)
-    assert "not what was written" in find_damage(other) or "not whole" in find_damage(other)
+    assert "is marked as a folder" in find_corruption(other) or "unreadable" in find_corruption(other)
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -75,7 +75,7 @@ def test_a_torn_file_is_found(checkpoint, share):
     path, content, _ = checkpoint
     torn = path.with_name("torn.ckpt")
     torn.write_bytes(content[: int(share * len(content))])
-    assert "not whole" in find_damage(torn)
+    assert "unreadable" in find_corruption(torn)
     with pytest.raises(UserError, match="is corrupt"):
         read_checkpoint(torn)
 
@@ -85,7 +85,7 @@ def test_an_altered_weight_is_named(checkpoint):
     place = content.index(torch.arange(300.0).numpy().tobytes()) + 400
     altered = path.with_name("altered.ckpt")
     altered.write_bytes(content[:place] + b"\x01" + content[place + 1 :])
-    assert re.search(r"data/0 is not what was written", find_damage(altered))
+    assert re.search(r"data/0 has a wrong checksum", find_corruption(altered))
 
 
 def test_the_checkpoint_before_the_last_is_kept_and_used_when_the_last_is_damaged(tiny, fit_here, stop_after, monkeypatch, capsys):
@@ -99,15 +99,15 @@ def test_the_checkpoint_before_the_last_is_kept_and_used_when_the_last_is_damage
     assert [read_checkpoint(path)["fusion"]["updates"] for path in (last, previous)] == [7, 6]
     last.write_bytes(last.read_bytes()[:-1000])
     resumed = fit_here("--resume", stopped)
-    assert "last.ckpt is corrupt: it is not whole" in (told := capsys.readouterr().out)
-    assert "going on from previous.ckpt" in told
+    assert "last.ckpt is corrupt: it is unreadable" in (told := capsys.readouterr().out)
+    assert "resuming from previous.ckpt" in told
     assert_same_end(resumed, whole)
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused_with_what_is_wrong(tmp_path):
     (tmp_path / "last.ckpt").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"last\.ckpt is corrupt"):
-        newest_whole(tmp_path)
+        newest_intact(tmp_path)
 
 
 def test_a_checkpoint_of_another_version_is_refused_with_a_way_out(tiny, fit_here, stop_after, monkeypatch):
@@ -222,7 +222,7 @@ def test_a_run_starts_from_the_weights_of_another_and_from_nothing_else(tiny, fi
         "--trainer.max_epochs=1",
         "--model.optimizer.init_args.lr=0",
     )
-    assert unlike(started.checkpoint()["state_dict"], held["state_dict"]) is None
+    assert difference_of(started.checkpoint()["state_dict"], held["state_dict"]) is None
     assert started.checkpoint()["fusion"]["updates"] == 8  # counted from its own start
     weights = sum(name.startswith("model.") for name in held["state_dict"])
     assert f"{weights} of {weights} weights" in capsys.readouterr().out
@@ -261,6 +261,6 @@ def test_a_file_that_is_no_use_is_refused_by_name(parts, tmp_path, kind):
         torch.save({}, path)
     elif kind == "code":
         torch.save({"a": Path("x")}, path)
-    expected = {"missing": "no such file", "torn": "corrupt", "foreign": "none of its 1 weights", "empty": "no weights", "code": "refused"}
+    expected = {"missing": "no such file", "torn": "corrupt", "foreign": "none of its 1 weights", "empty": "no weights", "code": "rejected"}
     with pytest.raises(UserError, match=rf"weights\.pt: .*{expected[kind]}"):
         load_weights(built, path)

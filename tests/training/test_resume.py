@@ -13,7 +13,7 @@ import torch
 from tiny_world import REPOSITORY, TWO, Run, assert_same_end, newest
 
 import fusion.session as command
-from fusion.benchmarks.kills import unlike
+from fusion.benchmarks.kills import difference_of
 from fusion.cli.main import run as run_command
 from fusion.errors import INTERRUPTED, REQUEUE, UserError
 from fusion.training import Engine
@@ -40,7 +40,7 @@ def test_a_run_stopped_anywhere_and_resumed_ends_like_the_uninterrupted_one(inte
 def test_the_dropout_of_these_runs_is_random(tiny, fit_here):
     first = fit_here("--recipe", tiny(dropout=0.4), runs="first")
     other = fit_here("--recipe", tiny(dropout=0.0), runs="other")
-    assert unlike(first.checkpoint()["state_dict"], other.checkpoint()["state_dict"]) is not None
+    assert difference_of(first.checkpoint()["state_dict"], other.checkpoint()["state_dict"]) is not None
 
 
 def test_the_same_command_twice_gives_the_same_weights(tiny, fit_here):
@@ -142,7 +142,7 @@ def test_a_validation_that_was_cut_short_is_made_anew(interrupted_and_whole, fit
         assert resumed.column(name) == whole.column(name), name
     assert_same_end(resumed, whole)
     for part in ("current_model_state", "averaging_state"):
-        assert unlike(resumed.checkpoint().get(part), whole.checkpoint().get(part)) is None
+        assert difference_of(resumed.checkpoint().get(part), whole.checkpoint().get(part)) is None
 
 
 @pytest.mark.parametrize("batch", [4, 8])
@@ -265,7 +265,7 @@ def test_a_finished_run_resumes_to_its_own_result_and_log(tiny, fit_here):
     before, result = run.checkpoint()["state_dict"], (run.folder / "results.json").read_text()
     log = [run.column(name) for name in columns]
     again = fit_here("--resume", run.folder)
-    assert unlike(again.checkpoint()["state_dict"], before) is None
+    assert difference_of(again.checkpoint()["state_dict"], before) is None
     assert (again.folder / "results.json").read_text() == result
     assert [again.column(name) for name in columns] == log
     assert all(log)
@@ -298,6 +298,6 @@ def test_ctrl_c_ends_a_real_run_with_130_a_checkpoint_and_the_command_to_go_on(t
     assert begun.returncode == 130, err
     assert "Traceback" not in err
     assert Run(130, folder).checkpoint()["fusion"]["updates"] > 0
-    told = re.search(r"Interrupted after ([\d,]+) updates and saved. To go on:\n  python \S*fit\.py --resume (\S+)", out)
+    told = re.search(r"Interrupted after ([\d,]+) updates and saved. To resume:\n  python \S*fit\.py --resume (\S+)", out)
     assert told, out
     assert told[2] == str(folder)

@@ -225,12 +225,12 @@ def test_an_image_that_goes_bad_during_training_ends_it_in_one_line_with_its_pat
         run_command("fit", options)
     told = capsys.readouterr().err
     assert ended.value.code == 2
-    assert re.fullmatch(rf"error: {own_images}/\S+: empty file; it could be read when the images were checked\..*\n", told)
+    assert re.fullmatch(rf"error: {own_images}/\S+: empty file; it was readable when the images were checked\..*\n", told)
 
 
 def test_a_run_gives_its_best_weights_to_another(run, tiny, table, fit_here, capsys):
     fit_here("--recipe", tiny(manifest=table.path), "--trainer.max_epochs=1", f"--init_from={run}")
-    assert f"started from {run / 'model'}: " in capsys.readouterr().out
+    assert f"initialised from {run / 'model'}: " in capsys.readouterr().out
 
 
 # Resuming.
@@ -257,7 +257,7 @@ def refusal(folder, *options):
 def test_renamed_classes_are_rejected_by_name(stopped, table):
     table.write([row | {"label": {"yes": "agreed"}.get(row["label"], row["label"])} for row in table.rows()])
     told = refusal(stopped)
-    assert re.search(r"classes where there were \d+ \(without yes, new agreed\)", told)
+    assert re.search(r"classes instead of \d+ \(without yes, new agreed\)", told)
     assert "of another label" in told
 
 
@@ -304,7 +304,7 @@ def test_an_image_file_of_other_bytes_is_rejected_and_the_same_bytes_anew_are_no
 def test_another_column_may_change_and_that_is_reported(stopped, table, fit_here, capsys):
     table.change(0, kind="other")
     assert fit_here("--resume", stopped, "--data.val=0.1").status == 0
-    assert "note: the table has changed since the run began, in nothing that training reads: 1 row is changed" in capsys.readouterr().out
+    assert "note: the table has changed since the run began, but nothing that training reads: 1 row is changed" in capsys.readouterr().out
 
 
 def test_the_column_that_orders_a_curriculum_may_not_change(tiny, table, fit_here, stop_after, monkeypatch):
@@ -326,7 +326,7 @@ def test_renamed_images_and_a_moved_manifest_change_nothing(own_images, tiny, ta
     moved = table.path.with_name("moved.csv")
     table.path.rename(moved)
     resumed = fit_here("--resume", folder, f"--data.manifest={moved}")
-    assert "in nothing that training reads: " in capsys.readouterr().out
+    assert "but nothing that training reads: " in capsys.readouterr().out
     assert (folder / "samples.parquet").read_bytes() == record
     assert_same_end(resumed, whole)
 
@@ -334,7 +334,7 @@ def test_renamed_images_and_a_moved_manifest_change_nothing(own_images, tiny, ta
 def test_without_its_record_a_changed_table_is_rejected_by_the_checkpoint(stopped, table):
     (stopped / "samples.parquet").unlink()
     table.change(0, text="is there?")
-    assert "its samples are not those that it was trained on" in refusal(stopped)
+    assert "its samples are not those of the run" in refusal(stopped)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_a_finished_run_goes_on_for_more_epochs_and_says_that_its_schedule_is_an
     assert resumed.results()["updates"] > 0
     assert resumed.checkpoint()["fusion"]["updates"] == 24
     told = capsys.readouterr().out
-    assert re.search(r"note: 24 updates where 8 were planned: another schedule .* at update 8 the rate is \S+ \(it would have been", told)
+    assert re.search(r"note: 24 updates instead of 8: the schedule differs .* at update 8 the rate is \S+ \(it would have been", told)
 
 
 def test_more_epochs_at_a_constant_rate_are_the_same_run(tiny, fit_here, capsys):
@@ -405,18 +405,18 @@ def test_more_epochs_at_a_constant_rate_are_the_same_run(tiny, fit_here, capsys)
     short = fit_here(*options, "--trainer.max_epochs=2", runs="short")
     capsys.readouterr()
     resumed = fit_here("--resume", short.folder, "--trainer.max_epochs=3")
-    assert "another schedule" not in capsys.readouterr().out
+    assert "the schedule differs" not in capsys.readouterr().out
     assert_same_end(resumed, whole)
 
 
 def test_an_end_before_what_is_done_is_rejected(tiny, fit_here):
     folder = fit_here("--recipe", tiny()).folder
-    assert "--trainer.max_epochs=1, but 2 epochs are done" in refusal(folder, "--trainer.max_epochs=1")
-    assert "--trainer.max_steps=3, but 16 updates are made" in refusal(folder, "--trainer.max_steps=3")
+    assert "--trainer.max_epochs=1, but 2 epochs are finished" in refusal(folder, "--trainer.max_epochs=1")
+    assert "--trainer.max_steps=3, but 16 updates have been made" in refusal(folder, "--trainer.max_steps=3")
 
 
 def test_an_epoch_that_is_begun_cannot_be_beyond_the_end(stopped):
-    assert "0 epochs are done, and epoch 1 is begun" in refusal(stopped, "--trainer.max_epochs=0")
+    assert "0 epochs are finished and epoch 1 has started" in refusal(stopped, "--trainer.max_epochs=0")
 
 
 def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_newer_options(stopped, fit_here):

@@ -59,7 +59,9 @@ def gone(pid, timeout_s=10):
 def assert_saved_and_told(process, out, err, folder):
     assert process.returncode == REQUEUE, err
     assert "Traceback" not in err
-    updates, named = re.search(r"Interrupted after ([\d,]+) updates and saved. To go on:\n  python \S*fit\.py --resume (\S+)", out).groups()
+    updates, named = re.search(
+        r"Interrupted after ([\d,]+) updates and saved. To resume:\n  python \S*fit\.py --resume (\S+)", out
+    ).groups()
     assert Path(named) == folder
     assert Run(75, folder).checkpoint()["fusion"]["updates"] == int(updates.replace(",", "")) >= 8
 
@@ -246,4 +248,4 @@ def test_a_run_killed_again_and_again_ends_where_the_whole_one_does(tiny, capsys
 
     arguments = ["--recipe", str(tiny(dropout=0.4)), "--trainer.max_epochs=10", "--checkpoint.every_updates=9", *TWO]
     assert benchmark(["kills", "--kills=2", *arguments]) == 0
-    assert "after 2 kills: the same to the bit" in capsys.readouterr().out
+    assert "after 2 kills: bitwise equal" in capsys.readouterr().out

@@ -109,7 +109,7 @@ def test_ranks_without_a_sample_to_score_take_part_in_the_scores(of_task, fit_he
 
 @pytest.mark.parametrize("head", ["ProductOfExperts", "Stacking", "ConfidenceWeighted"])
 def test_heads_that_take_one_class_for_right_are_rejected(of_task, head):
-    with pytest.raises(UserError, match=f"the head {head} reads its outputs as classes of which exactly one is right.*in MultiLabel"):
+    with pytest.raises(UserError, match=f"the head {head} treats its outputs as classes of which exactly one is right.*in MultiLabel"):
         fit(["--recipe", str(of_task(LABELS)), LABELS, f"--model.head={head}", *SHORT])
 
 

@@ -76,7 +76,7 @@ def test_embeddings_are_carried_over_by_token(saved):
     for token, row in new_ids.items():
         expected = old[ids[token]] if token in both else fresh[row]
         assert torch.equal(now.encoders["text"].embedding.weight[row], expected), token
-    assert f"rows of {len(both)} of {len(new_ids)} tokens are carried over by name" in told
+    assert f"rows of {len(both)} of {len(new_ids)} tokens are loaded by name" in told
     # What is no token's is taken as it is.
     positions = "encoders.text.body.embeddings.position_embeddings.weight"
     assert torch.equal(now.state_dict()[positions], before.state_dict()[positions])
@@ -88,7 +88,7 @@ def test_rows_of_classes_are_carried_over_by_name_in_every_head(saved, head):
     before, now = model_of(was, head), model_of(now_classes, head, seed=1)
     fresh = {name: value.clone() for name, value in now.state_dict().items()}
     told = load_weights(now, saved(before, processor_of(None, knowing(was))), processor_of(None, knowing(now_classes)))
-    assert "rows of 2 of 3 classes are carried over by name; 1 begin anew: apple" in told
+    assert "rows of 2 of 3 classes are loaded by name; 1 newly initialised: apple" in told
     old, new = before.state_dict(), now.state_dict()
     layers = {module.weight: module for module in now.head.output_layers()}
     checked = 0
@@ -103,7 +103,7 @@ def test_rows_of_classes_are_carried_over_by_name_in_every_head(saved, head):
     assert checked
     if head == "Stacking":  # its network reads all decisions side by side
         assert torch.equal(new["head.mix.0.weight"], fresh["head.mix.0.weight"])
-        assert "1 for all the other's classes: head.mix.0.weight" in told
+        assert "1 not separable by class: head.mix.0.weight" in told
 
 
 def test_classes_in_the_same_order_and_the_same_tokens_say_nothing_of_rows(saved):
@@ -120,7 +120,7 @@ def test_classes_in_the_same_order_and_the_same_tokens_say_nothing_of_rows(saved
 def test_a_file_of_weights_alone_says_that_it_names_no_tokens_or_classes(tmp_path):
     before, now = model_of("ab"), model_of("ab", seed=1)
     torch.save(before.state_dict(), tmp_path / "weights.pt")
-    assert "names neither tokens nor classes" in load_weights(now, tmp_path / "weights.pt", processor_of(None, knowing(["a", "b"])))
+    assert "has no names of tokens or classes" in load_weights(now, tmp_path / "weights.pt", processor_of(None, knowing(["a", "b"])))
 
 
 def test_a_checkpoint_of_an_older_version_gives_its_weights_by_their_names(tmp_path):
@@ -130,5 +130,5 @@ def test_a_checkpoint_of_an_older_version_gives_its_weights_by_their_names(tmp_p
         held | {"fusion": {"format": 5, "processor": {"image": None, "tokenizer": None, "classes": ["a", "b"]}}}, tmp_path / "old.ckpt"
     )
     told = load_weights(now, tmp_path / "old.ckpt", processor_of(None, knowing(["a", "b"])))
-    assert "names neither tokens nor classes" in told
+    assert "has no names of tokens or classes" in told
     assert all(torch.equal(a, b) for a, b in zip(now.state_dict().values(), before.state_dict().values(), strict=True))

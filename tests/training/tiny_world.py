@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from fusion.benchmarks.kills import unlike
+from fusion.benchmarks.kills import difference_of
 from fusion.cli.main import run as run_command
 from fusion.console import printing
 
@@ -75,7 +75,7 @@ def assert_same_end(resumed, whole):
     a, b = resumed.checkpoint(), whole.checkpoint()
     assert a["fusion"]["updates"] == b["fusion"]["updates"]
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-        assert unlike(a[part], b[part]) is None
+        assert difference_of(a[part], b[part]) is None
     assert a["global_step"] == b["global_step"]
     assert (resumed.folder / "results.json").read_text() == (whole.folder / "results.json").read_text()
 

@@ -1,4 +1,4 @@
-"""Kinds of input, one file each: which columns they read, how cells are checked, learnt from and made into batches."""
+"""Kinds of input, one file each: which columns they read, how cells are checked, fitted to and made into batches."""
 
 from fusion.data.kinds.base import Kind
 from fusion.data.kinds.image import ImageInput

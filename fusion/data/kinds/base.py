@@ -1,4 +1,4 @@
-"""The contract that every kind of input keeps."""
+"""The interface of every kind of input."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -16,8 +16,8 @@ from fusion.rebuilding import Rebuildable
 
 @dataclass
 class Reading:
-    """A manifest that is being read: its file; the row of each sample; spellings of a missing cell. What is found goes into bad (reasons by
-    position) and notes (sentences)."""
+    """State of reading one manifest: its file, the row of each sample, spellings of a missing cell. Results: bad (reasons why samples can't
+    be used, by position) and notes (sentences)."""
 
     path: str
     rows: Sequence[int]
@@ -28,7 +28,7 @@ class Reading:
 
 @dataclass
 class Checking:
-    """How inputs are checked and kept. shared: other processes of this machine do the same. leftovers: files that are to be removed when
+    """How inputs are checked and stored. shared: other processes of this machine check the same inputs. leftovers: files to remove when
     the run ends."""
 
     memory_gib: float
@@ -38,7 +38,7 @@ class Checking:
 
 
 class Defaults(Protocol):
-    """Settings of the data that an input may leave to it: see FusionData."""
+    """Settings of FusionData that are used where an input doesn't set its own."""
 
     resize: Any
     augment: Any
@@ -47,9 +47,9 @@ class Defaults(Protocol):
 
 
 class Store(Protocol):
-    """The inputs of one split, ready to be made into batches.
+    """The inputs of one split, from which batches are made.
 
-    in_memory: whether a batch needs no file. random: whether it depends on the seed. notes: what is special about them, in words.
+    in_memory: whether a batch is made without reading files. random: whether it depends on the seed. notes: sentences to report about them.
     """
 
     in_memory: bool
@@ -57,25 +57,25 @@ class Store(Protocol):
     notes: list[str]
 
     def batch(self, samples: np.ndarray, seed: int) -> Any:
-        """The encoder's input for these samples."""
+        """The encoder's input for these samples, given by their numbers in the split."""
 
-    def plain(self) -> "Store":
+    def unaugmented(self) -> "Store":
         """The same without augmentation."""
 
     def sizes(self) -> np.ndarray | None:
-        """(n,) how long each is, for a curriculum by length; None where that has no meaning."""
+        """(n,) length of each input, for a curriculum by length; None where lengths are not defined."""
 
     def distinct(self) -> np.ndarray | None:
-        """(n,) a number for each sample, alike where the input is, -1 where there is none; None where sharing saves nothing."""
+        """(n,) index of each sample's distinct input, equal for equal inputs, -1 if missing; None where sharing them saves nothing."""
 
 
 class Kind(Rebuildable, ABC):
-    """One named input of a sample: which columns of the manifest it is, and how it becomes what an encoder takes.
+    """One named input of a sample: the columns of the manifest that it reads, and how their cells become an encoder's input.
 
-    A cell is what one sample has, as `read` gives it: hashable, None for none.
+    A cell is one sample's value, as `read` returns it: hashable, None if missing.
 
-    noun: what it is, in messages. column_option: the constructor's argument that names its columns. takes: the input of encoders that it
-    makes. option: what sets its columns on the command line.
+    noun: its name in messages. column_option: the constructor's argument that names its columns. takes: the type of encoder input that it
+    makes. option: the command-line option that sets its columns.
     """
 
     noun: ClassVar[str]
@@ -84,75 +84,76 @@ class Kind(Rebuildable, ABC):
     option: str = ""
 
     def complete(self, defaults: "Defaults") -> None:
-        """Take the settings of the data for those that this input doesn't give."""
+        """Fill in the settings of the data that this input leaves open."""
 
-    # From the manifest.
+    # Reading the manifest
 
     @property
     @abstractmethod
     def columns(self) -> list[str]:
-        """The columns that it reads."""
+        """The manifest columns that it reads."""
 
     @property
     def rich_columns(self) -> list[str]:
-        """Those of them whose cells may be lists, bytes, or structs of both."""
+        """The columns whose cells may be lists, bytes, or structs of both."""
         return []
 
     @abstractmethod
     def read(self, columns: Mapping[str, RawColumn], reading: Reading) -> Sequence[Any]:
-        """The cells, one a sample, from the columns as the file has them."""
+        """The cells, one per sample, from the file's raw columns."""
 
     def check(self, cells: Sequence[Any], encoder: Encoder, checking: Checking) -> dict[int, str]:
-        """Look at what the cells name, for an encoder; gives by position why one can't be used."""
+        """Check the files or values that the cells name, for an encoder. Returns by position the reason why a cell can't be used."""
         return {}
 
     @abstractmethod
     def learn(self, cells: Sequence[Any], encoder: Encoder) -> None:
-        """Learn from the training split's cells, and tell the encoder what it needs to know. Raises UserError where they don't fit."""
+        """Fit to the training split's cells, and configure the encoder accordingly. Raises UserError where they don't fit together."""
 
     @abstractmethod
     def store(self, cells: Sequence[Any], *, training: bool) -> Store:
-        """The samples of a split; of the training split augmented."""
+        """The store of a split's cells; augmented if it is for training."""
 
-    # For the run's record and its evidence.
+    # Digests for the run's record
 
     def local(self, cell: Any, folder: str) -> str | None:
-        """A cell as text, which names no place outside the manifest's folder that could be moved with it."""
+        """A cell as text; paths inside the manifest's folder are relative to it, so that both may be moved."""
         return cell
 
     def digest(self, cell: Any) -> str:
-        """Of the files that a cell names, as they were checked; "" where there is none."""
+        """Digest of the files that a cell names, as they were when checked; "" where there is none."""
         return ""
 
     def digests_now(self, cells: Iterable[Any]) -> dict[Any, str]:
-        """Of the files that these cells name, as they are now, without those that can't be read."""
+        """Digests of the files that these cells name, as they are now; unreadable ones are left out."""
         return {}
 
     def identity(self, cell: Any) -> Hashable:
-        """Equal where two samples have the same input."""
+        """A value that is equal for two samples just when their inputs are."""
         return cell
 
-    # From raw values.
+    # Raw values
 
     @abstractmethod
     def raw(self, values: Any, name: str) -> list[Any]:
-        """Cells from what a Python program holds: a list, an array, a column. Raises UserError for what is none."""
+        """Cells from Python values: a list, an array, a column of a data frame. Raises UserError for anything else."""
 
     @abstractmethod
     def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Any:
-        """The encoder's input of these cells; those that can't be read go to `unreadable`, and their rows then mean nothing."""
+        """The encoder's input for these cells; errors of unreadable ones go to `unreadable` by position, and their rows of the batch are
+        meaningless."""
 
-    # State, as plain data.
+    # State
 
     @abstractmethod
     def learnt(self) -> dict[str, Any]:
-        """What `check` and `learn` settled, as plain data."""
+        """State determined by `check` and `learn`, as plain data."""
 
     @abstractmethod
     def set_learnt(self, learnt: dict[str, Any]) -> None:
-        """Take what `learnt` gave."""
+        """Restore the state that `learnt` returned."""
 
     def differences(self, then: dict[str, Any]) -> Iterator[str]:
-        """What is settled otherwise than in `then`, in words."""
+        """Sentences about how this state differs from an earlier one, `then`."""
         if then != self.learnt():
-            yield f"its {self.noun}s are read otherwise"
+            yield f"its {self.noun}s are read differently"

@@ -1,4 +1,4 @@
-"""Pictures: one a sample, or several."""
+"""Image inputs: one or several images per sample."""
 
 import json
 import os
@@ -23,40 +23,40 @@ from fusion.data.raw_columns import image_column
 from fusion.encoders import Encoder, Images
 from fusion.errors import UserError
 
-MOST = 8  # pictures of a sample
-MAYBE_LIST = r"^[^\x21-\x7e]*\["  # RE2
-MOST_SHOWN = 5
+MAX_IMAGES = 8  # of a sample
+MAYBE_LIST = r"^[^\x21-\x7e]*\["  # a cell that may be a JSON list; as RE2 reads it
+MAX_SHOWN = 5
 
 
 class Augment(Protocol):
-    """What changes a training image: takes and gives uint8 (3, H, W)."""
+    """An augmentation of a training image: maps uint8 (3, H, W) to uint8 (3, H, W)."""
 
     def __call__(self, pixels: Tensor) -> Tensor: ...
 
 
 class ImageInput(Kind):
-    """A picture, or several of one sample.
+    """One or several images per sample.
 
-    A cell is a path from the manifest's folder (also absolute, with ~, or file://), a picture's bytes or a struct of `bytes` and `path` in
-    Parquet (as Hugging Face's datasets write), or a list of these: a JSON list in a text file, of at most 8. Samples that show the same
-    picture share its pixels and what an encoder makes of them.
+    A cell is a path relative to the manifest's folder (or absolute, with ~, or file://), an image's bytes or a struct of `bytes` and `path`
+    in Parquet (as Hugging Face's datasets write), or a list of at most 8 of these (in a text file a JSON list). Samples that show the same
+    image share its pixels and its encoding.
 
     Args:
-        column: of the manifest.
-        resize: "squash" pictures to the encoder's size, "crop" their middle, or "pad" them. None: data.resize.
-        max_megapixels: larger pictures are rejected unopened. None: data.max_megapixels.
+        column: name of the manifest's column.
+        resize: "squash" images to the encoder's size, "crop" their centre, or "pad" them. None: data.resize.
+        max_megapixels: larger images are rejected without decoding. None: data.max_megapixels.
     """
 
     noun = "image"
     takes = Images
     spec: ImageSpec
-    augment: Augment | None = None  # of the data that it belongs to
+    augment: Augment | None = None  # set from the data's settings
 
     def __init__(self, column: str = "image", resize: Resize | None = None, max_megapixels: float | None = None) -> None:
         self.column, self.resize, self.max_megapixels = column, resize, max_megapixels
-        self.most = 1  # pictures of a sample
-        self.sources: list[FileOrBytes] = []  # the distinct pictures
-        self.pixels: Tensor | None = None  # theirs, where there is room in memory
+        self.max_images = 1  # largest number of images of a sample
+        self.sources: list[FileOrBytes] = []  # the distinct images
+        self.pixels: Tensor | None = None  # of the distinct images, if they fit into memory
         self.digests: dict[FileOrBytes, str] = {}
 
     def complete(self, defaults: Defaults) -> None:
@@ -71,7 +71,7 @@ class ImageInput(Kind):
     def rich_columns(self) -> list[str]:
         return [self.column]
 
-    # Cells: None, a path (absolute), bytes, or a tuple of these.
+    # Cells: None, an absolute path, bytes, or a tuple of these
 
     def read(self, columns: Mapping[str, RawColumn], reading: Reading) -> Sequence[Any]:
         cells = columns[self.column]
@@ -79,32 +79,32 @@ class ImageInput(Kind):
             cells = Column.of(cells)
         if isinstance(cells, Column) and not cells.touched(MAYBE_LIST).any():
             return self.located(as_texts(self.column, cells, reading.nulls, reading.bad, is_path=True), reading)
-        # Every picture a place of its own, then back into samples.
+        # One entry per image in flat lists, regrouped by sample afterwards.
         owners, flat = [], []
         for i, cell in enumerate(cells):
-            pictures = pictures_of(cell)
-            if pictures is None:
-                reading.bad.setdefault(i, f"column {self.column} holds an object, expected paths or pictures")
-            elif len(pictures) > MOST:
-                reading.bad.setdefault(i, f"column {self.column} has {len(pictures)} images, at most {MOST} are read")
+            images = raw_images(cell)
+            if images is None:
+                reading.bad.setdefault(i, f"column {self.column} holds an object, expected paths or images")
+            elif len(images) > MAX_IMAGES:
+                reading.bad.setdefault(i, f"column {self.column} has {len(images)} images, expected at most {MAX_IMAGES}")
             else:
-                owners += [i] * len(pictures)
-                flat += pictures
+                owners += [i] * len(images)
+                flat += images
         of_owner = Reading(reading.path, [reading.rows[i] for i in owners], reading.nulls)
         paths = as_texts(self.column, [None if isinstance(one, bytes) else one for one in flat], reading.nulls, of_owner.bad, is_path=True)
-        found = self.located(paths, of_owner)
+        located = self.located(paths, of_owner)
         reading.notes += of_owner.notes
-        for place, reason in of_owner.bad.items():
-            reading.bad.setdefault(owners[place], reason)
+        for position, reason in of_owner.bad.items():
+            reading.bad.setdefault(owners[position], reason)
         samples: list[list[FileOrBytes]] = [[] for _ in cells]
-        for owner, one, path in zip(owners, flat, found, strict=True):
-            picture = one if isinstance(one, bytes) else path
-            if picture is not None:
-                samples[owner].append(picture)
+        for owner, one, path in zip(owners, flat, located, strict=True):
+            image = one if isinstance(one, bytes) else path
+            if image is not None:
+                samples[owner].append(image)
         return [tuple(sample) if len(sample) > 1 else sample[0] if sample else None for sample in samples]
 
     def located(self, paths: Column[str | None], reading: Reading) -> Column[str | None]:
-        """Absolute paths, odd ones corrected where only so there is a file."""
+        """Absolute paths; an oddly written one is corrected where only the corrected path exists."""
         folder = os.path.dirname(os.path.abspath(reading.path))
         peculiar = paths.touched(PECULIAR)
         odd = {cell: locate(cell, folder) for cell in odd_paths(paths.take(np.flatnonzero(peculiar)))}
@@ -114,62 +114,62 @@ class ImageInput(Kind):
                 if cell in odd and odd[cell].missing:
                     reading.bad.setdefault(i, f"image missing: {odd[cell].missing}")
 
-        def place(cell: str) -> str | None:
+        def absolute(cell: str) -> str | None:
             return odd[cell].path if cell in odd else os.path.join(folder, cell) if cell.strip() else None
 
-        placed = paths.map(place, touches=peculiar)
-        return placed.prefixed(os.path.join(folder, ""), where=~(peculiar | placed.touched("^/")))
+        resolved = paths.map(absolute, touches=peculiar)
+        return resolved.prefixed(os.path.join(folder, ""), where=~(peculiar | resolved.touched("^/")))
 
     def check(self, cells: Sequence[Any], encoder: Encoder, checking: Checking) -> dict[int, str]:
         size = getattr(encoder, "image_size", (224, 224))
         interpolation = getattr(encoder, "data_config", {}).get("interpolation", "bicubic")
         self.spec = ImageSpec(size, self.resize or "squash", interpolation, self.max_megapixels or 100.0)
-        self.most = max((len(several(cell)) for cell in cells), default=1) or 1
-        self.sources = sorted({one for cell in cells for one in several(cell)}, key=lambda one: (isinstance(one, bytes), one))
+        self.max_images = max((len(images_in(cell)) for cell in cells), default=1) or 1
+        self.sources = sorted({one for cell in cells for one in images_in(cell)}, key=lambda one: (isinstance(one, bytes), one))
         self.pixels, bad, self.digests = check_images(
             self.sources, self.spec, memory_gib=checking.memory_gib, cache=checking.cache, shared=checking.shared
         )
-        if self.pixels is not None:  # of all inputs together
+        if self.pixels is not None:  # the limit is on all inputs together
             checking.memory_gib -= self.pixels.numel() / 2**30
         if checking.shared and self.pixels is not None:
             checking.leftovers.append(shared_file(self.sources, self.spec, checking.cache))
         if not bad:
             return {}
-        first = [(i, next((one for one in several(cell) if one in bad), None)) for i, cell in enumerate(cells)]
+        first = [(i, next((one for one in images_in(cell) if one in bad), None)) for i, cell in enumerate(cells)]
         return {i: image_issue(bad[one], one) for i, one in first if one is not None}
 
     def learn(self, cells: Sequence[Any], encoder: Encoder) -> None:
-        """Nothing."""
+        """Nothing to fit."""
 
     def store(self, cells: Sequence[Any], *, training: bool) -> Store:
-        row_of = {source: row for row, source in enumerate(self.sources)}
-        if self.most == 1:
-            rows = np.array([-1 if cell is None else row_of[cell] for cell in cells], dtype=np.int64)
+        index_of = {source: i for i, source in enumerate(self.sources)}
+        if self.max_images == 1:
+            index = np.array([-1 if cell is None else index_of[cell] for cell in cells], dtype=np.int64)
         else:
-            rows = np.full((len(cells), self.most), -1, dtype=np.int64)
+            index = np.full((len(cells), self.max_images), -1, dtype=np.int64)
             for i, cell in enumerate(cells):
-                rows[i, : len(several(cell))] = [row_of[one] for one in several(cell)]
-        return ShownImages(ImageStore(self.sources, self.spec, self.pixels), rows, self.augment if training else None)
+                index[i, : len(images_in(cell))] = [index_of[one] for one in images_in(cell)]
+        return ShownImages(ImageStore(self.sources, self.spec, self.pixels), index, self.augment if training else None)
 
     def local(self, cell: Any, folder: str) -> str | None:
         if cell is None:
             return None
         named = [
             blake2b(one, digest_size=12).hexdigest() if isinstance(one, bytes) else os.path.abspath(one).removeprefix(folder)
-            for one in several(cell)
+            for one in images_in(cell)
         ]
         return named[0] if len(named) == 1 else json.dumps(named)
 
     def digest(self, cell: Any) -> str:
-        found = [self.digests.get(one, "") for one in several(cell)]
-        return "+".join(found) if found and all(found) else ""
+        digests = [self.digests.get(one, "") for one in images_in(cell)]
+        return "+".join(digests) if digests and all(digests) else ""
 
     def digests_now(self, cells: Iterable[Any]) -> dict[Any, str]:
-        found = {}
+        digests = {}
         for cell in cells:
             with suppress(ImageError):
-                found[cell] = "+".join(digest_of(one) for one in several(cell))
-        return found
+                digests[cell] = "+".join(digest_of(one) for one in images_in(cell))
+        return digests
 
     def raw(self, values: Any, name: str) -> list[Any]:
         return image_column(values, name)
@@ -177,23 +177,23 @@ class ImageInput(Kind):
     def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Images:
         flat = [(i, one) for i, cell in enumerate(cells) for one in (cell if isinstance(cell, tuple) else (cell,))]
         pixels = torch.zeros(max(len(flat), 1), 3, *self.spec.size, dtype=torch.uint8)
-        for place, found in enumerate(decoded([one for _, one in flat], self.spec)):
-            if isinstance(found, np.ndarray):
-                pixels[place] = torch.from_numpy(found)
-            elif found is not None:
-                unreadable.setdefault(flat[place][0], found)
-        there = [cell is not None for cell in cells]
-        present = torch.tensor(there, dtype=torch.bool)
+        for position, image in enumerate(decoded([one for _, one in flat], self.spec)):
+            if isinstance(image, np.ndarray):
+                pixels[position] = torch.from_numpy(image)
+            elif image is not None:
+                unreadable.setdefault(flat[position][0], image)
+        is_present = [cell is not None for cell in cells]
+        present = torch.tensor(is_present, dtype=torch.bool)
         if len(flat) == len(cells):
-            return Images(pixels, present, anyone=any(there), everyone=all(there))
-        places = np.full((len(cells), max(len(several(cell)) for cell in cells)), -1, dtype=np.int64)
-        taken = [0] * len(cells)
-        for place, (i, one) in enumerate(flat):
+            return Images(pixels, present, any_present=any(is_present), all_present=all(is_present))
+        index = np.full((len(cells), max(len(images_in(cell)) for cell in cells)), -1, dtype=np.int64)
+        counts = [0] * len(cells)
+        for position, (i, one) in enumerate(flat):
             if one is not None:
-                places[i, taken[i]] = place
-                taken[i] += 1
-        shown = torch.from_numpy(places >= 0)
-        return Images(pixels, present, torch.from_numpy(places.clip(min=0)), any(there), bool(shown.all()), shown)
+                index[i, counts[i]] = position
+                counts[i] += 1
+        shown = torch.from_numpy(index >= 0)
+        return Images(pixels, present, torch.from_numpy(index.clip(min=0)), any(is_present), bool(shown.all()), shown)
 
     def learnt(self) -> dict[str, Any]:
         return {"spec": asdict(self.spec) | {"size": list(self.spec.size)}}
@@ -204,84 +204,84 @@ class ImageInput(Kind):
     def differences(self, then: dict[str, Any]) -> Iterator[str]:
         now = self.learnt()["spec"]
         if then["spec"] != now:
-            yield f"images are made {now} where they were made {then['spec']}"
+            yield f"images are preprocessed by {now}, were by {then['spec']}"
 
 
 class ImageStore:
-    """Distinct pictures, decoded and resized once: kept in memory as uint8 (U, 3, H, W), or read from their files.
+    """Distinct images, decoded and resized: held in memory as uint8 (U, 3, H, W), or read from their files for each batch.
 
-    sources: their files or bytes; pixels: their decoded pixels, or None when they are too many for memory.
+    sources: their files or bytes. pixels: their decoded pixels, or None if they don't fit into memory.
     """
 
     def __init__(self, sources: Sequence[FileOrBytes], spec: ImageSpec, pixels: Tensor | None = None) -> None:
         self.sources, self.spec, self.pixels = sources, spec, pixels
 
-    def batch(self, rows: np.ndarray, augment: Augment | None = None) -> Images:
-        """The pictures of these rows (B,) or (B, P), -1 meaning none: each distinct one once (augmented, if asked), and which of them a
-        sample shows."""
-        distinct, picture = np.unique(rows[rows >= 0], return_inverse=True)
-        which = np.zeros(rows.shape, dtype=np.int64)
-        which[rows >= 0] = picture
+    def batch(self, index: np.ndarray, augment: Augment | None = None) -> Images:
+        """The images with these indices (B,) or (B, P), -1 for none: each distinct one once (augmented if `augment` is given), and the
+        index into them for each sample."""
+        distinct, inverse = np.unique(index[index >= 0], return_inverse=True)
+        which = np.zeros(index.shape, dtype=np.int64)
+        which[index >= 0] = inverse
         pixels = torch.zeros(max(len(distinct), 1), 3, *self.spec.size, dtype=torch.uint8)
         if self.pixels is not None and len(distinct):
             pixels = self.pixels[torch.from_numpy(distinct)]
         elif len(distinct):
-            pixels = torch.from_numpy(np.stack([self.load(self.sources[row]) for row in distinct.tolist()]))
+            pixels = torch.from_numpy(np.stack([self.load(self.sources[i]) for i in distinct.tolist()]))
         if augment is not None:
             pixels = torch.stack([augment(one) for one in pixels])
-        shown = torch.from_numpy(rows >= 0)
-        present, several = (shown, None) if rows.ndim == 1 else (shown.any(dim=1), shown)
-        return Images(pixels, present, torch.from_numpy(which), len(distinct) > 0, bool((rows >= 0).all()), several)
+        shown = torch.from_numpy(index >= 0)
+        present, several = (shown, None) if index.ndim == 1 else (shown.any(dim=1), shown)
+        return Images(pixels, present, torch.from_numpy(which), len(distinct) > 0, bool((index >= 0).all()), several)
 
     def load(self, source: FileOrBytes) -> np.ndarray:
-        """Raises UserError for a file that has become unreadable since all were checked."""
+        """The pixels of one image. Raises UserError for a file that has become unreadable since the images were checked."""
         try:
             return load_image(source, self.spec)
         except ImageError as error:
             raise UserError(
-                f"{source!s:.200}: {error}; it could be read when the images were checked. Put it back and go on by --resume, or start "
-                "anew, which lists its samples in data_issues.csv"
+                f"{source!s:.200}: {error}; it was readable when the images were checked. Restore it and continue by --resume, "
+                "or start a new run, which lists its samples in data_issues.csv"
             ) from error
 
 
 class ShownImages:
-    """The pictures that the samples of one split show: rows (n,) or (n, P) in the store, -1 for none."""
+    """The images of one split's samples: indices (n,) or (n, P) into an ImageStore, -1 for none."""
 
-    def __init__(self, images: ImageStore, rows: np.ndarray, augment: Augment | None = None) -> None:
-        self.images, self.rows, self.augment = images, rows, augment
+    def __init__(self, images: ImageStore, index: np.ndarray, augment: Augment | None = None) -> None:
+        self.images, self.index, self.augment = images, index, augment
         self.in_memory, self.random, self.notes = images.pixels is not None, augment is not None, list[str]()
 
     def batch(self, samples: np.ndarray, seed: int) -> Images:
-        # Augmentation depends on nothing but the draw's seed: neither on the worker nor on what came before.
+        # Augmentation depends only on the draw's seed, not on the worker or on earlier batches.
         with torch.random.fork_rng(devices=[]) if self.augment else nullcontext():
             if self.augment:
                 torch.manual_seed(seed)
-            return self.images.batch(self.rows[samples], self.augment)
+            return self.images.batch(self.index[samples], self.augment)
 
-    def plain(self) -> "ShownImages":
-        return ShownImages(self.images, self.rows)
+    def unaugmented(self) -> "ShownImages":
+        return ShownImages(self.images, self.index)
 
     def sizes(self) -> np.ndarray | None:
         return None
 
     def distinct(self) -> np.ndarray | None:
-        if self.rows.ndim == 1:
-            return self.rows
-        number = np.unique(self.rows, axis=0, return_inverse=True)[1].reshape(-1)
-        return np.where((self.rows >= 0).any(axis=1), number, -1)
+        if self.index.ndim == 1:
+            return self.index
+        combination = np.unique(self.index, axis=0, return_inverse=True)[1].reshape(-1)
+        return np.where((self.index >= 0).any(axis=1), combination, -1)
 
 
-def several(cell: Any) -> tuple[FileOrBytes, ...]:
-    """The pictures of a cell."""
+def images_in(cell: Any) -> tuple[FileOrBytes, ...]:
+    """The images of a cell: none, one, or several."""
     return cell if isinstance(cell, tuple) else () if cell is None else (cell,)
 
 
-def pictures_of(cell: Any) -> list[Any] | None:
-    """The pictures of a manifest's cell: paths and bytes; None for what is neither."""
+def raw_images(cell: Any) -> list[Any] | None:
+    """The images of a manifest's cell as paths or bytes; None where it holds something else."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):
             cell = json.loads(cell)
-    found = []
+    images = []
     for one in cell if isinstance(cell, list | tuple) else [cell]:
         if isinstance(one, dict):
             if not one.keys() <= {"bytes", "path"}:
@@ -289,24 +289,25 @@ def pictures_of(cell: Any) -> list[Any] | None:
             one = bytes_or_path(one)
         if isinstance(one, list):
             return None
-        found.append(one)
-    return found
+        images.append(one)
+    return images
 
 
 def image_issue(reason: str, source: FileOrBytes) -> str:
-    """How the list of issues says it: what sort of issue, then which file and why."""
+    """The reason as data_issues.csv lists it: the category of the issue, then the file and the details."""
     where = f"{len(source):,} bytes" if isinstance(source, bytes) else source
     return f"image missing: {where}" if reason == "missing" else f"image corrupt: {reason} ({where})"
 
 
 def notes_of_paths(path: str, rows: Sequence[int], located: Sequence[Located | None]) -> list[str]:
+    """One note for each way in which paths were oddly written and corrected, with the first rows."""
     corrected: dict[str, list[int]] = defaultdict(list)
     for row, image in zip(rows, located, strict=True):
         if image is not None and image.corrected:
             corrected[image.corrected].append(row)
-    shown = {what: ", ".join(map(str, found[:MOST_SHOWN])) for what, found in corrected.items()}
-    more = {what: f", ... ({len(found) - MOST_SHOWN:,} more)" if len(found) > MOST_SHOWN else "" for what, found in corrected.items()}
+    shown = {what: ", ".join(map(str, lines[:MAX_SHOWN])) for what, lines in corrected.items()}
+    more = {what: f", ... ({len(lines) - MAX_SHOWN:,} more)" if len(lines) > MAX_SHOWN else "" for what, lines in corrected.items()}
     return [
-        f"{path}: {len(found):,} paths of images are written with {what}, which was corrected (rows {shown[what]}{more[what]})"
-        for what, found in corrected.items()
+        f"{path}: {len(lines):,} paths of images are written with {what}, which was corrected (rows {shown[what]}{more[what]})"
+        for what, lines in corrected.items()
     ]

@@ -1,4 +1,4 @@
-"""Columns of a table: numbers, dates and categories."""
+"""Table inputs: columns of numbers, dates and categories."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,26 +16,26 @@ from fusion.data.raw_columns import text_column
 from fusion.encoders import Columns, Encoder, TableColumns
 from fusion.errors import UserError
 
-MOSTLY = 0.9  # share of a column's cells that are numbers, or dates, from which on the others are taken for mistakes
-LEVELS = 1000  # of quantiles
-EXTREME = 1e-3  # share of the least and the greatest: scaled numbers end at about 3.1 deviations
+MOSTLY = 0.9  # minimum share of numbers (or dates) in a column of that kind; its other cells are reported as mistakes
+LEVELS = 1000  # maximum number of quantiles
+EXTREME = 1e-3  # quantiles are clipped to [1e-3, 1 - 1e-3]: scaled numbers end at about 3.1 standard deviations
 DAY_S = 86_400
-UNKNOWN = 0  # of categories
+UNKNOWN = 0  # id of categories that do not occur in train
 
 ColumnKind = Literal["number", "date", "category"]
 
 
 class TableInput(Kind):
-    """Columns of the manifest, each of which becomes a token: numbers, dates as numbers, categories. An empty cell is missing.
+    """Columns of the manifest, each of which becomes one token: numbers, dates (as numbers) or categories. An empty cell is missing.
 
-    A column of which nine in ten cells are numbers (or dates, as 2024-01-31 with or without a time) is one of numbers (dates), and its
-    other cells are reported; any other is one of categories, of which those that train lacks share a bucket of their own.
+    A column is numeric (or of dates, as 2024-01-31 with or without a time) if at least nine in ten of its cells are, and its other cells
+    are reported; any other column is categorical. Categories that do not occur in train share one unknown category.
 
     Args:
-        columns: of the manifest, in the order of their tokens.
-        categories: those of them whose numbers are names (a postal code).
-        scaling: "quantile" maps train's quantiles to a normal distribution, which outliers leave alone; "standard" takes train's mean and
-            deviation.
+        columns: names of the manifest's columns, in the order of their tokens.
+        categories: columns to treat as categorical although they hold numbers (a postal code).
+        scaling: "quantile" maps train's quantiles to a normal distribution, robust to outliers; "standard" subtracts train's mean and
+            divides by its standard deviation.
     """
 
     noun = "table"
@@ -55,8 +55,8 @@ class TableInput(Kind):
             raise UserError(f"a table's scaling is '{scaling}'; expected quantile or standard")
         self.names, self.categories, self.scaling = names, list(categories), scaling
         self.kinds: dict[str, ColumnKind] = {}
-        self.scales: dict[str, list[float]] = {}  # of numbers: quantiles, or mean and deviation
-        self.known: dict[str, dict[str, int]] = {}  # of categories: their numbers from 1 on
+        self.scales: dict[str, list[float]] = {}  # of numbers: quantiles, or mean and standard deviation
+        self.known: dict[str, dict[str, int]] = {}  # of categories: their ids, from 1 on
 
     @property
     def columns(self) -> list[str]:
@@ -94,9 +94,9 @@ class TableInput(Kind):
         numbers = np.full((len(cells), len(self.scales)), np.nan, dtype=np.float64)
         categories = np.full((len(cells), len(self.known)), -1, dtype=np.int64)
         for f, (name, scale) in enumerate(self.scales.items()):
-            found = numbers_of(columns[name], self.kinds[name])
-            there = ~np.isnan(found)
-            numbers[there, f] = scaled(found[there], scale, self.scaling)
+            unscaled = numbers_of(columns[name], self.kinds[name])
+            present = ~np.isnan(unscaled)
+            numbers[present, f] = scaled(unscaled[present], scale, self.scaling)
         for g, (name, known) in enumerate(self.known.items()):
             distinct, codes = columns[name].coded()
             categories[:, g] = np.array([*(known.get(str(category), UNKNOWN) for category in distinct), -1])[codes]
@@ -105,38 +105,38 @@ class TableInput(Kind):
     def store(self, cells: Sequence[Any], *, training: bool) -> Store:
         numbers, categories = self.arrays(cells)
         unknown = (categories == UNKNOWN).any(axis=1).sum()
-        return TableStore(numbers, categories, [f"{unknown:,} have a category that train lacks"] if unknown else [])
+        return TableStore(numbers, categories, [f"{unknown:,} have a category that does not occur in train"] if unknown else [])
 
     def local(self, cell: Any, folder: str) -> str | None:
         return None if cell is None else "\x1f".join("" if one is None else one for one in cell)
 
     def raw(self, values: Any, name: str) -> list[Any]:
         """From a mapping of columns, a data frame or an Arrow table with this table's columns."""
-        have = next((list(getattr(values, by)) for by in ("column_names", "columns") if hasattr(values, by)), None)
-        if have is None and not isinstance(values, Mapping):
+        available = next((list(getattr(values, by)) for by in ("column_names", "columns") if hasattr(values, by)), None)
+        if available is None and not isinstance(values, Mapping):
             raise UserError(f"{name} is a {type(values).__name__}; expected a mapping or a table with columns {', '.join(self.names)}")
-        have = list(values) if have is None else have
-        lacking = [column for column in self.names if column not in have]
-        if lacking:
-            raise UserError(f"{name} lacks column '{lacking[0]}'; expected a mapping or a table with {', '.join(self.names)}")
+        available = list(values) if available is None else available
+        missing = [column for column in self.names if column not in available]
+        if missing:
+            raise UserError(f"{name} has no column '{missing[0]}'; expected a mapping or a table with {', '.join(self.names)}")
         columns = [text_column(values[column], column) for column in self.names]
         if len({len(column) for column in columns}) > 1:
             raise UserError(f"the columns of {name} have different lengths: {', '.join(str(len(column)) for column in columns)}")
-        rows = list(zip(*[[cell.strip() or None if cell else None for cell in column] for column in columns], strict=True))
-        for i, row in enumerate(rows):
-            for column, cell in zip(self.names, row, strict=True):
+        samples = list(zip(*[[cell.strip() or None if cell else None for cell in column] for column in columns], strict=True))
+        for i, sample in enumerate(samples):
+            for column, cell in zip(self.names, sample, strict=True):
                 if cell is not None and self.kinds[column] != "category" and math.isnan(number_of(cell, self.kinds[column])):
                     raise UserError(f"sample {i}: column {column} has {cell[:40]!r}, expected a {self.kinds[column]}")
-        return [row if any(cell is not None for cell in row) else None for row in rows]
+        return [sample if any(cell is not None for cell in sample) else None for sample in samples]
 
     def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Columns:
-        known: list[Any] = list(cells)
-        for i, row in enumerate(cells):
-            for column, cell in zip(self.names, row or (), strict=False):
+        readable: list[Any] = list(cells)
+        for i, sample in enumerate(cells):
+            for column, cell in zip(self.names, sample or (), strict=False):
                 if cell is not None and self.kinds[column] != "category" and math.isnan(number_of(cell, self.kinds[column])):
                     unreadable.setdefault(i, UserError(f"column {column} has {cell[:40]!r}, expected a {self.kinds[column]}"))
-                    known[i] = None
-        return TableStore(*self.arrays(known), []).batch(np.arange(len(cells)), 0)
+                    readable[i] = None
+        return TableStore(*self.arrays(readable), []).batch(np.arange(len(cells)), 0)
 
     def learnt(self) -> dict[str, Any]:
         known = {name: list(categories) for name, categories in self.known.items()}
@@ -154,7 +154,7 @@ class TableInput(Kind):
 
 
 class TableStore:
-    """The rows of one split: numbers (n, F), NaN for missing ones; categories (n, G), -1 for missing ones."""
+    """The table inputs of one split: numbers (n, F), NaN for missing ones; categories (n, G), -1 for missing ones."""
 
     in_memory, random = True, False
 
@@ -171,7 +171,7 @@ class TableStore:
             bool(mask.all()),
         )
 
-    def plain(self) -> "TableStore":
+    def unaugmented(self) -> "TableStore":
         return self
 
     def sizes(self) -> np.ndarray | None:
@@ -182,31 +182,31 @@ class TableStore:
 
 
 def kind_of(cells: Sequence[str | None]) -> ColumnKind:
-    """What a column holds, by most of its cells.
+    """The kind of a column, by most of its cells.
 
     >>> kind_of(["1", "2.5", None, "-3e4"]), kind_of(["2024-01-31", "2024-02-01 10:00:00"]), kind_of(["red", "1"]), kind_of([None])
     ('number', 'date', 'category', 'category')
     """
     column = Column.of(cells)
-    there = len(column) - int(column.missing().sum())
+    present = len(column) - int(column.missing().sum())
     kinds: tuple[ColumnKind, ...] = ("number", "date")
     for kind in kinds:
-        if there and np.count_nonzero(~np.isnan(numbers_of(column, kind))) >= MOSTLY * there:
+        if present and np.count_nonzero(~np.isnan(numbers_of(column, kind))) >= MOSTLY * present:
             return kind
     return "category"
 
 
 def numbers_of(column: Column[str | None], kind: ColumnKind) -> np.ndarray:
-    """(n,) float64: the numbers of a column, NaN where there is none."""
+    """(n,) float64: the numbers (or dates in days) of a column, NaN where there is none."""
     distinct, codes = column.coded()
     return np.array([*(number_of(str(cell), kind) for cell in distinct), math.nan])[codes]
 
 
 def number_of(cell: str, kind: ColumnKind) -> float:
-    """A number, or a date in days since 1970; NaN for what is none."""
+    """A number, or a date in days since 1970; NaN for any other text."""
     if kind == "number":
-        found = float(cell) if NUMBER.fullmatch(cell) else math.nan
-        return found if math.isfinite(found) else math.nan
+        value = float(cell) if NUMBER.fullmatch(cell) else math.nan
+        return value if math.isfinite(value) else math.nan
     try:
         moment = datetime.fromisoformat(cell) if len(cell) >= 8 and cell[:4].isdigit() else None
     except ValueError:
@@ -220,19 +220,19 @@ def number_of(cell: str, kind: ColumnKind) -> float:
 
 
 def scale_of(numbers: np.ndarray, scaling: str) -> list[float]:
-    """What `scaled` needs to know of the training numbers."""
+    """The statistics of the training numbers that `scaled` uses."""
     if not len(numbers):
         return []
     if scaling == "standard":
         return [float(numbers.mean()), float(numbers.std())]
-    # Numbers that do occur: between two of them rounding would make ties look different.
+    # Quantiles are numbers that occur: interpolating between two would split ties by rounding.
     return (
         np.sort(numbers).tolist() if len(numbers) <= LEVELS else np.quantile(numbers, np.linspace(0, 1, LEVELS), method="nearest").tolist()
     )
 
 
 def scaled(numbers: np.ndarray, scale: Sequence[float], scaling: str) -> np.ndarray:
-    """Numbers by train's scale, around 0.
+    """Numbers scaled by train's statistics, centred around 0.
 
     >>> scaled(np.array([1.0, 3.0, 99.0]), scale_of(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), "quantile"), "quantile").round(2).tolist()
     [-3.09, 0.0, 3.09]
@@ -240,11 +240,11 @@ def scaled(numbers: np.ndarray, scale: Sequence[float], scaling: str) -> np.ndar
     if not scale:
         return np.zeros_like(numbers)
     if scaling == "standard":
-        mean, deviation = scale
-        return (numbers - mean) / (deviation or 1.0)
+        mean, std = scale
+        return (numbers - mean) / (std or 1.0)
     quantiles, levels = np.array(scale), np.linspace(0, 1, len(scale))
     if quantiles[0] == quantiles[-1]:
         return np.sign(numbers - quantiles[0])
-    # From both ends, so that a value that fills several levels comes to their middle.
+    # Averaged over both directions, so that a value that spans several levels gets their midpoint.
     share = (np.interp(numbers, quantiles, levels) + 1 - np.interp(-numbers, -quantiles[::-1], levels)) / 2
     return torch.special.ndtri(torch.from_numpy(share.clip(EXTREME, 1 - EXTREME))).numpy()

@@ -1,4 +1,4 @@
-"""Texts."""
+"""Text inputs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,15 +16,15 @@ from fusion.errors import UserError
 
 NULLS = frozenset({"nan", "NaN", "NA", "N/A", "#N/A", "<NA>", "NaT", "None", "null", "NULL"})  # how programs write a missing value as text
 MAX_LENGTH = 64  # tokens
-NOTABLE = 0.001  # share of unknown tokens
+NOTABLE = 0.001  # share of unknown tokens from which on it is reported
 
 
 class TextInput(Kind):
-    """A text. An empty cell, or one of blanks, is no text.
+    """One text per sample. An empty or blank cell means no text.
 
     Args:
-        column: of the manifest.
-        max_length: most tokens; longer texts are cut, counted and reported. None: data.max_length.
+        column: name of the manifest's column.
+        max_length: maximum number of tokens; longer texts are truncated, counted and reported. None: data.max_length.
     """
 
     noun = "text"
@@ -50,8 +50,8 @@ class TextInput(Kind):
     def learn(self, cells: Sequence[Any], encoder: Encoder) -> None:
         if not isinstance(encoder, TransformersText):
             raise TypeError(f"expected a TransformersText for the texts, got {type(encoder).__name__}")
-        asked = self.max_length or MAX_LENGTH
-        max_length = min(asked, encoder.longest or asked)
+        requested = self.max_length or MAX_LENGTH
+        max_length = min(requested, encoder.longest or requested)
         if encoder.from_scratch:
             texts = [text for text in cells if text]
             self.tokenizer = Tokenizer.train(texts, vocab_size=encoder.vocab_size, max_length=max_length)
@@ -78,7 +78,7 @@ class TextInput(Kind):
     def differences(self, then: dict[str, Any]) -> Iterator[str]:
         if then["tokenizer"] != self.tokenizer.state():
             before = tokenizers.Tokenizer.from_str(then["tokenizer"]["backend"]).get_vocab_size()
-            yield f"the tokenizer is another one ({self.tokenizer.vocab_size} tokens, {before} before)"
+            yield f"the tokenizer is a different one ({self.tokenizer.vocab_size} tokens, {before} before)"
 
 
 class TextStore:
@@ -90,14 +90,14 @@ class TextStore:
         self.pad_id, self.tokens = tokenizer.pad_id, tokens
         self.notes = []
         if tokens.cut:
-            self.notes.append(f"{tokens.cut:,} texts cut at {tokenizer.max_length} tokens")
+            self.notes.append(f"{tokens.cut:,} texts truncated to {tokenizer.max_length} tokens")
         if tokens.unknown >= NOTABLE:
             self.notes.append(f"{tokens.unknown:.1%} of the tokens are unknown to the tokenizer")
 
     def batch(self, samples: np.ndarray, seed: int) -> Texts:
         return self.tokens.batch(samples, self.pad_id)
 
-    def plain(self) -> "TextStore":
+    def unaugmented(self) -> "TextStore":
         return self
 
     def sizes(self) -> np.ndarray | None:
@@ -108,9 +108,10 @@ class TextStore:
 
 
 def notes_of_nulls(path: str, column: str, cells: Column[str | None]) -> list[str]:
-    """Cells that look like what a program writes for a missing value. They are read as text, for they may be meant: a class, a word."""
-    found = [str(cell) for cell in cells.take(np.flatnonzero(cells.touched(f"^({'|'.join(NULLS)})$")))]
-    if not found:
+    """A note on cells that look like a program's spelling of a missing value; they are read as text, since they may be a class or word."""
+    spellings = [str(cell) for cell in cells.take(np.flatnonzero(cells.touched(f"^({'|'.join(NULLS)})$")))]
+    if not spellings:
         return []
-    option = ",".join(f'"{spelling}"' for spelling in sorted(set(found)))
-    return [f"{path}: {len(found):,} cells of column '{column}' are {option}, read as text; else: --data.format.missing='[{option}]'"]
+    option = ",".join(f'"{spelling}"' for spelling in sorted(set(spellings)))
+    count = f"{len(spellings):,} cells of column '{column}'"
+    return [f"{path}: {count} are {option}, read as text; to read them as missing: --data.format.missing='[{option}]'"]

@@ -1,1 +1,1 @@
-"""Callbacks of every run."""
+"""Lightning callbacks of every run."""

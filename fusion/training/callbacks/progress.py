@@ -1,4 +1,4 @@
-"""How training goes: a bar on a terminal, a line an epoch everywhere, and in a log a line every half minute within an epoch."""
+"""Progress of training: a bar on a terminal, a line an epoch everywhere, and in logs a line every half minute within epochs."""
 
 import sys
 import time
@@ -8,24 +8,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from fusion.console import SignOfLife, figure, print_rank_zero
+from fusion.console import Heartbeat, figure, print_rank_zero
 from fusion.training.engine import Engine
 
 
 class EpochLines(Callback):
-    """One line an epoch: loss, validation scores and samples a second. Where no bar shows it, also how far the epoch, a validation or the
-    test is, every `every_s` seconds.
+    """Prints one line an epoch: loss, validation scores and samples a second. Where there is no bar, also the progress within the epoch, a
+    validation or the test, every `every_s` seconds.
 
     Args:
         every_s: seconds between two lines within an epoch.
     """
 
     def __init__(self, every_s: float = 30.0) -> None:
-        self.sign = SignOfLife(every_s)
+        self.sign = Heartbeat(every_s)
         self.rates: list[float] = []  # samples a second of each epoch of this process, without validation
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        # A run resumed within an epoch has no start of that epoch.
+        # Lightning calls no on_train_epoch_start for a run resumed within an epoch.
         self.begin()
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -47,12 +47,12 @@ class EpochLines(Callback):
             self.training_s = time.monotonic() - self.began
 
     def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *arguments: Any) -> None:
-        self.told(trainer, "validating", arguments[2], trainer.num_val_batches)
+        self.report(trainer, "validating", arguments[2], trainer.num_val_batches)
 
     def on_test_batch_end(self, trainer: Trainer, module: LightningModule, *arguments: Any) -> None:
-        self.told(trainer, "testing", arguments[2], trainer.num_test_batches)
+        self.report(trainer, "testing", arguments[2], trainer.num_test_batches)
 
-    def told(self, trainer: Trainer, what: str, batch_idx: int, batches: Any) -> None:
+    def report(self, trainer: Trainer, what: str, batch_idx: int, batches: Any) -> None:
         if self.due(trainer):
             print_rank_zero(f"{what}  batch {batch_idx + 1:,} of {int(sum(batches)):,}")
 
@@ -65,8 +65,8 @@ class EpochLines(Callback):
         assert isinstance(module, Engine)
         scores: dict[str, Any] = {
             f"train/{name}": mean for name, mean in module.means.of_epoch(module).items()
-        }  # on every rank, over which it sums
-        # Of an earlier epoch, where this one wasn't validated.
+        }  # on every rank: a collective
+        # Without validation in this epoch, the logged validation scores are those of an earlier one.
         scores |= {name: score for name, score in trainer.callback_metrics.items() if self.training_s or not name.startswith("val/")}
         rate = self.samples / max(self.training_s or time.monotonic() - self.began, 1e-9)
         self.rates.append(rate)
@@ -85,10 +85,10 @@ def epoch_of(trainer: Trainer) -> str:
 
 
 class Bar(ProgressBar):
-    """On a terminal, a bar with the loss, the last validation accuracy and samples a second.
+    """Progress bar on a terminal, with the loss, the last validation score and samples a second.
 
     Args:
-        refresh_s: seconds between two looks at the loss, for each of which the device is waited for.
+        refresh_s: seconds between two readings of the loss, each of which synchronises with the device.
     """
 
     def __init__(self, refresh_s: float = 0.2) -> None:
@@ -104,7 +104,7 @@ class Bar(ProgressBar):
         self.enabled = True
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.on_train_epoch_start(trainer, module)  # which a run resumed within an epoch doesn't have
+        self.on_train_epoch_start(trainer, module)  # not called by Lightning for a run resumed within an epoch
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.began = self.shown = time.monotonic()

@@ -1,4 +1,4 @@
-"""The folder of a run: everything to run it again, to continue it, and to use what it trained."""
+"""The folder of a run: everything to repeat it, to resume it, and to predict with its model."""
 
 import csv
 import json
@@ -27,14 +27,14 @@ OWN_FILES = (ISSUES, METRICS, SAMPLES, "evaluation_issues.csv")  # tables that o
 
 
 class RunFolder(Callback):
-    """Agrees on the folder with all ranks, then sends loggers and checkpoints there and writes what the run was.
+    """Directs loggers and checkpoints to the run's folder, and writes the recipe, the environment and the data's issues there.
 
-    Rank 0 chose the folder; the other ranks, which may have started a second later, take its word.
+    All ranks use the folder that rank 0 chose (its name has the time, which may differ on other ranks).
     """
 
     def __init__(self, folder: Path | None, recipe: str, checkpoint: ModelCheckpoint | None, *, log: bool = True) -> None:
         self.folder, self.recipe, self.checkpoint, self.log = folder, recipe, checkpoint, log
-        self.logged: dict[str, Any] = {"rows": 0, "waiting": {}}  # when the checkpoint was made that this run goes on from
+        self.logged: dict[str, Any] = {"rows": 0, "waiting": {}}  # state in the checkpoint that this run resumes from
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -44,7 +44,7 @@ class RunFolder(Callback):
             self.checkpoint.dirpath = str(self.folder / "checkpoints")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback is not self.checkpoint and callback.dirpath is None:
-                callback.dirpath = str(self.folder / "more_checkpoints")  # where they overwrite none of ours
+                callback.dirpath = str(self.folder / "more_checkpoints")  # where they don't overwrite the run's own
         if self.log:
             self.earlier: list[dict[str, str]] | None = earlier_metrics(self.folder, trainer.is_global_zero)
             self.csv = CountingCSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=50)
@@ -56,24 +56,24 @@ class RunFolder(Callback):
             (self.folder / "recipe.yaml").write_text(self.recipe, encoding="utf-8")
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            data.ledger.write(self.folder / ISSUES)
-            if not (self.folder / SAMPLES).exists():  # a resumed run's is that of its start, which its checkpoints name
+            data.issues.write(self.folder / ISSUES)
+            if not (self.folder / SAMPLES).exists():  # a resumed run keeps the record of its start, whose digest is in its checkpoints
                 data.record.write(self.folder)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.go_on_with_the_log(trainer)
+        self.restore_metrics(trainer)
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.go_on_with_the_log(trainer)  # a run that was already at its end doesn't start
+        self.restore_metrics(trainer)  # on_train_start isn't called for a run that had already ended
 
-    def go_on_with_the_log(self, trainer: Trainer) -> None:
-        """A resumed run's metrics go on where its checkpoint stood; CSVLogger has deleted the file."""
+    def restore_metrics(self, trainer: Trainer) -> None:
+        """Continue a resumed run's metrics.csv, which CSVLogger has deleted, with the records up to its checkpoint."""
         if not (trainer.is_global_zero and self.log and self.earlier is not None):
             return
-        kept = self.earlier[: self.logged["rows"]]
+        earlier = self.earlier[: self.logged["rows"]]
         self.earlier = None
-        self.csv.experiment.metrics[:0] = kept
-        self.csv.rows = len(kept)
+        self.csv.experiment.metrics[:0] = earlier
+        self.csv.records = len(earlier)
         if self.logged["waiting"]:
             log_now(trainer, self.logged["waiting"])
         self.csv.save()
@@ -81,66 +81,64 @@ class RunFolder(Callback):
         (self.folder / EARLIER).unlink(missing_ok=True)
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The metrics up to a checkpoint are on the disk before it is: a run killed later goes on with all of them. And the recipe, for
-        the folder's may be edited later."""
+        """Write the metrics to disk before the checkpoint, so that a run killed later resumes with all of them. The checkpoint also has the
+        recipe, since the folder's recipe.yaml may be edited later."""
         checkpoint["recipe"] = self.recipe
         if not (trainer.is_global_zero and self.log and trainer.loggers):
             return
         self.csv.save()
-        seen: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-        # Lightning logs an update after the hook in which it may be saved.
-        waits = seen.completed < seen.processed and logs_now(trainer)
-        waiting = step_metrics(trainer) if waits else {}
-        checkpoint["logged"] = {"rows": self.csv.rows, "waiting": waiting}
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        # Lightning logs an update only after the hook in which a checkpoint may be saved.
+        is_pending = progress.completed < progress.processed and logs_now(trainer)
+        pending = step_metrics(trainer) if is_pending else {}
+        checkpoint["logged"] = {"rows": self.csv.records, "waiting": pending}
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.logged = checkpoint.get("logged", self.logged)
 
 
 class CountingCSVLogger(CSVLogger):
-    """And how many rows it has written."""
+    """CSVLogger that counts the records it has written."""
 
-    rows = 0
+    records = 0
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self.rows += 1
+        self.records += 1
         super().log_metrics(metrics, step)
 
 
 EARLIER = "metrics-earlier.csv"
 
 
-def earlier_metrics(folder: Path, writes: bool) -> list[dict[str, str]]:
-    """The rows of the folder's metrics.csv. They are kept in a file of another name until the new one has them, since CSVLogger begins by
-    deleting.
-    """
-    path, kept = folder / METRICS, folder / EARLIER
-    if writes and path.is_file() and not kept.is_file():
-        path.replace(kept)
-    if not kept.is_file():
+def earlier_metrics(folder: Path, is_writer: bool) -> list[dict[str, str]]:
+    """The records of the folder's metrics.csv. The file is renamed until the new one has them, since CSVLogger begins by deleting it."""
+    path, renamed = folder / METRICS, folder / EARLIER
+    if is_writer and path.is_file() and not renamed.is_file():
+        path.replace(renamed)
+    if not renamed.is_file():
         return []
-    return [row for row in read_metrics(kept) if row.get("step", "").isdigit()]  # a kill may have torn the last line
+    return [record for record in read_metrics(renamed) if record.get("step", "").isdigit()]  # the last line may be incomplete after a kill
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, each with the columns that it fills."""
+    """The records of a metrics.csv, each without its empty columns."""
     with open(path, newline="", encoding="utf-8") as file:
-        return [{key: value for key, value in row.items() if key and value} for row in csv.DictReader(file)]
+        return [{key: value for key, value in record.items() if key and value} for record in csv.DictReader(file)]
 
 
 def new_run_folder(runs: Path, name: str) -> Path:
-    """runs/<name>/<time>, made now. Raises UserError where it can't be written."""
-    begun = datetime.now()
+    """Create runs/<name>/<time>. Raises UserError where it can't be written."""
+    started = datetime.now()
     for _ in range(1000):
-        folder = runs / name / begun.strftime("%Y-%m-%d_%H-%M-%S")
+        folder = runs / name / started.strftime("%Y-%m-%d_%H-%M-%S")
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            begun = datetime.fromtimestamp(begun.timestamp() + 1)
+            started = datetime.fromtimestamp(started.timestamp() + 1)
         except OSError as error:
-            raise UserError(f"can't make the run folder {folder} ({error.strerror}). Another place: --runs=FOLDER") from error
+            raise UserError(f"can't make the run folder {folder} ({error.strerror}). Choose another place: --runs=FOLDER") from error
     raise UserError(f"can't find a free name for a run under {runs / name}")
 
 
@@ -159,7 +157,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit that this code was checked out at, with + if a file of it was changed since; None outside a checkout."""
+    """The git commit of this code, with a trailing + if files were changed since; None outside a checkout."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

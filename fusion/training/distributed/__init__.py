@@ -1,1 +1,1 @@
-"""Many devices: strategies, compression, statistics of whole batches."""
+"""Distributed training: strategies, gradient compression, synchronised batch normalisation."""

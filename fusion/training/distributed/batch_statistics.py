@@ -1,4 +1,4 @@
-"""Batch normalisation over all devices of a run."""
+"""Synchronised batch normalisation, over all devices of a run."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from torch import nn
 
 
 class SyncStatistics(LayerSync):
-    """Statistics over the pictures of all ranks, for every kind of batch normalisation that timm has: torch's own conversion drops the
-    activation that BatchNormAct2d applies (EfficientNet, RegNet, MobileNetV3).
+    """Computes statistics over the images of all ranks, for all batch normalisation layers of timm: torch's own conversion drops the
+    activation of BatchNormAct2d (EfficientNet, RegNet, MobileNetV3).
 
-    What is frozen holds its statistics as before. A rank whose batch has no picture takes part with none (`TimmImage.encode`).
+    Frozen layers keep their statistics. A rank whose batch has no images takes part with an empty batch (`TimmImage.encode`).
     """
 
     def apply(self, model: Any) -> nn.Module:
-        """model: a Task, built."""
+        """model: an Engine whose model is built."""
         for name, encoder in model.model.encoders.items():
             model.model.encoders[name] = convert_sync_batchnorm(encoder)
-        model.freezing.hold_again(model.model)
+        model.freezing.reapply(model.model)
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        return model  # in evaluation they are what they were
+        return model  # in evaluation synchronised layers work like ordinary ones

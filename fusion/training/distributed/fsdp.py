@@ -1,4 +1,4 @@
-"""Fully sharded data parallel (FSDP2), for encoders that don't fit one device with their gradients and their optimiser's state."""
+"""Fully sharded data parallel (FSDP2), for encoders that don't fit on one device with their gradients and optimiser state."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -17,11 +17,11 @@ from fusion.training.distributed.lost_ranks import LeavesLostRanks
 
 
 class FSDP(LeavesLostRanks, WholeMesh):
-    """Lightning's FSDP2 over all processes: each keeps a share of every weight, gradient and optimiser state, and gathers the weights of a
-    block only while it computes it. Checkpoints are whole, as those of any other run.
+    """Lightning's FSDP2 over all processes: each has a shard of every weight, gradient and optimiser state, and gathers the weights of a
+    block only while computing it. Checkpoints are not sharded; they are the same as with other strategies.
 
-    Precision: 32-true or bf16-mixed (fp16 with a gradient scaler is DDP's). With `model.compile` graphs end where shares are gathered: each
-    block is compiled on its own, and the losses are those of the whole model compiled.
+    Precision: 32-true or bf16-mixed (fp16 with a gradient scaler needs DDP). With `model.compile` graphs break where shards are gathered:
+    each block is compiled separately; the losses are the same as of the whole model compiled.
 
     Args:
         timeout_s: how long a rank waits for another before the run ends, in seconds; above 0.
@@ -33,21 +33,21 @@ class FSDP(LeavesLostRanks, WholeMesh):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timedelta(seconds=timeout_s))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        if self.is_global_zero:  # whose state is the whole one
+        if self.is_global_zero:  # the full state is gathered on rank 0
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
 
 def shard(model: FusionModel, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
-    """Share out the blocks of the encoders, then the rest of the model. A frozen or trained model alike; done once.
+    """Shard the blocks of the encoders, then the rest of the model, frozen or trained. Done once.
 
     dtype: in which weights are gathered (half the bytes under bf16 autocast, which would cast them anyway); gradients are summed in
-    float32. Not where the model has batch normalisation, whose weights must be of its statistics' float32.
+    float32. Ignored for models with batch normalisation, whose weights must be float32 like its statistics.
     """
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         dtype = None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for p in model.parameters():
-        p.data = p.data.contiguous()  # FSDP takes no other (filters that lie channels last)
+        p.data = p.data.contiguous()  # FSDP requires it (convolutions may be channels last)
     for encoder in model.encoders.values():
         assert isinstance(encoder, Encoder)
         for block in blocks(encoder):
@@ -56,11 +56,11 @@ def shard(model: FusionModel, mesh: DeviceMesh, dtype: torch.dtype | None = None
 
 
 def blocks(encoder: nn.Module) -> list[nn.Module]:
-    """The repeated parts of an encoder: the members of its outermost lists of modules."""
-    found: list[nn.Module] = []
+    """The repeated blocks of an encoder: the members of its outermost module lists."""
+    members: list[nn.Module] = []
     for child in encoder.children():
         if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1:
-            found += [block for block in child if any(True for _ in block.parameters())]
+            members += [block for block in child if any(True for _ in block.parameters())]
         else:
-            found += blocks(child)
-    return found
+            members += blocks(child)
+    return members

@@ -1,4 +1,4 @@
-"""What is known of a rank that is gone or silent, and how to end without waiting for it."""
+"""Detection of lost ranks (gone or not responding), and ending a run without waiting for them."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import torch.distributed as dist
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Whether it is what gloo or NCCL say when a peer is gone or silent."""
+    """Whether an error is one that gloo or NCCL raise when a peer is gone or not responding."""
     if not (dist.is_available() and isinstance(error, RuntimeError)):
         return False
-    words = ("gloo", "caused pair closure", "NCCL")  # the second is gloo's too, of what waited behind that which timed out
-    return isinstance(error, dist.DistError) or (dist.is_initialized() and any(word in str(error) for word in words))
+    phrases = ("gloo", "caused pair closure", "NCCL")  # the second is also gloo's, for operations queued behind the one that timed out
+    return isinstance(error, dist.DistError) or (dist.is_initialized() and any(phrase in str(error) for phrase in phrases))
 
 
 class LeavesLostRanks:
-    """A strategy that, once a rank is lost, moves nothing off the device when it ends: copies would wait there for the sum of gradients
-    that is never done, until NCCL's watchdog ended the process without a word. The command ends it at once instead.
+    """Mixin of strategies that skips teardown once a rank is lost: moving tensors off the device would wait for a reduction that never
+    completes, until NCCL's watchdog ends the process without a message. The command ends the process immediately instead.
     """
 
     lost = False

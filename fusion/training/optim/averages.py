@@ -1,4 +1,4 @@
-"""Averages of the weights over training, evaluated and saved in their place."""
+"""Weight averaging (EMA, SWA): the averaged weights are evaluated and saved in place of the trained ones."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from fusion.lightning_private import AveragedWeights
 
 
 class Average(AveragedWeights):
-    """Lightning's, on the device of the model, whenever that has moved there; how many updates were averaged is counted on the host, which
-    torch's own way asks the device for.
+    """Lightning's WeightAveraging, with the averages on the model's device and the number of averaged updates counted on the host (torch
+    reads it from the device, which synchronises).
 
-    combine: averages, weights of now and how many were averaged before -> the averages, in place.
+    combine: updates the averages in place, from (averages, current weights, number of updates averaged before).
     """
 
     def __init__(self, combine: Callable[[Any, Any, Any], None]) -> None:
@@ -37,56 +37,56 @@ class Average(AveragedWeights):
 
     @torch.no_grad()
     def average(self, module: LightningModule) -> None:
-        """Take in the weights and buffers of now; of whole numbers (counts of batches) the last."""
+        """Add the current weights and buffers to the averages; integers (counts of batches) are copied instead."""
         averaged = self.averaged
         assert averaged is not None
         count = int(averaged.n_averaged)
-        before, after = (chain(m.parameters(), m.buffers()) for m in (averaged.module, module))
-        alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-        for average, now in zip(before, after, strict=True):
+        averages, currents = (chain(m.parameters(), m.buffers()) for m in (averaged.module, module))
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for average, current in zip(averages, currents, strict=True):
             if count and average.is_floating_point():
-                alike[average.dtype][0].append(average.detach())
-                alike[average.dtype][1].append(now.detach())
+                by_dtype[average.dtype][0].append(average.detach())
+                by_dtype[average.dtype][1].append(current.detach())
             else:
-                average.detach().copy_(now.detach())
-        for averages, weights in alike.values():
-            self.combine(averages, weights, count)
+                average.detach().copy_(current.detach())
+        for same_dtype, weights in by_dtype.values():
+            self.combine(same_dtype, weights, count)
         averaged.n_averaged += 1
 
 
 class EMA(Average):
-    """Exponential moving average of the weights, over updates really made; it is what is validated, saved and tested.
+    """Exponential moving average of the weights over the updates made (not the skipped ones); it is validated, saved and tested.
 
         a <- decay * a + (1 - decay) * w, from a = w after the first update
 
-    Buffers (statistics of batch normalisation) are averaged too.
+    Buffers (batch normalisation statistics) are averaged too.
 
     Args:
-        decay: how much of the average an update leaves, from 0 to below 1; it spans about 1 / (1 - decay) updates.
+        decay: weight of the previous average at each update, from 0 to below 1; the average spans about 1 / (1 - decay) updates.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
-            raise UserError(f"EMA: decay is {decay}; expected a share, from 0 to below 1")
+            raise UserError(f"EMA: decay is {decay}; expected a fraction, from 0 to below 1")
         super().__init__(get_ema_multi_avg_fn(decay))
 
 
 class SWA(Average):
     """Stochastic weight averaging: the mean of the weights at the ends of the last epochs.
 
-    What is validated, saved and tested is the average; before it begins, the weights themselves. Buffers (statistics of batch
-    normalisation) are averaged too. The learning rate stays the schedule's: give it a floor (engine/swa does).
+    The average is validated, saved and tested; before averaging begins, the weights themselves are. Buffers (batch normalisation
+    statistics) are averaged too. The learning rate still follows the schedule: give it a floor (as engine/swa does).
 
     Source: Izmailov et al. (2018), "Averaging Weights Leads to Wider Optima and Better Generalization". Lightning's own
-    StochasticWeightAveraging takes over the schedule, counts epochs only, and leaves checkpoints without the average.
+    StochasticWeightAveraging replaces the schedule, counts only epochs, and doesn't save the average in checkpoints.
 
     Args:
-        start: the share of the epochs after which averaging begins, from 0 to below 1.
+        start: fraction of the epochs after which averaging begins, from 0 to below 1.
     """
 
     def __init__(self, start: float = 0.75) -> None:
         if not 0 <= start < 1:
-            raise UserError(f"SWA: start is {start}; expected a share of the epochs, from 0 to below 1")
+            raise UserError(f"SWA: start is {start}; expected a fraction of the epochs, from 0 to below 1")
         super().__init__(get_swa_multi_avg_fn())
         self.start = start
 
@@ -99,5 +99,5 @@ class SWA(Average):
             return False
         first = int(self.start * (self.trainer.max_epochs or 0))
         if self.trainer.current_epoch <= first:
-            self.averaged.n_averaged.zero_()  # the next one replaces what is there
+            self.averaged.n_averaged.zero_()  # the next update restarts the average
         return self.trainer.current_epoch < first or self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch

@@ -1,4 +1,4 @@
-"""Muon: momentum whose every matrix is orthogonalised; AdamW for what is no hidden matrix."""
+"""Muon: orthogonalised momentum for hidden matrices, AdamW for all other parameters."""
 
 import math
 from collections import defaultdict
@@ -10,30 +10,30 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-# A quintic whose repetition drives singular values in (0, 1] towards 1, chosen for its slope at 0 (Jordan et al., 2024).
+# Coefficients of a quintic whose iteration drives singular values in (0, 1] towards 1, chosen for its slope at 0 (Jordan et al., 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(Optimizer):
-    """Every step of a hidden matrix turns all its directions alike; small transformers from scratch learn from fewer samples by it.
+    """Updates hidden matrices equally in all directions; small transformers trained from scratch need fewer samples with it.
 
         M <- mu M + (1 - mu) G        W <- (1 - lr * decay) W - lr * 0.2 sqrt(max(rows, columns)) * orthogonal((1 - mu) G + mu M)
 
     "MomentUm Orthogonalized by Newton-Schulz" (Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks"), with the
-    scale of Liu et al. (2025, "Muon is Scalable for LLM Training"), by which a learning rate means what it means for AdamW. The filters of
-    a convolution are taken as the rows of one matrix. Parameter groups with `hidden` False (embeddings, output layers, vectors) are
-    AdamW's; without such a key every parameter of two or more dimensions is hidden.
+    scale of Liu et al. (2025, "Muon is Scalable for LLM Training"), which makes its learning rates comparable to AdamW's. The filters of a
+    convolution are the rows of one matrix. Parameter groups with `hidden` False (embeddings, output layers, vectors) are updated by AdamW;
+    without such a key every parameter of two or more dimensions is hidden.
 
-    Matrices of one shape are orthogonalised together; on a GPU in bfloat16, whose error the iteration bears, as in the published code.
-    Cost: for a matrix of R <= C, 20 R^2 C + 10 R^3 operations an update whatever the batch; for ViT-B and BERT-base together 3.2 TFLOP,
-    which is 5 % of an update of 460 pairs of a picture and 64 tokens, and less above.
+    Matrices of the same shape are orthogonalised together; on a GPU in bfloat16, which the iteration tolerates, as in the published code.
+    Cost: for a matrix of R <= C, 20 R^2 C + 10 R^3 operations per update, whatever the batch size; for ViT-B and BERT-base together
+    3.2 TFLOP, which is 5 % of an update of 460 pairs of an image and 64 tokens, and less for larger batches.
 
     Args:
-        lr: learning rate, of hidden matrices and of AdamW's parameters alike.
-        weight_decay: decoupled weight decay, times the learning rate, of both.
+        lr: learning rate, of hidden matrices and of AdamW's parameters.
+        weight_decay: decoupled weight decay, multiplied by the learning rate, of all parameters.
         momentum: mu of the hidden matrices, from 0 to below 1.
-        betas: AdamW's decay rates of the means of gradients and of their squares, from 0 to below 1.
-        eps: what AdamW adds to its denominator.
+        betas: AdamW's decay rates of the running means of gradients and of their squares, from 0 to below 1.
+        eps: added to AdamW's denominator.
 
     >>> layer = torch.nn.Linear(8, 8)
     >>> optimizer = Muon(layer.parameters(), lr=0.01)
@@ -55,11 +55,11 @@ class Muon(Optimizer):
             if not 0 <= value < most:
                 raise ValueError(f"Muon: {name} is {value}; expected 0 to {most}")
         options = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
-        # fused: AdamW's kernel wants the count of steps where the weights are, and by this key `load_state_dict` puts it there.
+        # fused: AdamW's kernel needs the step count on the device of the weights, and with this key `load_state_dict` moves it there.
         super().__init__(params, options | {"hidden": True, "fused": True})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        groups = [{"fused": True, **group} for group in state_dict["param_groups"]]  # which older checkpoints lack
+        groups = [{"fused": True, **group} for group in state_dict["param_groups"]]  # missing in older checkpoints
         super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()
@@ -69,10 +69,10 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            given = [p for p in group["params"] if p.grad is not None]
+            with_gradient = [p for p in group["params"] if p.grad is not None]
             same_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
             rest: list[Tensor] = []
-            for p in given:
+            for p in with_gradient:
                 if group["hidden"] and p.dim() > 1:
                     same_shape[len(p), p[0].numel()].append(p)
                 else:
@@ -120,7 +120,7 @@ class Muon(Optimizer):
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """For each of the matrices (n, R, C) = U S V', about U V': singular values of 1, give or take 0.3. Zero stays zero."""
+    """Approximate U V' of each matrix U S V' of (n, R, C): singular values of 1 +- 0.3. Zero matrices stay zero."""
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[1] > x.shape[2]

@@ -1,4 +1,4 @@
-"""fp16 autocast with a gradient scaler whose every setting is a value of the recipe; bf16 autocast on processors that have it."""
+"""Mixed precision: fp16 autocast with a configurable gradient scaler; bf16 autocast on CPUs that support it."""
 
 import math
 from collections.abc import Collection, Iterator
@@ -19,13 +19,13 @@ from fusion.model import FusionModel, part_of, plain_name
 class Fp16(MixedPrecision):
     """Automatic mixed precision in fp16 with `torch.amp.GradScaler`, on a GPU, or on a CPU (slow there: for tests).
 
-    (Lightning's `precision: 16-mixed` becomes bf16 without a scaler on a CPU, in silence.)
+    (On a CPU, Lightning's `precision: 16-mixed` silently becomes bf16 without a scaler.)
 
     Args:
-        init_scale: what the loss is multiplied by at first, the scale.
-        growth_factor: what the scale is multiplied by after `growth_interval` updates in a row without an overflow; above 1.
-        backoff_factor: what the scale is multiplied by after an overflow, whose update is skipped; below 1.
-        growth_interval: number of updates in a row without an overflow, after which the scale grows.
+        init_scale: initial loss scale.
+        growth_factor: factor of the scale after `growth_interval` updates in a row without an overflow; above 1.
+        backoff_factor: factor of the scale after an overflow, whose update is skipped; below 1.
+        growth_interval: number of updates in a row without an overflow after which the scale grows.
     """
 
     def __init__(
@@ -36,29 +36,29 @@ class Fp16(MixedPrecision):
                 f"Fp16: init_scale {init_scale}, growth_factor {growth_factor}, backoff_factor {backoff_factor}, growth_interval "
                 f"{growth_interval}; expected above 0, above 1, between 0 and 1, and at least 1"
             )
-        self.scaler_on = partial(
+        self.make_scaler = partial(
             torch.amp.GradScaler,
             init_scale=init_scale,
             growth_factor=growth_factor,
             backoff_factor=backoff_factor,
             growth_interval=growth_interval,
         )
-        super().__init__("16-mixed", "cpu", self.scaler_on("cpu"))  # until the model is on its device
+        super().__init__("16-mixed", "cpu", self.make_scaler("cpu"))  # until the model is on its device
 
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
-        device = next(model.parameters()).device.type  # not what the machine has: a run may be kept on the CPU of one with GPUs
+        device = next(model.parameters()).device.type  # of the model, not the machine: a run may use the CPU of a machine with GPUs
         if device != self.device:
-            self.device, self.scaler = device, self.scaler_on(device)
+            self.device, self.scaler = device, self.make_scaler(device)
         return super().connect(model, optimizers, lr_schedulers)
 
 
 class Bf16OnCpu(Precision):
-    """bf16 autocast on a CPU whose processor multiplies bf16 (AVX512-BF16 or AMX), else float32, with a warning; the plan prints which.
+    """bf16 autocast on a CPU with bf16 instructions (AVX512-BF16 or AMX); on others float32, with a warning. The plan prints which is used.
 
-    Without such instructions bf16 is emulated and slower than float32. Where they exist, matrix products gain most and small convolutions
-    lose: measure with the recipe at hand. Weights, their gradients and the optimiser stay in float32; nothing is scaled.
+    Without such instructions bf16 is emulated and slower than float32. With them, matrix products gain most and small convolutions may get
+    slower: measure with your own recipe. Weights, gradients and optimiser state stay in float32; there is no gradient scaler.
     """
 
     def __init__(self) -> None:
@@ -73,17 +73,17 @@ class Bf16OnCpu(Precision):
 
 
 def has_bf16() -> bool:
-    """Whether this processor has instructions for products of bf16 that torch uses."""
+    """Whether this CPU has bf16 matrix instructions that torch uses."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def scaler_of(plugin: Precision) -> torch.amp.GradScaler | None:
-    """The gradient scaler of a trainer's precision, None where it has none."""
+    """The gradient scaler of a trainer's precision plugin, or None."""
     return plugin.scaler if isinstance(plugin, MixedPrecision) else None
 
 
 def reject_trained_float16(model: FusionModel, later: Collection[str]) -> None:
-    """Raises UserError where float16 weights learn, or will (`later`): updates below their resolution vanish, and no scaler takes them."""
+    """Raises UserError for float16 weights that are trained, or will be (`later`): small updates vanish, and GradScaler rejects them."""
     for name, p in model.named_parameters():
         if p.dtype == torch.float16 and (p.requires_grad or name in later):
             raise UserError(

@@ -14,14 +14,14 @@ class Schedule(ABC):
         else:             floor + (1 - floor) * shape(progress),   progress = (update - warmup) / (horizon - warmup), at most 1
 
     Args:
-        warmup: the share of the horizon (all updates of the training) over which the rate rises linearly from 0, or, from 1 up, a number of
-            updates.
-        floor: the fraction of the peak rate below which it never falls after the warm-up, from 0 to 1.
+        warmup: fraction of the horizon (all updates of the training) over which the rate rises linearly from 0; values of 1 and more are a
+            number of updates.
+        floor: lowest rate after the warm-up, as a fraction of the peak rate, from 0 to 1.
     """
 
     def __init__(self, warmup: float = 0.0, floor: float = 0.0) -> None:
         if not 0 <= warmup < math.inf:
-            raise UserError(f"schedule: warmup is {warmup}; expected a share of the training below 1, or a number of updates")
+            raise UserError(f"schedule: warmup is {warmup}; expected a fraction of the training below 1, or a number of updates")
         fraction("floor", floor)
         self.warmup, self.floor = warmup, floor
 
@@ -29,7 +29,7 @@ class Schedule(ABC):
         return round(self.warmup * horizon) if self.warmup < 1 else int(self.warmup)
 
     def factor(self, update: int, horizon: int) -> float:
-        """The fraction for the update that follows `update` finished ones."""
+        """Fraction of the peak rate for the update that follows `update` finished ones."""
         warmup = self.warmup_updates(horizon)
         if update < warmup:
             return (update + 1) / (warmup + 1)
@@ -38,11 +38,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def shape(self, progress: float) -> float:
-        """0..1 at a progress of 0..1 through what follows the warm-up."""
+        """Decay curve after the warm-up: a value in 0..1 at a progress of 0..1."""
 
 
 class Constant(Schedule):
-    """The peak rate throughout, after the warm-up."""
+    """Constant peak rate after the warm-up."""
 
     def __init__(self, warmup: float = 0.0) -> None:
         super().__init__(warmup)
@@ -52,10 +52,10 @@ class Constant(Schedule):
 
 
 class Polynomial(Schedule):
-    """A power of what is left to go (Chen et al., 2017, DeepLab): (1 - progress) ** power.
+    """Polynomial decay (Chen et al., 2017, DeepLab): (1 - progress) ** power.
 
     Args:
-        power: exponent, above 0: 1 is a straight line, with more the rate falls fastest at first.
+        power: exponent, above 0: 1 is linear; above 1 the rate falls fastest at first.
 
     >>> [Polynomial(power=2.0).factor(update, horizon=4) for update in range(5)]
     [1.0, 0.5625, 0.25, 0.0625, 0.0]
@@ -72,7 +72,7 @@ class Polynomial(Schedule):
 
 
 class Linear(Polynomial):
-    """A straight line from the peak to the floor.
+    """Linear decay from the peak to the floor.
 
     >>> [Linear(floor=0.5).factor(update, horizon=4) for update in range(5)]
     [1.0, 0.875, 0.75, 0.625, 0.5]
@@ -83,11 +83,11 @@ class Linear(Polynomial):
 
 
 class Step(Schedule):
-    """The rate falls in steps.
+    """Step decay: the rate is multiplied by a factor at given points.
 
     Args:
-        at: shares of what follows the warm-up, from 0 to 1, at each of which the rate falls.
-        gamma: the factor of each fall, from 0 to 1.
+        at: points at which the rate falls, as fractions of the training after the warm-up, from 0 to 1.
+        gamma: factor of the rate at each point, from 0 to 1.
 
     >>> [round(Step(at=[0.5, 0.75], gamma=0.1).factor(update, horizon=4), 4) for update in range(5)]
     [1.0, 1.0, 0.1, 0.01, 0.01]
@@ -95,19 +95,19 @@ class Step(Schedule):
 
     def __init__(self, at: Sequence[float] = (0.5, 0.75), gamma: float = 0.1, warmup: float = 0.0, floor: float = 0.0) -> None:
         super().__init__(warmup, floor)
-        for share in at:
-            fraction("at", share)
+        for point in at:
+            fraction("at", point)
         self.at, self.gamma = list(at), fraction("gamma", gamma)
 
     def shape(self, progress: float) -> float:
-        return self.gamma ** sum(progress >= share for share in self.at)
+        return self.gamma ** sum(progress >= point for point in self.at)
 
 
 class Exponential(Schedule):
-    """The same factor at every update: end ** progress.
+    """Exponential decay, by the same factor at every update: end ** progress.
 
     Args:
-        end: the fraction of the peak rate (of what lies above the floor) that is reached at the end of the training; above 0, up to 1.
+        end: fraction of the peak rate (of the part above the floor) reached at the end of the training; above 0, up to 1.
 
     >>> [round(Exponential(end=0.0625).factor(update, horizon=4), 4) for update in range(5)]
     [1.0, 0.5, 0.25, 0.125, 0.0625]
@@ -124,7 +124,7 @@ class Exponential(Schedule):
 
 
 class Cosine(Schedule):
-    """Half a cosine from the peak to the floor (Loshchilov and Hutter, 2017, without restarts): (1 + cos(pi * progress)) / 2.
+    """Cosine decay from the peak to the floor (Loshchilov and Hutter, 2017, without restarts): (1 + cos(pi * progress)) / 2.
 
     >>> [round(Cosine(floor=0.1).factor(update, horizon=4), 3) for update in range(5)]
     [1.0, 0.868, 0.55, 0.232, 0.1]
@@ -135,13 +135,13 @@ class Cosine(Schedule):
 
 
 class CosineRestarts(Schedule):
-    """Cosines that start again at the peak (Loshchilov and Hutter, 2017).
+    """Cosine decay with warm restarts at the peak rate (Loshchilov and Hutter, 2017).
 
-    The first is 1 / (1 + growth + growth^2 + ...) of what follows the warm-up, so that the last ends with the training.
+    The first cycle takes 1 / (1 + growth + growth^2 + ...) of the training after the warm-up, so that the last one ends with the training.
 
     Args:
-        cycles: number of cosines.
-        growth: how many times as long each is as the one before; above 0.
+        cycles: number of cycles.
+        growth: length of each cycle relative to the one before; above 0.
 
     >>> [round(CosineRestarts(cycles=2).factor(update, horizon=4), 3) for update in range(5)]
     [1.0, 0.5, 1.0, 0.5, 0.0]
@@ -157,18 +157,18 @@ class CosineRestarts(Schedule):
         self.starts = [sum(lengths[:cycle]) / sum(lengths) for cycle in range(cycles)] + [1.0]
 
     def shape(self, progress: float) -> float:
-        # Rounding must not take the first update of a cycle for the last of the one before.
+        # With a tolerance, so that rounding doesn't count the first update of a cycle as the last one of the cycle before.
         cycle = max(i for i, start in enumerate(self.starts[:-1]) if start <= progress + 1e-9)
         begin, end = self.starts[cycle : cycle + 2]
         return (1 + math.cos(math.pi * max(0.0, progress - begin) / (end - begin))) / 2
 
 
 class WarmupStableDecay(Schedule):
-    """The peak, then a decay to the floor at the end.
+    """Constant peak rate, then a decay to the floor at the end.
 
     Args:
-        decay: the last share of what follows the warm-up, over which the rate falls; above 0, up to 1.
-        root: fall as 1 - sqrt (Hägele et al., 2024) instead of in a line.
+        decay: final fraction of the training after the warm-up over which the rate falls; above 0, up to 1.
+        root: decay as 1 - sqrt (Hägele et al., 2024) instead of linearly.
 
     >>> [round(WarmupStableDecay(decay=0.5).factor(update, horizon=4), 3) for update in range(5)]
     [1.0, 1.0, 1.0, 0.5, 0.0]
@@ -177,7 +177,7 @@ class WarmupStableDecay(Schedule):
     def __init__(self, decay: float = 0.2, warmup: float = 0.05, floor: float = 0.0, root: bool = False) -> None:
         super().__init__(warmup, floor)
         if not 0 < decay <= 1:
-            raise UserError(f"schedule: decay is {decay}; expected a share of the training, above 0 and up to 1")
+            raise UserError(f"schedule: decay is {decay}; expected a fraction of the training, above 0 and up to 1")
         self.decay, self.root = decay, root
 
     def shape(self, progress: float) -> float:
@@ -186,7 +186,7 @@ class WarmupStableDecay(Schedule):
 
 
 def fraction(name: str, value: float) -> float:
-    """The value, refused if it is none."""
+    """The value itself; raises UserError if it is outside 0..1."""
     if not 0 <= value <= 1:
         raise UserError(f"schedule: {name} is {value}; expected a fraction, 0..1")
     return value

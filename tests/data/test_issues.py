@@ -1,4 +1,4 @@
-"""The ledger of samples that could not be used."""
+"""The issues of samples that could not be used."""
 
 import csv
 import os
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion.data.ledger import Issue, Ledger
+from fusion.data.issues import DataIssues, Issue
 from fusion.errors import UserError
 
 
@@ -17,7 +17,7 @@ def read_back(path):
 
 
 def test_an_empty_ledger_writes_its_header_alone(tmp_path):
-    Ledger("drop").write(tmp_path / "data_issues.csv")
+    DataIssues("drop").write(tmp_path / "data_issues.csv")
     assert read_back(tmp_path / "data_issues.csv") == [["file", "row", "id", "reason"]]
 
 
@@ -26,84 +26,84 @@ cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\
 
 @given(st.lists(st.builds(Issue, cells, st.none() | st.integers(1), cells, cells), max_size=10))
 def test_what_was_added_is_what_the_file_holds(tmp_path_factory, issues):
-    ledger = Ledger("drop")
+    issues = DataIssues("drop")
     for issue in issues:
-        ledger.add(*issue)
-    path = tmp_path_factory.mktemp("ledger") / "issues.csv"
-    ledger.write(path)
-    assert ledger.issues == issues
+        issues.add(*issue)
+    path = tmp_path_factory.mktemp("issues") / "issues.csv"
+    issues.write(path)
+    assert issues.dropped == issues
     assert read_back(path)[1:] == [[i.file, "" if i.row is None else str(i.row), i.id, i.reason] for i in issues]
 
 
 def test_an_id_that_is_no_valid_text_is_written_escaped(tmp_path):
-    ledger = Ledger("drop")
-    ledger.add("m.csv", 2, "caf\udce9", "not UTF-8 (byte 0xe9 in column id)")
-    ledger.write(tmp_path / "issues.csv")
+    issues = DataIssues("drop")
+    issues.add("m.csv", 2, "caf\udce9", "not UTF-8 (byte 0xe9 in column id)")
+    issues.write(tmp_path / "issues.csv")
     assert read_back(tmp_path / "issues.csv")[1][2] == "caf\\udce9"
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path, monkeypatch):
-    ledger = Ledger("drop")
-    ledger.write(tmp_path / "issues.csv")
+    issues = DataIssues("drop")
+    issues.write(tmp_path / "issues.csv")
     before = (tmp_path / "issues.csv").read_bytes()
-    ledger.add("m.csv", 2, "a", "label is missing")
+    issues.add("m.csv", 2, "a", "label is missing")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        ledger.write(tmp_path / "issues.csv")
+        issues.write(tmp_path / "issues.csv")
     assert (tmp_path / "issues.csv").read_bytes() == before
     assert os.listdir(tmp_path) == ["issues.csv"]
 
 
 def test_the_written_file_has_the_permissions_of_any_other_new_file(tmp_path):
-    Ledger("drop").write(tmp_path / "issues.csv")
+    DataIssues("drop").write(tmp_path / "issues.csv")
     (tmp_path / "other").write_text("")
     assert (tmp_path / "issues.csv").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_the_summary_counts_by_kind_of_reason_commonest_first():
-    ledger = Ledger("drop")
+    issues = DataIssues("drop")
     for i in range(5):
-        ledger.add("m.csv", i, str(i), f"image corrupt: truncated (/data/{i}.png)")
+        issues.add("m.csv", i, str(i), f"image corrupt: truncated (/data/{i}.png)")
     for i in range(12):
-        ledger.add("m.csv", i, str(i), f"image missing: /data/{i}.png")
-    assert ledger.summary() == "17 samples dropped: 12 image missing, 5 image corrupt; see data_issues.csv"
+        issues.add("m.csv", i, str(i), f"image missing: /data/{i}.png")
+    assert issues.summary() == "17 samples dropped: 12 image missing, 5 image corrupt; see data_issues.csv"
 
 
 def test_the_summary_of_one_sample_and_of_none_reads_well():
-    ledger = Ledger("drop")
-    assert ledger.summary() == "no samples dropped"
-    ledger.add("m.csv", 2, "a", "label is missing")
-    assert ledger.summary() == "1 sample dropped: 1 label is missing; see data_issues.csv"
+    issues = DataIssues("drop")
+    assert issues.summary() == "no samples dropped"
+    issues.add("m.csv", 2, "a", "label is missing")
+    assert issues.summary() == "1 sample dropped: 1 label is missing; see data_issues.csv"
 
 
 def test_the_summary_stays_one_short_line_when_every_reason_differs():
-    ledger = Ledger("drop")
+    issues = DataIssues("drop")
     for i in range(1000):
-        ledger.add("m.csv", i, str(i), f"reason {i}")
-    assert ledger.summary().endswith("995 for other reasons; see data_issues.csv")
-    assert "\n" not in ledger.summary()
+        issues.add("m.csv", i, str(i), f"reason {i}")
+    assert issues.summary().endswith("995 for other reasons; see data_issues.csv")
+    assert "\n" not in issues.summary()
 
 
 def test_with_error_the_first_bad_sample_stops_and_is_named():
     with pytest.raises(UserError) as caught:
-        Ledger("error").add("m.csv", 7, "cat-1", "label is missing")
+        DataIssues("error").add("m.csv", 7, "cat-1", "label is missing")
     for part in ("m.csv", "row 7", "cat-1", "label is missing", "on_bad_sample=drop"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_note_is_kept_once_and_stops_nothing():
-    ledger = Ledger("error")
+    issues = DataIssues("error")
     for text in ("m.csv is separated by ';'", "row 3 is odd", "m.csv is separated by ';'"):
-        ledger.note(text)
-    assert ledger.notes == ["m.csv is separated by ';'", "row 3 is odd"]
-    assert ledger.issues == []
+        issues.note(text)
+    assert issues.notes == ["m.csv is separated by ';'", "row 3 is odd"]
+    assert issues.dropped == []
 
 
 def test_an_unknown_action_is_refused_with_the_nearest_known_one():
     with pytest.raises(UserError, match="Did you mean drop"):
-        Ledger("dropp")  # type: ignore[arg-type]
+        DataIssues("dropp")  # type: ignore[arg-type]
