@@ -11,6 +11,7 @@ import yaml
 from tiny_world import BERT, ROUNDING, SHORT, assert_same_end, furthest_weights
 
 import fusion
+from fusion.benchmarks.kills import benchmark_kills
 from fusion.cli.evaluate import evaluate
 from fusion.cli.predict import predict
 from fusion.errors import UserError
@@ -44,6 +45,8 @@ SETS = {
         {"photos": IMAGE, "question": TEXT},
     ),
 }
+FP16 = ["--recipe=engine/amp", "--trainer.accelerator=cpu"]
+TWO_RANKS = ["--recipe=engine/ddp", "--trainer.accelerator=cpu", "--trainer.devices=2"]
 every_set = pytest.mark.parametrize("inputs", SETS)
 
 
@@ -110,7 +113,7 @@ def test_inputs_train_by_recipe_alone_and_answer_alike_from_files_and_from_pytho
 
 
 @every_set
-@pytest.mark.parametrize("precision", [[], ["--recipe=engine/amp", "--trainer.accelerator=cpu"]], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [[], FP16], ids=["fp32", "fp16"])
 def test_a_run_over_inputs_goes_on_to_the_bit(of_inputs, fit_here, requeued_after, inputs, precision):
     options = ["--recipe", of_inputs(inputs), *precision, "--model.modality_dropout=0.3"]
     whole = fit_here(*options, runs="whole")
@@ -119,6 +122,17 @@ def test_a_run_over_inputs_goes_on_to_the_bit(of_inputs, fit_here, requeued_afte
         stopped = fit_here(*options, runs="stopped")
     assert stopped.status == 75
     assert_same_end(fit_here("--resume", stopped.folder), whole)
+
+
+@pytest.mark.slow
+@every_set
+@pytest.mark.parametrize("options", [[], [*FP16, *TWO_RANKS]], ids=["fp32 on one rank", "fp16 on two"])
+def test_a_run_over_inputs_that_is_killed_ends_where_an_undisturbed_one_does(of_inputs, inputs, options, capsys):
+    long = ["--trainer.max_epochs=12", "--checkpoint.every_updates=4", "--model.modality_dropout=0.3"]
+    assert benchmark_kills(["--recipe", str(of_inputs(inputs)), *options, *long], kills=2, seed=1) == 0
+    output = capsys.readouterr().out
+    assert "after 2 kills: bitwise equal" in output
+    assert " updates\n" in output  # a checkpoint that the run went on from
 
 
 @every_set
@@ -165,10 +179,10 @@ def test_bad_cells_of_a_table_are_listed_and_unknown_categories_noted(of_inputs,
     with open(run.folder / "data_issues.csv", newline="") as file:
         reasons = [row["reason"] for row in csv.DictReader(file)]
     assert reasons == ["column length has 'long', expected a number", "column day has 'yesterday', expected a date"]
-    assert "1 have a category that train lacks" in capsys.readouterr().out
+    assert "1 have a category that does not occur in train" in capsys.readouterr().out
     with pytest.raises(UserError, match="sample 0: column length has 'long', expected a number"):
         fusion.load(str(run.folder)).predict(facts={"length": ["long"], "kind": ["is"], "day": [None]})
-    with pytest.raises(UserError, match="facts lacks column 'day'"):
+    with pytest.raises(UserError, match="facts has no column 'day'"):
         fusion.load(str(run.folder)).predict(facts={"length": [1.0], "kind": ["is"]})
 
 
@@ -231,7 +245,7 @@ def test_columns_of_a_table_that_a_file_lacks_are_missing_cells(of_inputs, fit_h
     frame.to_csv(tmp_path / "other.csv", index=False)
     capsys.readouterr()
     assert predict(["--run", str(run.folder / "model"), "--manifest", str(tmp_path / "other.csv"), "--out", str(tmp_path / "p.csv")]) == 0
-    assert "other.csv has no column 'kind': its cells are taken as missing. Did you mean kinds" in capsys.readouterr().out
+    assert "other.csv has no column 'kind': its cells are treated as missing. Did you mean kinds" in capsys.readouterr().out
     with open(tmp_path / "p.csv", newline="") as file:
         assert any(row["present_facts"] == "true" for row in csv.DictReader(file))
     with pytest.raises(UserError, match=r"Another name: --data\.inputs\.facts\.init_args\.columns=\[length,kind,day\]"):
