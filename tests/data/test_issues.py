@@ -25,14 +25,14 @@ cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\
 
 
 @given(st.lists(st.builds(Issue, cells, st.none() | st.integers(1), cells, cells), max_size=10))
-def test_what_was_added_is_what_the_file_holds(tmp_path_factory, issues):
+def test_what_was_added_is_what_the_file_holds(tmp_path_factory, added):
     issues = DataIssues("drop")
-    for issue in issues:
+    for issue in added:
         issues.add(*issue)
     path = tmp_path_factory.mktemp("issues") / "issues.csv"
     issues.write(path)
-    assert issues.dropped == issues
-    assert read_back(path)[1:] == [[i.file, "" if i.row is None else str(i.row), i.id, i.reason] for i in issues]
+    assert issues.dropped == added
+    assert read_back(path)[1:] == [[i.file, "" if i.row is None else str(i.row), i.id, i.reason] for i in added]
 
 
 def test_an_id_that_is_no_valid_text_is_written_escaped(tmp_path):
