@@ -45,7 +45,7 @@ def test_one_process_and_several_are_measured_beside_each_other(command: Run, tm
     sent = {name: re.search(rf"^{name} +[\d,]+ +[\d.]+ +([\d,]+)", done.stdout, re.MULTILINE) for name in ("2 ranks", "2 ranks, sign")}
     numbers = {name: int(found.group(1).replace(",", "")) for name, found in sent.items() if found}
     assert numbers["2 ranks"] > 25 * numbers["2 ranks, sign"] > 0
-    assert re.search(r"efficiency of 2 ranks of one core each: [\d.]+ of 2 runs", done.stdout)
+    assert re.search(r"efficiency of 2 ranks of one core each: [\d.]+ of 2 independent runs", done.stdout)
     with open(tmp_path / "curves.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4

@@ -163,6 +163,7 @@ def stopped(self, *args, then=Engine.test_step):
     then(self, *args)
 
 Engine.test_step = stopped
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background, such as these tests
 run("fit")
 """
 
