@@ -6,16 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 from tiny_world import REPOSITORY, TWO, Run, newest
 
+from fusion.data.sampler import draw_seed
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE
 from fusion.session import lost_a_rank
 from fusion.training import DDP
+from fusion.training.callbacks.signals import SeedEachStep
 
 
 def begun(recipe, tmp_path, *options):
@@ -250,3 +255,14 @@ def test_a_run_killed_again_and_again_ends_where_the_whole_one_does(tiny, capsys
     arguments = ["--recipe", str(tiny(dropout=0.4)), "--trainer.max_epochs=10", "--checkpoint.every_updates=9", *TWO]
     assert benchmark(["kills", "--kills=2", *arguments]) == 0
     assert "after 2 kills: bitwise equal" in capsys.readouterr().out
+
+
+def test_seeding_draws_as_torch_does_without_the_cost_for_devices_that_are_not_used(monkeypatch):
+    traces = []
+    monkeypatch.setattr(traceback, "format_stack", lambda: traces.append(1) or [])  # torch's, for each kind of device that isn't
+    trainer, module = SimpleNamespace(current_epoch=1, global_rank=0), SimpleNamespace(device=torch.device("cpu"))
+    SeedEachStep(7).on_train_batch_start(trainer, module, None, 3)
+    drawn = torch.rand(4)
+    assert not traces
+    torch.manual_seed(draw_seed(7, 1, 3, 0))
+    assert torch.equal(drawn, torch.rand(4))
