@@ -1,4 +1,4 @@
-"""Text encoders: any encoder-type transformers model."""
+"""Text encoders: any transformers model of texts, an encoder, the encoder of an encoder-decoder, or a decoder."""
 
 import inspect
 import re
@@ -12,8 +12,13 @@ from typing import Any, Literal, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from fusion.encoders.base import Encoder, drop_unused
@@ -28,14 +33,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class TransformersText(Encoder):
     """Encode texts with a transformers model, by hub name, local folder, or from scratch by a config.
 
-    Takes Texts with ids (B, N); returns tokens (B, N, dim) and pooled (B, dim).
+    Takes Texts with ids (B, N); returns tokens (B, N, dim) and pooled (B, dim). Of an encoder-decoder with an encoder of its own in
+    transformers (T5), that is used; a decoder (GPT-2, Llama, Qwen) reads each token after those before it alone.
 
     Args:
         name_or_path: hub name, or folder with config.json, weights and tokenizer.
         config: a model from scratch instead: {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, ...}; its
             `vocab_size` is then the maximum vocabulary size of the tokenizer trained on the texts.
         pretrained: load the weights of name_or_path; False uses only its architecture and tokenizer.
-        pooling: "mean" of the real tokens, "first" ([CLS]) or "last" (end of text); by default "last" for CLIP's causal tower, else "mean".
+        pooling: "mean" of the real tokens, "first" ([CLS]) or "last" (end of text); by default "last" for decoders and CLIP's causal tower,
+            else "mean".
         frozen: no gradient, eval mode.
         dtype: dtype of the weights, regardless of that in the file; features of half-precision weights have torch's default dtype.
         resize_embeddings: enlarge the word embeddings for a tokenizer that has more tokens, which is rejected otherwise; the new ones start
@@ -44,7 +51,7 @@ class TransformersText(Encoder):
             (needs the package flash-attn and half precision) skips padding, "flex_attention" skips blocks of 128 padded tokens. Not stored
             in checkpoints: the weights are the same, and predictions use "sdpa".
 
-    Raises UserError for decoders, unknown model types, configs that can't be built, and weights that are not available or do not fit.
+    Raises UserError for unknown model types, configs that can't be built, and weights that are not available or do not fit.
     """
 
     takes = Texts
@@ -71,18 +78,15 @@ class TransformersText(Encoder):
         self.dtype, self.resize_embeddings = DTYPES[dtype], resize_embeddings
         made = from_config(config, self.dtype) if config is not None else from_name(str(name_or_path), pretrained, self.dtype)
         self.body = cast(Any, made)
-        if not hasattr(self.body, "embeddings"):
-            parts = ", ".join(name for name, _ in self.body.named_children())
-            raise UserError(
-                f"text encoder '{self.body.config.model_type}' has no embeddings module (its parts: {parts}); use a BERT-like model"
-            )
-        self.pooling = pooling or ("last" if "clip" in self.body.config.model_type else "mean")
+        self.body.config.use_cache = False  # decoders' keys and values for the next token
+        self.pooling = pooling or ("last" if is_causal(self.body.config) else "mean")
         try:
             drop_unused(self, lambda: self(self.example()))
             with torch.no_grad():
                 self.broadcasts_mask  # noqa: B018 (computed now, and not within a compiled forward pass)
                 self.dim = self(self.example()).dim
-                self.embed_dim = self.embed(self.example()).dim
+                if hasattr(self.body, "embeddings"):
+                    self.embed(self.example())
         except UserError:
             raise
         except Exception as error:  # of any type, from within the model's own code
@@ -117,8 +121,21 @@ class TransformersText(Encoder):
             return self.features(self.body(input_ids=x.ids, attention_mask=self.attention_mask(x)).last_hidden_state, x)
 
     def embed(self, x: Texts) -> Features:
+        assert self.embed_dim  # raises UserError if there are no embeddings
         with torch.no_grad() if self.frozen else nullcontext():
             return self.features(self.body.embeddings(input_ids=x.ids), x)
+
+    @cached_property
+    def embed_dim(self) -> int:  # type: ignore[override]
+        """The width of `embed`'s features. Raises UserError for a model without a module of words with their positions."""
+        if not hasattr(self.body, "embeddings"):
+            parts = ", ".join(name for name, _ in self.body.named_children())
+            raise UserError(
+                f"text encoder '{self.body.config.model_type}' has no module of embeddings with positions, which early fusion reads (its "
+                f"parts: {parts}); use a head that reads tokens or pooled features, or a BERT-like model"
+            )
+        with torch.no_grad():
+            return self.body.embeddings(input_ids=self.example().ids).shape[-1]
 
     def levels(self, x: Texts, depths: Sequence[int]) -> list[Features]:
         with torch.no_grad() if self.frozen else nullcontext():
@@ -178,7 +195,6 @@ class TransformersText(Encoder):
         return Features(tokens, mask, pooled, full=full)
 
     def checkpoint_activations(self) -> None:
-        self.body.config.use_cache = False  # required by decoder code in some encoders; otherwise it breaks compiled graphs
         # transformers before 5.2 has only the older name.
         enable = getattr(self.body, "activation_checkpointing_enable", None) or self.body.gradient_checkpointing_enable
         try:
@@ -189,7 +205,9 @@ class TransformersText(Encoder):
     def layers_of_parameters(self) -> dict[str, int]:
         matches = {name: re.search(r"\.(\d+)\.", name) for name, _ in self.named_parameters()}
         # Parameters outside the blocks come before them (embeddings) or after them (a final norm).
-        outside = {name: 0 if "embedding" in name else self.depth for name in matches}
+        words = {id(p) for p in self.embedding.parameters()}
+        first = {name for name, p in self.named_parameters() if id(p) in words or re.search(r"emb|\bwpe\b|\bwte\b", name)}
+        outside = {name: 0 if name in first else self.depth for name in matches}
         return {name: int(match[1]) + 1 if match else outside[name] for name, match in matches.items()}
 
     def spec(self) -> dict[str, Any]:
@@ -211,8 +229,14 @@ class TransformersText(Encoder):
     @property
     def longest(self) -> int | None:
         """Maximum number of tokens, for which the model has positions; None if it has no such limit."""
-        table = getattr(self.body.embeddings, "position_embeddings", None) or getattr(self.body.embeddings, "position_embedding", None)
-        if not isinstance(table, torch.nn.Embedding):
+        module = getattr(self.body, "embeddings", None)
+        tables = [
+            getattr(module, "position_embeddings", None),
+            getattr(module, "position_embedding", None),
+            getattr(self.body, "wpe", None),
+        ]
+        table = next((one for one in tables if isinstance(one, torch.nn.Embedding)), None)
+        if table is None:
             return None
         # RoBERTa and similar models number their positions from padding_idx + 1.
         return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
@@ -224,9 +248,12 @@ class TransformersText(Encoder):
             raise ValueError("only a text encoder made from a config has a vocabulary to fit")
         if size > self.vocab_size:
             raise UserError(f"{size} tokens don't fit the {self.vocab_size} embeddings of the text encoder")
-        embedding = self.embedding
-        embedding.weight = torch.nn.Parameter(embedding.weight.detach()[:size].clone(), requires_grad=embedding.weight.requires_grad)
-        embedding.num_embeddings = self.body.config.vocab_size = size
+        before = self.embedding.weight
+        after = torch.nn.Parameter(before.detach()[:size].clone(), requires_grad=before.requires_grad)
+        for module in self.body.modules():  # several may share the weights (T5's)
+            if isinstance(module, torch.nn.Embedding) and module.weight is before:
+                module.weight, module.num_embeddings = after, size
+        self.body.config.vocab_size = size
 
     def cover_vocabulary(self, size: int) -> None:
         """Ensure that every id below `size` has an embedding: enlarges them if `resize_embeddings`, else raises UserError."""
@@ -294,16 +321,16 @@ def from_name(name: str, pretrained: bool, dtype: torch.dtype) -> torch.nn.Modul
     logging.set_verbosity_error()
     try:
         config = text_part(AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name))
-        reject_decoders(config)
+        model_class = class_for(config)
         if not pretrained:
             return build(config, dtype)
         source = str(folder) if folder.is_dir() else name
         # Weights of another shape are then reported, with the missing ones, and rejected below.
         options = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            model, report = AutoModel.from_pretrained(source, **options, add_pooling_layer=False)
+            model, report = model_class.from_pretrained(source, **options, add_pooling_layer=False)
         except TypeError:
-            model, report = AutoModel.from_pretrained(source, **options)
+            model, report = model_class.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
@@ -320,11 +347,11 @@ def from_name(name: str, pretrained: bool, dtype: torch.dtype) -> torch.nn.Modul
 
 
 def build(config: Any, dtype: torch.dtype) -> torch.nn.Module:
-    reject_decoders(config)
+    model_class = class_for(config)
     try:
-        return AutoModel.from_config(config, dtype=dtype, add_pooling_layer=False)
+        return model_class.from_config(config, dtype=dtype, add_pooling_layer=False)
     except TypeError:  # most BERT-like models accept it, the others have no pooling layer
-        return AutoModel.from_config(config, dtype=dtype)
+        return model_class.from_config(config, dtype=dtype)
 
 
 def text_part(config: Any) -> Any:
@@ -332,9 +359,24 @@ def text_part(config: Any) -> Any:
     return getattr(config, "text_config", None) or config
 
 
-def reject_decoders(config: Any) -> None:
+def class_for(config: Any) -> Any:
+    """The transformers class that makes the model. Raises UserError for one that makes none of texts alone."""
     kind = config.model_type
-    if config.is_encoder_decoder or (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+    # Not config.is_encoder_decoder, which T5's encoder has set to False in its own.
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
+        if kind in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:
+            return AutoModelForTextEncoding
         raise UserError(
-            f"text encoder: '{kind}' is a decoder or encoder-decoder; use an encoder such as bert, roberta, distilbert, deberta-v2"
+            f"text encoder: '{kind}' is an encoder-decoder, of which transformers has no encoder alone; use an encoder such as bert, "
+            "roberta, t5"
         )
+    if type(config) not in MODEL_MAPPING:
+        raise UserError(f"text encoder: '{kind}' is not a model that AutoModel makes; use an encoder such as bert or roberta")
+    return AutoModel
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a token is encoded without those after it: of decoders, and CLIP's texts."""
+    kind = config.model_type
+    decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return (decoder and kind not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) or "clip" in kind

@@ -468,3 +468,29 @@ def test_a_large_grid_is_pooled_as_torch_pools_it(shape: tuple[int, int]) -> Non
     y = torch.randn(2, 5, *shape, dtype=torch.float64)
     sides = [min(side, 14) for side in shape]
     torch.testing.assert_close(at_most(y, 14), torch.nn.functional.adaptive_avg_pool2d(y, sides))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("vit_small_patch14_reg4_dinov2", [56, 112], {"depth": 2}),  # registers
+        ("vit_small_patch16_dinov3", [64, 128], {"depth": 2}),
+        ("eva02_tiny_patch14_224", [56, 112], {"depth": 2}),
+        ("naflexvit_base_patch16_gap", [64, 128], {"depth": 2}),
+        ("swinv2_tiny_window8_256", [64, 128], {"depths": (1, 1, 1, 1)}),
+        ("vit_base_patch16_siglip_224", [64, 128], {"depth": 2}),
+    ],
+)
+def test_families_that_people_start_from_give_timms_own_features(name: str, size: list[int], options: dict[str, Any]) -> None:
+    encoder = make(name, image_size=size, options=options).eval()
+    raw = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    features = encoder(raw)
+    theirs = encoder.body.forward_features((raw - encoder.mean) / encoder.std)
+    if theirs.dim() == 4:  # a map, of which tokens are normalised and get positions
+        torch.testing.assert_close(features.pooled, theirs.mean(dim=(1, 2)), atol=1e-5, rtol=1e-5)
+    else:
+        torch.testing.assert_close(features.tokens, theirs, atol=1e-5, rtol=1e-5)
+    assert features.mask.all()
+    rebuilt = TimmImage(**json.loads(json.dumps(encoder.spec()))).eval()
+    rebuilt.load_state_dict(encoder.state_dict())
+    assert_same(rebuilt(raw), features)

@@ -1,6 +1,7 @@
 """Text encoders made of transformers models of each kind: what they give, what padding leaves alone, and what they refuse."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPConfig, CLIPModel, GPT2Config, T5Config
+from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPConfig, CLIPModel, GPT2Config, GPT2Model, T5Config, T5EncoderModel
 
-from fusion.encoders import Texts, TransformersText
+from fusion.encoders import TableColumns, Texts, TransformersText
 from fusion.encoders.transformers_text import never_empty
 from fusion.errors import UserError
 from fusion.features import Features
+from fusion.heads import Concat, JointTransformer
+from fusion.model import FusionModel
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 COMMON = {"vocab_size": 50, "max_position_embeddings": 24}
@@ -23,13 +26,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "distilbert": COMMON | {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
     "deberta-v2": COMMON | SHAPE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
     "clip_text_model": COMMON | SHAPE,
+    "modernbert": COMMON | SHAPE,
+    "xlm-roberta": COMMON | SHAPE,
+    "mpnet": COMMON | SHAPE,
 }
-every = pytest.mark.parametrize("kind", CONFIGS)
+HEADS_OF_KEYS = {"num_key_value_heads": 2, "head_dim": 8}
+# Without a module of words with their positions, which early fusion would read.
+NO_EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "eurobert": COMMON | SHAPE | {"num_key_value_heads": 2, "mask_token_id": 4},
+    "t5": {"vocab_size": 50, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 32, "d_kv": 8},
+    "gpt2": {"vocab_size": 50, "n_positions": 24, "n_embd": 16, "n_layer": 2, "n_head": 2},
+    "qwen3": COMMON | SHAPE | HEADS_OF_KEYS,
+    "gemma3_text": COMMON | SHAPE | HEADS_OF_KEYS,
+}
+DECODERS = ("gpt2", "qwen3", "gemma3_text")
+EVERY = CONFIGS | NO_EMBEDDINGS
+every = pytest.mark.parametrize("kind", EVERY)
+every_with_embeddings = pytest.mark.parametrize("kind", CONFIGS)
 
 
 def make(kind: str = "bert", seed: int = 0, **options: Any) -> TransformersText:
     torch.manual_seed(seed)
-    return TransformersText(config={"model_type": kind} | CONFIGS[kind], **options)
+    return TransformersText(config={"model_type": kind} | EVERY[kind], **options)
 
 
 def texts(lengths: list[int], width: int = 7) -> Texts:
@@ -48,8 +66,10 @@ def real(features: Features) -> tuple[torch.Tensor, torch.Tensor]:
 def test_features_of_every_reading_have_the_widths_that_the_encoder_announces(kind: str) -> None:
     encoder = make(kind).eval()
     batch = texts([7, 3, 0])
-    readings = [encoder(batch), encoder.embed(batch), *encoder.levels(batch, [-1, 0])]
-    for features, width in zip(readings, [encoder.dim, encoder.embed_dim, *encoder.level_dims([-1, 0])], strict=True):
+    readings, widths = [encoder(batch), *encoder.levels(batch, [-1, 0])], [encoder.dim, *encoder.level_dims([-1, 0])]
+    if kind in CONFIGS:
+        readings, widths = [*readings, encoder.embed(batch)], [*widths, encoder.embed_dim]
+    for features, width in zip(readings, widths, strict=True):
         assert features.tokens.shape == (3, 7, width)
         assert features.pooled.shape == (3, width)
         assert torch.equal(features.mask, batch.mask)
@@ -62,7 +82,7 @@ def test_levels_are_those_after_each_layer(kind: str) -> None:
     last, first = encoder.levels(batch, [-1, 0])
     torch.testing.assert_close(encoder.levels(batch, [1])[0].tokens, last.tokens)
     assert not torch.allclose(first.tokens, last.tokens)
-    assert not torch.allclose(first.tokens, encoder.embed(batch).tokens)
+    assert kind not in CONFIGS or not torch.allclose(first.tokens, encoder.embed(batch).tokens)
     for depth in (2, -3):
         with pytest.raises(UserError, match=f"has 2 levels; there is no depth {depth}"):
             encoder.levels(batch, [depth])
@@ -100,7 +120,7 @@ def test_padding_neither_its_length_nor_its_words_changes_what_is_read(kind: str
     short, longer = texts([7, 3, 5]), texts([7, 3, 5])
     longer = Texts(*(torch.cat([x, torch.zeros(3, 4, dtype=x.dtype)], dim=1) for x in longer[:2]))
     noisy = Texts(torch.where(short.mask, short.ids, 9), short.mask)
-    for read in (encoder.forward, encoder.embed, lambda x: encoder.levels(x, [0])[0]):
+    for read in (encoder.forward, *([encoder.embed] if kind in CONFIGS else []), lambda x: encoder.levels(x, [0])[0]):
         expected = real(read(short))
         for other in (longer, noisy):
             torch.testing.assert_close(real(read(other)), expected, atol=1e-5, rtol=1e-5)
@@ -138,7 +158,8 @@ def test_pooling_is_the_mean_the_first_or_the_last_of_the_real_tokens() -> None:
 
 
 def test_pooling_is_by_default_the_last_token_for_a_causal_tower_and_the_mean_elsewhere() -> None:
-    assert {kind: make(kind).pooling for kind in CONFIGS} == dict.fromkeys(CONFIGS, "mean") | {"clip_text_model": "last"}
+    last = dict.fromkeys(("clip_text_model", *DECODERS), "last")
+    assert {kind: make(kind).pooling for kind in EVERY} == dict.fromkeys(EVERY, "mean") | last
 
 
 @every
@@ -175,7 +196,8 @@ def test_a_vocabulary_larger_than_the_embeddings_is_refused_naming_both() -> Non
 @every
 def test_the_longest_text_fits_and_one_more_token_does_not(kind: str) -> None:
     encoder = make(kind).eval()
-    expected = {"roberta": 23, "deberta-v2": None}.get(kind, 24)
+    with_table = {"bert": 24, "roberta": 23, "xlm-roberta": 23, "mpnet": 22, "distilbert": 24, "clip_text_model": 24, "gpt2": 24}
+    expected = with_table.get(kind)  # the others' positions are relative
     assert encoder.longest == expected
     if encoder.longest is None:
         assert encoder(texts([60], 60)).tokens.shape[1] == 60
@@ -185,7 +207,7 @@ def test_the_longest_text_fits_and_one_more_token_does_not(kind: str) -> None:
         encoder(texts([expected + 1], expected + 1))
 
 
-@every
+@every_with_embeddings
 def test_trimmed_to_embeddings_it_loses_its_body_and_embeds_as_before(kind: str) -> None:
     encoder = make(kind).eval()
     batch = texts([7, 3])
@@ -205,7 +227,7 @@ def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_mode(kind: str) -> None
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     batch = texts([7, 3])
-    for features in (encoder(batch), encoder.embed(batch), *encoder.levels(batch, [0])):
+    for features in (encoder(batch), *([encoder.embed(batch)] if kind in CONFIGS else []), *encoder.levels(batch, [0])):
         assert not features.tokens.requires_grad
     torch.testing.assert_close(encoder(batch).tokens, encoder(batch).tokens, atol=0, rtol=0)  # no dropout
     assert TransformersText(**encoder.spec()).frozen
@@ -320,7 +342,7 @@ def test_ids_beyond_the_embeddings_are_refused_naming_both_sizes_or_get_embeddin
     added = encoder.embedding.weight[50:]
     torch.testing.assert_close(added, before.mean(dim=0).expand(3, -1), atol=1e-3, rtol=0)
     batch = Texts(torch.full((1, 2), 52), torch.ones(1, 2, dtype=torch.bool))
-    encoder(batch).pooled.sum().backward()
+    encoder(batch).pooled.sin().sum().backward()  # (a plain sum after a layer norm has no gradient but rounding)
     assert encoder.embedding.weight.grad[52].abs().sum() > 0
     rebuilt = TransformersText(**json.loads(json.dumps(encoder.spec())))
     rebuilt.load_state_dict(encoder.state_dict())
@@ -404,12 +426,56 @@ def test_a_hub_name_that_cannot_be_had_is_refused_naming_it_and_the_two_ways_out
     assert_names_ways_out(refused.value, "nobody/no-such-text-encoder")
 
 
-@pytest.mark.parametrize("config", [GPT2Config(n_embd=16, n_layer=1, n_head=2), T5Config(d_model=16, num_layers=1)], ids=["gpt2", "t5"])
-def test_decoders_are_refused_from_a_config_and_from_a_folder_naming_encoders(config: Any, tmp_path: Path) -> None:
-    config.save_pretrained(tmp_path)
-    for options in ({"config": {"model_type": config.model_type}}, {"name_or_path": str(tmp_path)}):
-        with pytest.raises(UserError, match=f"'{config.model_type}' is a decoder or encoder-decoder; use an encoder such as bert"):
-            TransformersText(**options)
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (GPT2Model, GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, use_cache=False)),
+        (T5EncoderModel, T5Config(d_model=16, num_layers=2, num_heads=2, d_ff=32, d_kv=8, vocab_size=50, use_cache=False)),
+    ],
+    ids=["gpt2", "t5"],
+)
+def test_decoders_and_encoders_of_encoder_decoders_answer_as_transformers_own(model: Any, config: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = model(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = TransformersText(str(tmp_path)).eval()
+    batch = texts([7, 3])
+    features = ours(batch)
+    for i, length in enumerate((7, 3)):
+        alone = theirs(input_ids=batch.ids[i : i + 1, :length]).last_hidden_state[0]
+        torch.testing.assert_close(features.tokens[i, :length], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(features.pooled[i], alone[-1] if model is GPT2Model else alone.mean(dim=0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoder_reads_no_word_after_a_token(kind: str) -> None:
+    encoder = make(kind).eval()
+    batch = texts([7])
+    changed = Texts(torch.cat([batch.ids[:, :4], (batch.ids[:, 4:] + 1).clamp(max=49)], dim=1), batch.mask)
+    before, after = encoder(batch).tokens, encoder(changed).tokens
+    torch.testing.assert_close(after[:, :4], before[:, :4], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(after[:, 4:], before[:, 4:])
+
+
+@pytest.mark.parametrize("kind", NO_EMBEDDINGS)
+def test_a_model_without_embeddings_with_positions_is_rejected_by_early_heads_alone(kind: str) -> None:
+    image = TableColumns(dim=16, heads=2)
+    image.fit_columns(2, [])
+    encoders = {"facts": image, "text": make(kind)}
+    assert isinstance(FusionModel.build(encoders, partial(Concat, dim=8), 3), FusionModel)
+    with pytest.raises(UserError, match=f"'{kind}' has no module of embeddings with positions, which early fusion reads"):
+        FusionModel.build(encoders, partial(JointTransformer, dim=16), 3)
+
+
+@pytest.mark.parametrize("kind", ["bart", "marian"])
+def test_an_encoder_decoder_without_an_encoder_of_its_own_is_rejected(kind: str) -> None:
+    with pytest.raises(UserError, match=f"'{kind}' is an encoder-decoder, of which transformers has no encoder alone; use an encoder such"):
+        TransformersText(config={"model_type": kind})
+
+
+def test_a_tower_of_a_pair_that_transformers_does_not_make_alone_is_rejected_in_a_line() -> None:
+    with pytest.raises(UserError, match="'siglip_text_model' is not a model that AutoModel makes; use an encoder such as"):
+        TransformersText(config={"model_type": "siglip_text_model"})
 
 
 def test_a_misspelt_model_type_names_the_nearest() -> None:
