@@ -27,12 +27,13 @@ Outputs = list[tuple[Tensor, dict[str, Tensor]]]
 
 
 class Evaluation(NamedTuple):
-    """scores: the task's scores of all samples ("all") and by group. unseen: number of samples with a class that never occurred in
-    training. issues: the skipped samples.
+    """scores: the task's scores of all samples ("all") and by group. classes: scores of each class or label by itself. unseen: number of
+    samples with a class that never occurred in training. issues: the skipped samples.
     """
 
     scores: dict[str, dict[str, float]]
     task: Task
+    classes: dict[str, dict[str, float]]
     samples: int
     unseen: int
     issues: DataIssues
@@ -65,8 +66,10 @@ def evaluate_run(
         column(table, data.columns, by)  # rejects an unknown column before predicting
     table, outputs = predict_rows(predictor, table, issues, batch_size)
     groups = column(table, data.columns, by) if by else None
-    scores = scores_by_group(task, torch.cat([values for values, _ in outputs]), table.labels, groups)
-    return Evaluation(scores, task, len(table), task.unseen(table.labels), issues)
+    values = torch.cat([values for values, _ in outputs])
+    scores = scores_by_group(task, values, table.labels, groups)
+    classes = task.class_scores(values, torch.from_numpy(task.encode(table.labels)))
+    return Evaluation(scores, task, classes, len(table), task.unseen(table.labels), issues)
 
 
 def load_for(run: Path, checkpoint: str, issues: DataIssues) -> Predictor:

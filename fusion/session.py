@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from fusion.console import aligned, figure, heartbeat, is_rank_zero, print_rank_zero, printing
 from fusion.data import FusionData
 from fusion.data.table import Table
-from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
+from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError, nearest
 from fusion.evaluation.bounds import bounds, repeated
 from fusion.exit import leave
 from fusion.predictor import model_of
@@ -90,8 +90,11 @@ def train(arguments: Sequence[str]) -> Outcome:
             reject_recipe_changes(recipe, state.get("recipe", recipe), fix=f"Restore them in {resumed / 'recipe.yaml'}")
             reject_end_in_the_past(state, cli.config.trainer.max_epochs, cli.config.trainer.max_steps)
         model, data, trainer = cli.make([Plan(), *standing_callbacks(run, cli.config.seed_everything), checkpoint])
+        if cli.config.monitor:
+            model.task.monitor = monitored(cli.config.monitor)
         with heartbeat("loading data and encoders"):
             model.build(data)
+        check_monitor(model.task)
         checkpoint.monitor_of(model.task.monitor, model.task.mode)
         if not validates(trainer, data.splits):
             checkpoint.without_validation()
@@ -138,6 +141,21 @@ def train(arguments: Sequence[str]) -> Outcome:
         print(f"error: {message}", file=sys.stderr)
         return Outcome(LOST_RANK, run.folder, message)
     return Outcome(0, run.folder)
+
+
+def monitored(monitor: str) -> str:
+    """The name of a score from --monitor. Raises UserError for another split than validation."""
+    split, _, name = monitor.rpartition("/")
+    if split not in ("", "val"):
+        raise UserError(f"--monitor={monitor}: the best checkpoint is chosen by a validation score; expected --monitor={name}")
+    return name
+
+
+def check_monitor(task: Task) -> None:
+    """Raises UserError for a score that the task doesn't have."""
+    known = [*task.metric_names(), "loss"]
+    if task.monitor not in known:
+        raise UserError(f"--monitor={task.monitor}: {type(task).__name__} has no such score. {nearest(task.monitor, known)}")
 
 
 def ended(status: int, run: RunFolder, message: str) -> Outcome:
@@ -202,7 +220,7 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
         table = data.splits["test"].table
         task = model.task
         informative = informative_bounds(task, table, model.modalities)
-        scores |= {f"{'ceiling' if task.mode == 'max' else 'floor'}_{name}": bound for name, bound in informative.items()}
+        scores |= {f"{'floor' if task.bounded in task.minimised else 'ceiling'}_{name}": bound for name, bound in informative.items()}
         batch_size = trainer.test_dataloaders[0].batch_sampler.batch_size * trainer.world_size  # type: ignore[index]
         scored = min(len(table), trainer.num_test_batches[0] * batch_size)  # limited by trainer.limit_test_batches
         all_samples = f"{len(table):,}" if scored < len(table) else ""
@@ -248,7 +266,7 @@ def bound_title(task: Task, bound: str) -> str:
     """Name of a bound in the printed table of results."""
     if bound == task.baseline:
         return "majority class" if task.one_of_classes else f"{bound} for all"
-    return f"{'upper' if task.mode == 'max' else 'lower'} bound ({bound} only)"
+    return f"{'lower' if task.bounded in task.minimised else 'upper'} bound ({bound} only)"
 
 
 def validated(folder: Path, task: Task) -> dict[str, float]:

@@ -10,6 +10,7 @@ from fusion.console import aligned, figure
 from fusion.errors import UserError
 from fusion.scoring import evaluate_run, print_issues
 from fusion.settings.reading import HELP, reading_options
+from fusion.tasks import Task
 
 NOT_IN_FILE_NAMES = r'[/\\:*?"<>|\0]'
 
@@ -21,6 +22,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--split", help="train, val or test split of the run's own data; test if neither this nor --manifest is given")
     parser.add_argument("--manifest", help="another manifest with labels, scored instead of a split")
     parser.add_argument("--by", help="column of the manifest by which samples are grouped")
+    parser.add_argument("--classes", action="store_true", help="also the scores of each class or label by itself")
     parser.add_argument("--checkpoint", default="best", help="best or last")
     parser.add_argument("--batch_size", type=above_zero, default=256)
     own, reading = reading_options(arguments)
@@ -37,6 +39,8 @@ def evaluate(arguments: Sequence[str]) -> int:
         lines.append([name, *entries, f"{scores['samples']:,}"])
     print(f"{options.manifest or split} of {options.run}\n\n{aligned(lines)}")
     print(f"\n{task.baseline}: the {task.bounded} of the best constant prediction for the samples of each line")
+    if options.classes:
+        print(f"\n{aligned(class_lines(evaluation.classes, task))}")
     if evaluation.unseen:
         share = evaluation.unseen / evaluation.samples
         print(f"{evaluation.unseen:,} samples ({share:.1%}) have a label that never occurred in training, and always count as wrong")
@@ -45,4 +49,18 @@ def evaluate(arguments: Sequence[str]) -> int:
         by = f"-by-{re.sub(NOT_IN_FILE_NAMES, '_', options.by)[:100]}" if options.by else ""
         scores_file = run / f"evaluation-{split}{by}.json"
         scores_file.write_text(json.dumps(evaluation.scores, indent=2) + "\n", encoding="utf-8")
+        if options.classes:
+            classes_file = run / f"evaluation-{split}-classes.json"
+            classes_file.write_text(json.dumps(evaluation.classes, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def class_lines(classes: dict[str, dict[str, float]], task: Task) -> list[list[str]]:
+    """A table of the scores of each class. Raises UserError for a task without classes."""
+    if not classes:
+        raise UserError(f"--classes: {type(task).__name__} has no classes")
+    names = list(dict.fromkeys(name for scores in classes.values() for name in scores if name != "samples"))
+    lines = [["", *names, "samples"]]
+    for label, scores in classes.items():
+        lines.append([label, *(figure(scores[name]) if name in scores else "" for name in names), f"{scores['samples']:,.0f}"])
+    return lines

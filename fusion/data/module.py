@@ -163,7 +163,7 @@ class FusionData(LightningDataModule):
         table = self.check(whole.take([i for i, split in enumerate(whole.splits) if split]), encoders)
         self.record = Record.of(whole)
         labels = {name: [label for label, s in zip(table.labels, table.splits, strict=True) if s == name] for name in SPLITS}
-        task.learn(labels, column=self.columns.label, on_unseen=self.on_unseen_label)
+        task.learn(labels, column=",".join(self.columns.targets), on_unseen=self.on_unseen_label)
         self.check_leaks(table)
         parts = {name: table.take([i for i, split in enumerate(table.splits) if split == name]) for name in SPLITS}
         for name, kind in inputs.items():

@@ -15,7 +15,7 @@ from fusion.data.scenes import COLOURS, SHAPES, SIDE, SIZES, Scenes, area, draw_
 from fusion.data.shapes import image_of
 from fusion.errors import UserError
 from fusion.evaluation.bounds import bounds
-from fusion.tasks import Classification, MultiLabel, Regression, Task
+from fusion.tasks import Classification, MultiLabel, Ordinal, Regression, Task
 
 VERSION = 1  # of the generator: raise it when the same options would give other bytes
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
@@ -26,6 +26,7 @@ class SceneTargets(Preparer):
 
     labels: "which colours do the crosses have?", "which shapes are red?": a set of labels separated by ;, often empty.
     number: "how much of the picture is red?", "how much do the crosses cover?": percent of the pixels.
+    count: "how many crosses are there?", "how many red ones are there?": an ordered class.
     table: "is there a red one like this?", where two more columns give its shape and its side in pixels. Of two such questions about a
     colour one is answered yes, the other has the shape and side of another colour in the image: without the image, the text or the table
     accuracy is at chance. questions_per_scene counts the pairs, at most 5.
@@ -33,7 +34,8 @@ class SceneTargets(Preparer):
     Neither the image nor the text alone determines the answer; the card has the upper bounds of each.
 
     Args:
-        target: "labels" (for the task MultiLabel), "number" (for Regression), or "table" (for Classification, with a TableInput).
+        target: "labels" (for the task MultiLabel), "number" (for Regression), "count" (for Ordinal), or "table" (for Classification, with a
+            TableInput).
         scenes: number of scenes, at least 20.
         questions_per_scene: number of questions about each scene, 1 to 10, all different.
         seed: seed of the scenes and questions, at least 0; the same seed gives the same bytes.
@@ -45,15 +47,15 @@ class SceneTargets(Preparer):
 
     def __init__(
         self,
-        target: Literal["labels", "number", "table"],
+        target: Literal["labels", "number", "count", "table"],
         scenes: int = 4000,
         questions_per_scene: int = 6,
         seed: int = 0,
         val: float = 0.1,
         test: float = 0.15,
     ) -> None:
-        if target not in ("labels", "number", "table"):
-            raise UserError(f"scenes: target is '{target}'; expected labels, number or table")
+        if target not in ("labels", "number", "count", "table"):
+            raise UserError(f"scenes: target is '{target}'; expected labels, number, count or table")
         if scenes < 20 or not 1 <= questions_per_scene <= len(SHAPES) + len(COLOURS) or seed < 0:
             raise UserError(
                 f"scenes: {scenes} scenes, {questions_per_scene} questions per scene, seed {seed}; expected at least 20, 1 to "
@@ -87,7 +89,7 @@ class SceneTargets(Preparer):
         if self.target == "table":
             samples = pairs_like(scenes, self.questions_per_scene, rng)
         else:
-            answers = label_questions(scenes) if self.target == "labels" else number_questions(scenes)
+            answers = QUESTIONS[self.target](scenes)
             texts = list(answers)
             drawn = ((scene, texts[q]) for scene in range(count) for q in rng.permutation(len(texts))[: self.questions_per_scene].tolist())
             samples = [Question(scene, text, answers[text][scene]) for scene, text in drawn]
@@ -97,9 +99,10 @@ class SceneTargets(Preparer):
             writer.writerow(["image", "text", "label", "split", "id", "group", *more])
             for i, one in enumerate(samples):
                 writer.writerow([image_of(one.scene), one.text, one.label, split_of[one.scene], i, one.scene, *one.facts])
-        tasks: dict[str, Task] = {"labels": MultiLabel(), "number": Regression()}
-        tested = [one for one in samples if split_of[one.scene] == "test"]
-        return card(len(samples), tested, tasks.get(self.target) or Classification())
+        tasks: dict[str, Task] = {"labels": MultiLabel(), "number": Regression(), "count": Ordinal(), "table": Classification()}
+        task, tested = tasks[self.target], [one for one in samples if split_of[one.scene] == "test"]
+        task.learn({"train": [one.label for one in samples]}, column="label", on_unseen="error")
+        return card(len(samples), tested, task)
 
 
 class Question(NamedTuple):
@@ -161,6 +164,19 @@ def number_questions(scenes: Scenes) -> dict[str, list[str]]:
 
     answers = {f"how much do the {PLURALS[shape]} cover?": covered(scenes.shape == i) for i, shape in enumerate(SHAPES)}
     return answers | {f"how much of the picture is {colour}?": covered(scenes.colour == i) for i, colour in enumerate(COLOURS)}
+
+
+def count_questions(scenes: Scenes) -> dict[str, list[str]]:
+    """The answer to each question for every scene: how many objects have a shape, or a colour."""
+
+    def counted(which: np.ndarray) -> list[str]:
+        return [str(count) for count in (which & scenes.there).sum(axis=1).tolist()]
+
+    answers = {f"how many {PLURALS[shape]} are there?": counted(scenes.shape == i) for i, shape in enumerate(SHAPES)}
+    return answers | {f"how many {colour} ones are there?": counted(scenes.colour == i) for i, colour in enumerate(COLOURS)}
+
+
+QUESTIONS = {"labels": label_questions, "number": number_questions, "count": count_questions}
 
 
 def card(count: int, tested: Sequence[Question], task: Task) -> str:

@@ -31,7 +31,6 @@ SPLIT_NAMES = {
     "test": "test", "testing": "test", "eval": "test",
 }  # fmt: skip
 MAX_SHOWN = 5
-ROLES = ("label", "split", "id", "group")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Columns:
     Args:
         image: paths of image files, absolute or relative to the manifest's folder, or lists of them; an empty cell means no image.
         text: texts; an empty cell means no text.
-        label: targets: classes, sets of labels, or numbers.
+        label: targets: classes, sets of labels, or numbers; or several columns as [red, round]: one of 0 and 1 for each label of
+            MultiLabel, one of numbers for each target of Regression.
         split: train, val or test; optional; null: ignore a column of this name.
         id: a unique name for each sample; optional, row numbers without it; null: likewise.
         group: samples with the same value stay in one split; optional; null: likewise.
@@ -49,10 +49,15 @@ class Columns:
 
     image: str = "image"
     text: str = "text"
-    label: str = "label"
+    label: str | list[str] = "label"
     split: str | None = "split"
     id: str | None = "id"
     group: str | None = "group"
+
+    @property
+    def targets(self) -> list[str]:
+        """The columns of the label."""
+        return [self.label] if isinstance(self.label, str) else list(self.label)
 
 
 @dataclass
@@ -92,7 +97,8 @@ class Table:
                 several = len(kind.columns) > 1
                 named[column] = [cell and cell[position] for cell in self.inputs[name]] if several else list(self.local_cells(name))
         roles: dict[str, Sequence[str | None]] = {"label": self.labels, "split": self.splits, "id": self.ids, "group": self.groups}
-        named |= {getattr(columns, role): cells for role, cells in roles.items() if getattr(columns, role) is not None}
+        names = {"label": ",".join(columns.targets), "split": columns.split, "id": columns.id, "group": columns.group}
+        named |= {name: roles[role] for role, name in names.items() if name is not None}
         return {**named, **self.extra}
 
     def local_cells(self, name: str) -> Iterator[str | None]:
@@ -138,7 +144,7 @@ def read_table(
     path = os.fspath(path)
     path = path if os.path.exists(path) else os.path.expanduser(path)
     rich = [column for kind in inputs.values() for column in kind.rich_columns]
-    cells = read_cells(path, format, [*rich, *([columns.label] if task is not None and task.takes_lists else [])])
+    cells = read_cells(path, format, [*rich, *(columns.targets if task is not None and task.takes_lists else [])])
     needed = inputs if need_all_inputs else note_missing_inputs(path, cells, inputs, issues)
     reject_missing_columns(path, cells, columns, needed, need_label=task is not None, need_split=split is None, trains=need_all_inputs)
     table, bad, notes = interpret(path, cells, columns, inputs, format.missing, task)
@@ -177,28 +183,32 @@ def interpret(
     """A table of all rows with cells, including bad ones; the reasons for bad ones, by position; and notes on how cells were read."""
     count = len(cells.rows)
     reading = Reading(path, cells.rows, {canonical(spelling.strip()) for spelling in spellings}, dict(cells.flawed))
-    lists_in = "label" if task is not None and task.takes_lists else ""
-
     empty = Column.of([None]).take([0] * count)
+    takes_lists = task is not None and task.takes_lists
 
-    def column(role: str) -> Column[str | None]:
-        name = getattr(columns, role)
+    def texts_in(name: str | None, lists: bool = False) -> Column[str | None]:
         if name not in cells.columns:
             return empty
-        return as_texts(name, cells.columns[name], reading.nulls, reading.bad, lists=role == lists_in)
+        return as_texts(str(name), cells.columns[str(name)], reading.nulls, reading.bad, lists=lists)
+
+    def targets() -> Column[str | None]:
+        if isinstance(columns.label, str):
+            return texts_in(columns.label, takes_lists).map(lambda cell: canonical(cell.strip()) or None)
+        return empty if task is None else Column.of(task.joined({name: texts_in(name) for name in columns.label}, reading.bad))
 
     def cells_of(kind: Kind) -> Sequence[Any]:
         present = {one: cells.columns[one] for one in kind.columns if one in cells.columns}
         return kind.read({one: present.get(one, empty) for one in kind.columns}, reading) if present else empty
 
     read = {name: cells_of(kind) for name, kind in inputs.items()}
-    labels, splits, groups = (column(role).map(lambda cell: canonical(cell.strip()) or None) for role in ("label", "split", "group"))
+    labels = targets()
+    splits, groups = (texts_in(name).map(lambda cell: canonical(cell.strip()) or None) for name in (columns.split, columns.group))
     rows = Column.numbers(cells.rows)
-    ids = column("id").map(lambda cell: cell.strip() or None, touches=PADDED).filled(rows)
-    with_role = {getattr(columns, role) for role in ROLES} | {name for kind in inputs.values() for name in kind.columns}
+    ids = texts_in(columns.id).map(lambda cell: cell.strip() or None, touches=PADDED).filled(rows)
+    with_role = {*columns.targets, columns.split, columns.id, columns.group} | {name for kind in inputs.values() for name in kind.columns}
     others = {name: other for name, other in cells.columns.items() if name not in with_role}
     extra: dict[str, Sequence[str]] = {name: as_texts(name, other, reading.nulls, {}).filled("") for name, other in others.items()}
-    notes = [*reading.notes, *notes_of_nulls(path, columns.label, labels)]
+    notes = [*reading.notes, *notes_of_nulls(path, ",".join(columns.targets), labels)]
 
     bad = reading.bad
     missing = " and ".join(f"no {name}" for name in inputs)
@@ -307,11 +317,11 @@ def reject_missing_columns(
         optional = ["id", "group", *(["split"] if need_split else [])]
         required = ["label", *(role for role in optional if getattr(columns, role) not in (None, getattr(Columns, role)))]
     for role in required:
-        column = getattr(columns, role)
-        if column in cells.opaque:
-            flaws.append(f"has {cells.opaque[column]} in column '{column}', expected text")
-        elif column not in cells.columns:
-            flaws.append(no_column(cells, column, f"{role}s", f"--data.columns.{role}=NAME"))
+        for column in columns.targets if role == "label" else [getattr(columns, role)]:
+            if column in cells.opaque:
+                flaws.append(f"has {cells.opaque[column]} in column '{column}', expected text")
+            elif column not in cells.columns:
+                flaws.append(no_column(cells, column, f"{role}s", f"--data.columns.{role}=NAME"))
     if flaws:
         names = [f"'{name}'" for name in cells.columns]
         raise UserError(f"{path} {'; it '.join(flaws)}. Its columns: {listed(names, most=20)}{hint_of_separator(cells)}")

@@ -71,6 +71,11 @@ class FusionCLI(LateCLI):
             type=str | None,
             help="Run, checkpoint or file of weights to start from; weights are loaded where name and shape match.",
         )
+        parser.add_argument(
+            "--monitor",
+            type=str | None,
+            help="Validation score by which the best checkpoint is chosen (and early stopping decides): any score of the task, or loss.",
+        )
         parser.add_argument("--checkpoint.every_updates", type=int | None, help="Also save last.ckpt every so many updates.")
         parser.add_argument("--checkpoint.every_minutes", type=float | None, help="Also save last.ckpt every so many minutes.")
         parser.add_argument(

@@ -115,8 +115,10 @@ def processor_differences(then: dict[str, Any], processor: Processor) -> list[st
         added = [name for name in names if name not in before]
         named = [f"{what} {listed(them)}" for what, them in (("without", removed), ("new", added)) if them]
         differences.append(f"{len(names)} classes instead of {len(before)} ({', '.join(named)})")
-    elif then["task"]["learnt"] != now["task"]["learnt"]:
-        differences.append(f"targets are {now['task']['learnt']} instead of {then['task']['learnt']}")
+    else:
+        targets, earlier = ({k: v for k, v in one["task"]["learnt"].items() if k not in processor.task.tuned} for one in (now, then))
+        if targets != earlier:
+            differences.append(f"targets are {targets} instead of {earlier}")
     if [*then["inputs"]] != [*now["inputs"]]:
         differences.append(f"its inputs are {', '.join(now['inputs'])} instead of {', '.join(then['inputs'])}")
     for name, kind in processor.inputs.items():

@@ -3,6 +3,7 @@
 from fusion.tasks.base import Task
 from fusion.tasks.classification import Classification
 from fusion.tasks.multi_label import MultiLabel
+from fusion.tasks.ordinal import Ordinal
 from fusion.tasks.regression import Regression
 
-__all__ = ["Classification", "MultiLabel", "Regression", "Task"]
+__all__ = ["Classification", "MultiLabel", "Ordinal", "Regression", "Task"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from fusion.errors import UserError, nearest
 from fusion.rebuilding import Rebuildable
 
 OnUnseen = Literal["error", "count_as_wrong"]
@@ -24,22 +25,28 @@ class Task(Rebuildable, nn.Module, ABC):
     Shapes: output (B, out_dim), of the head; values (B, K) float32, which are scored (probabilities, standardised numbers); target
     (B, ...), rows of the array that `encode` returns.
 
-    monitor: the score by which the best checkpoint is chosen, the highest or, with mode "min", the lowest. headline: the scores that are
-    printed, by column title. baseline: the name under which the `bounded` score of the best constant answer is reported. bounded: the score
-    that `bound` bounds. takes_lists: whether a target's cell may be a list. one_of_classes: whether the classes are mutually exclusive,
-    which some heads assume.
+    monitor: the score by which the best checkpoint is chosen; may be set to any of `metric_names`, or "loss". minimised: the scores of
+    which the lowest is the best. headline: the scores that are printed, by column title. baseline: the name under which the `bounded` score
+    of the best constant answer is reported. bounded: the score that `bound` bounds. takes_lists: whether a target's cell may be a list.
+    one_of_classes: whether the classes are mutually exclusive, which some heads assume. tuned: keys of `learnt` that `tune` sets.
     """
 
-    monitor: ClassVar[str]
-    mode: ClassVar[Literal["max", "min"]] = "max"
+    monitor: str
+    minimised: ClassVar[frozenset[str]] = frozenset({"loss"})
     headline: ClassVar[Mapping[str, str]]
     baseline: ClassVar[str]
     bounded: ClassVar[str]
     figure_names: ClassVar[tuple[str, ...]] = ()  # of `batch_figures`
     takes_lists: ClassVar[bool] = False
+    tuned: ClassVar[tuple[str, ...]] = ()
     one_of_classes: ClassVar[bool] = False
 
     names: list[str]  # of the outputs: classes, labels
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Whether the highest `monitor` is the best, or the lowest."""
+        return "min" if self.monitor in self.minimised else "max"
 
     # Targets
 
@@ -58,6 +65,12 @@ class Task(Rebuildable, nn.Module, ABC):
 
         Raises UserError for targets that nothing can be learnt from.
         """
+
+    def joined(self, columns: Mapping[str, Sequence[str | None]], bad: dict[int, str]) -> list[str | None]:
+        """One target cell per sample from several columns by name (data.columns.label: [..]); reasons for invalid ones, by position, go
+        to `bad`. Raises UserError for a task whose target is one column.
+        """
+        raise UserError(f"data.columns.label names {len(columns)} columns, but {type(self).__name__} reads one")
 
     @property
     def out_dim(self) -> int:
@@ -117,9 +130,16 @@ class Task(Rebuildable, nn.Module, ABC):
     def update(self, metrics: MetricCollection, values: Tensor, target: Tensor) -> None:
         """Add samples to the metrics."""
 
+    def tune(self, metrics: MetricCollection) -> None:
+        """Learn from a validation's metrics what training doesn't set, such as thresholds; called on all ranks after each validation."""
+
     def scores(self, metrics: MetricCollection) -> dict[str, Tensor]:
         """Computes the metrics, by name; undefined ones are NaN or left out."""
         return metrics.compute()
+
+    def class_scores(self, values: Tensor, target: Tensor) -> dict[str, dict[str, float]]:
+        """Scores of each class or label by itself, with its number of samples; none for a task without them."""
+        return {}
 
     def metric_names(self) -> list[str]:
         """The names of the scores."""
@@ -162,3 +182,20 @@ class Task(Rebuildable, nn.Module, ABC):
     @abstractmethod
     def set_learnt(self, learnt: dict[str, Any]) -> None:
         """Restore the state that `learnt` returned."""
+
+
+def reject_unused(loss: str, of: str, **options: Any) -> None:
+    """Raises UserError for options of another loss than the chosen one."""
+    for name, value in options.items():
+        if value is not None and loss != of:
+            raise UserError(f"task: {name} is an option of loss={of}, but loss is {loss}; leave out {name}, or set loss={of}")
+
+
+def checked_weights(option: str, weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The weight of every name, 1 for those left out. Raises UserError for unknown names and weights that are not above 0."""
+    for name, weight in weights.items():
+        if name not in names:
+            raise UserError(f"task: {option} has '{name}', which never occurs in train. {nearest(name, names)}")
+        if not 0 < weight < float("inf"):
+            raise UserError(f"task: {option} of '{name}' is {weight}; expected a number above 0")
+    return {name: float(weights.get(name, 1.0)) for name in names}

@@ -1,6 +1,7 @@
 """Training: the engine, its schedules and its precision."""
 
 from fusion.training.balance import OGMGE, Balance, GradientBlending, MMPareto, UnimodalLosses
+from fusion.training.callbacks.early_stopping import StopEarly
 from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP
 from fusion.training.engine import Engine
@@ -44,6 +45,7 @@ __all__ = [
     "Rate",
     "Schedule",
     "Step",
+    "StopEarly",
     "UnimodalLosses",
     "WarmupStableDecay",
 ]

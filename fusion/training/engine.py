@@ -311,6 +311,8 @@ class Engine(LightningModule):
         self.log_scores("test")
 
     def log_scores(self, split: str) -> None:
+        if split == "val":
+            self.task.tune(self.metrics[split])  # type: ignore[arg-type]
         scores = self.task.scores(self.metrics[split]) | {"loss": self.mean_loss[split].compute()}  # type: ignore[arg-type, operator]
         # Not synchronised again: the metrics are already reduced over the ranks.
         self.log_dict({f"{split}/{name}": value for name, value in scores.items()}, rank_zero_only=False, sync_dist=False)
@@ -409,6 +411,7 @@ class Engine(LightningModule):
         reject_other_format(checkpoint)
         self.updates = self.scheduled = checkpoint["fusion"]["updates"]
         self.skipped = checkpoint["fusion"]["skipped"]
+        self.task.set_learnt(checkpoint["fusion"]["processor"]["task"]["learnt"])  # with what validation has tuned
         self.horizon_before = checkpoint["fusion"]["horizon"]
         if checkpoint["loops"] and checkpoint["fusion"]["accumulated"] != self.trainer.accumulate_grad_batches:
             self.adjust_batch_progress(checkpoint)

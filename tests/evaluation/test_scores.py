@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from torch.nn.functional import one_hot
 
 from fusion.evaluation import score, scores_by_group
 from fusion.tasks import Classification
@@ -53,7 +54,7 @@ def test_metrics_over_batches_are_those_of_the_whole(rows, cut):
     for batch in (rows[:cut], rows[cut:]):
         if batch:
             predicted, target = zip(*batch, strict=True)
-            metrics.update(torch.tensor(predicted), torch.tensor(target))
+            metrics.update(one_hot(torch.tensor(predicted), 6).float(), torch.tensor(target))
     predicted, target = zip(*rows, strict=True)
     for name, expected in by_scikit_learn(predicted, target).items():
         assert float(metrics.compute()[name]) == pytest.approx(expected, abs=1e-6)

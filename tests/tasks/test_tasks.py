@@ -113,7 +113,7 @@ def test_a_label_has_one_spelling_alone_and_beside_others():
 @pytest.mark.parametrize("form", ["mse", "mae", "huber"])
 def test_the_loss_of_a_number_is_that_of_its_standardised_target(form):
     numbers = np.array([1.0, 2.0, 4.0, 9.0])
-    task = regression(loss=form, delta=0.5)
+    task = regression(loss=form, delta=0.5 if form == "huber" else None)
     z = (numbers - numbers.mean()) / numbers.std()
     output = torch.tensor([[0.0], [5.0], [-1.0], [0.2]], dtype=torch.float64)
     error = output.numpy()[:, 0] - z

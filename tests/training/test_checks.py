@@ -17,7 +17,7 @@ from fusion.session import fit
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([EARLY, "--trainer.callbacks.monitor=val_loss"], "EarlyStopping monitors 'val_loss', which is not logged. Did you mean val/loss?"),
+        ([EARLY, "--trainer.callbacks.monitor=val_loss"], "EarlyStopping monitors 'val_loss', which is not logged. Did you mean val/loss"),
         ([EARLY, "--trainer.callbacks.monitor=train/loss"], "Did you mean train/loss_epoch?"),
         (["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/acc"], "ModelCheckpoint monitors 'val/acc'"),
         ([*NO_VALIDATION, EARLY, "--trainer.callbacks.monitor=val/loss"], "there is no validation: trainer.limit_val_batches is 0"),
