@@ -92,6 +92,8 @@ class MultiLabel(Task):
             raise UserError(f"task: loss is '{loss}'; expected bce, focal or asymmetric")
         reject_unused(loss, "focal", gamma=gamma)
         reject_unused(loss, "asymmetric", gamma_positive=gamma_positive, gamma_negative=gamma_negative, margin=margin)
+        if isinstance(pos_weights, str) and pos_weights not in ("none", "balanced"):
+            raise UserError(f"task: pos_weights is '{pos_weights}'; expected none, balanced, or numbers by label")
         if loss == "asymmetric" and pos_weights != "none":
             raise UserError("task: pos_weights and loss=asymmetric both weigh labels that are there; leave out one of them")
         self.separator, self.threshold, self.form, self.pos_weights = separator, threshold, loss, pos_weights
@@ -109,9 +111,11 @@ class MultiLabel(Task):
         self.names = []
         self.number: dict[str, int] = {}
         self.thresholds: list[float] = []
+        self.label_columns: list[str] = []  # where each label has one
         self.register_buffer("pos_weight", None, persistent=False)
 
     def joined(self, columns: Mapping[str, Sequence[str | None]], bad: dict[int, str]) -> list[str | None]:
+        self.label_columns = list(columns)
         cells: list[str | None] = []
         for i, row in enumerate(zip(*columns.values(), strict=True)):
             present = []
@@ -153,6 +157,11 @@ class MultiLabel(Task):
         self.names = sorted(counts)
         if not self.names:
             raise UserError(f"no training sample has any label (column '{column}'): there is nothing to learn")
+        never = [name for name in self.label_columns if name not in counts]
+        if never:
+            raise UserError(
+                f"no training sample has the label '{never[0]}' (its column is 0 everywhere): leave it out of data.columns.label"
+            )
         self.number = {name: i for i, name in enumerate(self.names)}
         fixed = 0.5 if isinstance(self.threshold, str) else self.threshold  # until it is tuned
         self.thresholds = [fixed] * len(self.names)

@@ -195,6 +195,8 @@ def test_a_column_of_0_and_1_for_each_label_is_read_and_bad_cells_reported():
     cells = task.joined({"red": ["1", "0", "yes", "2"], "blue": ["0", None, "TRUE", "1"]}, bad)
     assert [task.labels(cell) for cell in cells[:3]] == [["red"], [], ["red", "blue"]]
     assert bad == {3: "label red is '2', expected 0 or 1"}
+    with pytest.raises(UserError, match="no training sample has the label 'blue'"):
+        task.learn({"train": cells[:2]}, column="red,blue", on_unseen="error")
     with pytest.raises(UserError, match="names 2 columns, but Classification reads one"):
         Classification().joined({"a": [], "b": []}, {})
 
@@ -356,6 +358,7 @@ def test_an_order_may_be_given_and_others_are_reported():
         (lambda: Classification(class_weights="effective", beta=1.0), "beta is 1.0"),
         (lambda: Classification(logit_adjustment=-1), "logit_adjustment is -1"),
         (lambda: MultiLabel(threshold="tune"), "threshold is 'tune'; expected a probability, tuned or tuned_by_label"),
+        (lambda: MultiLabel(pos_weights="ballanced"), "pos_weights is 'ballanced'; expected none, balanced, or numbers by label"),
         (lambda: MultiLabel(margin=0.1), "margin is an option of loss=asymmetric, but loss is bce"),
         (lambda: MultiLabel(loss="asymmetric", margin=1.0), "margin is 1.0"),
         (lambda: MultiLabel(loss="asymmetric", pos_weights="balanced"), "pos_weights and loss=asymmetric"),
