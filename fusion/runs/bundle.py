@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusion.errors import UserError
 
-FORMAT = 6  # version of checkpoints and of model.json
+FORMAT = 7  # version of checkpoints and of model.json
 MODEL = "model"  # folder name within a run's folder
 WEIGHTS, ABOUT = "model.safetensors", "model.json"
 NEEDED = ("format", "encoders", "head", "adapters", "processor")

@@ -28,7 +28,8 @@ class Task(Rebuildable, nn.Module, ABC):
     monitor: the score by which the best checkpoint is chosen; may be set to any of `metric_names`, or "loss". minimised: the scores of
     which the lowest is the best. headline: the scores that are printed, by column title. baseline: the name under which the `bounded` score
     of the best constant answer is reported. bounded: the score that `bound` bounds. takes_lists: whether a target's cell may be a list.
-    one_of_classes: whether the classes are mutually exclusive, which some heads assume. tuned: keys of `learnt` that `tune` sets.
+    one_of_classes: whether the classes are mutually exclusive, which some heads assume. tuned: attributes that `tune` sets, each under its
+    name in `learnt`.
     """
 
     monitor: str
@@ -132,6 +133,11 @@ class Task(Rebuildable, nn.Module, ABC):
 
     def tune(self, metrics: MetricCollection) -> None:
         """Learn from a validation's metrics what training doesn't set, such as thresholds; called on all ranks after each validation."""
+
+    def set_tuned(self, learnt: dict[str, Any]) -> None:
+        """Restore what `tune` had set, of what `learnt` returned."""
+        for name in self.tuned:
+            setattr(self, name, learnt[name])
 
     def scores(self, metrics: MetricCollection) -> dict[str, Tensor]:
         """Computes the metrics, by name; undefined ones are NaN or left out."""

@@ -411,7 +411,7 @@ class Engine(LightningModule):
         reject_other_format(checkpoint)
         self.updates = self.scheduled = checkpoint["fusion"]["updates"]
         self.skipped = checkpoint["fusion"]["skipped"]
-        self.task.set_learnt(checkpoint["fusion"]["processor"]["task"]["learnt"])  # with what validation has tuned
+        self.task.set_tuned(checkpoint["fusion"]["processor"]["task"]["learnt"])
         self.horizon_before = checkpoint["fusion"]["horizon"]
         if checkpoint["loops"] and checkpoint["fusion"]["accumulated"] != self.trainer.accumulate_grad_batches:
             self.adjust_batch_progress(checkpoint)

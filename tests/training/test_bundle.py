@@ -84,8 +84,8 @@ def test_a_run_that_goes_on_has_its_model_of_the_end(tiny, fit_here, stop_after,
         (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "can't read .*model.safetensors"),
         (lambda folder: (folder / "model.json").write_text("{"), "can't read .*model.json"),
         (lambda folder: (folder / "model.json").write_text("{}"), "is not a model of fusion"),
-        (lambda folder: (folder / "model.json").write_text('{"format": 5}'), "has format 5, this version of fusion reads 6"),
-        (lambda folder: (folder / "model.json").write_text('{"format": 6}'), "has no encoders, head, adapters, processor"),
+        (lambda folder: (folder / "model.json").write_text('{"format": 6}'), "has format 6, this version of fusion reads 7"),
+        (lambda folder: (folder / "model.json").write_text('{"format": 7}'), "has no encoders, head, adapters, processor"),
     ],
 )
 def test_a_spoilt_models_folder_is_rejected_in_one_line(run, spoil, message):
