@@ -14,7 +14,7 @@ from tiny_world import REPOSITORY, SHORT
 
 import fusion
 from fusion.errors import UserError
-from fusion.runs.bundle import NEEDED, read_bundle, write_bundle
+from fusion.runs.bundle import FORMAT, NEEDED, read_bundle, write_bundle
 
 ASK = """
 import json, sys
@@ -98,7 +98,9 @@ def test_weights_that_are_tied_are_written(tmp_path):
     shared = torch.arange(6.0).view(2, 3)
     with pytest.raises(RuntimeError):
         save_file({"a": shared, "b": shared}, tmp_path / "x.safetensors")
-    write_bundle(tmp_path / "model", {name: 6 if name == "format" else {} for name in NEEDED}, {"a": shared, "b": shared, "c": shared.T})
+    write_bundle(
+        tmp_path / "model", {name: FORMAT if name == "format" else {} for name in NEEDED}, {"a": shared, "b": shared, "c": shared.T}
+    )
     _, weights = read_bundle(tmp_path / "model")
     assert torch.equal(weights["c"], shared.T)
     assert torch.equal(weights["a"], weights["b"])
