@@ -98,7 +98,10 @@ class Regression(Task):
         """The texts of a cell's numbers. Raises ValueError for an invalid list."""
         if not cell.lstrip().startswith("["):
             return [cell]
-        found = json.loads(cell)
+        try:
+            found = json.loads(cell)
+        except RecursionError as error:
+            raise ValueError("nested lists") from error
         if not isinstance(found, list) or not found or any(isinstance(one, list | dict | bool) for one in found):
             raise ValueError("not a list of numbers")
         return [None if one is None else str(one).strip() for one in found]

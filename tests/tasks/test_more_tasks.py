@@ -236,6 +236,10 @@ def test_several_numbers_have_their_own_scales_scores_and_answers():
     assert found["mae"] == pytest.approx((2 / 3 / task.deviation[0] + 5 / task.deviation[1]) / 2, rel=1e-5)
     assert found["spearman_width"] == pytest.approx(spearmanr(target[:, 1], predicted[:, 1]).statistic, abs=1e-5)
     assert np.allclose(task.answers(values.numpy()), predicted, rtol=1e-5)
+    assert (
+        task.check("[" * 100_000)
+        == "label '[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[' begins like a list, but is not a JSON list of numbers"
+    )
     assert task.check("[1, 2, 3]") == "label '[1, 2, 3]' has 3 numbers, expected 2"
     assert set(task.columns(values.numpy())) == {"length", "width"}
     assert set(found) - {"samples", "median"} == set(task.metric_names())

@@ -25,7 +25,8 @@ class StopEarly(EarlyStopping):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         assert isinstance(module, Engine)
-        self.monitor, self.mode = f"val/{module.task.monitor}", module.task.mode
-        self.min_delta = abs(self.min_delta) * (1 if self.mode == "max" else -1)
-        self.best_score = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+        if stage == "fit":
+            self.monitor, self.mode = f"val/{module.task.monitor}", module.task.mode
+            self.min_delta = abs(self.min_delta) * (1 if self.mode == "max" else -1)
+            self.best_score = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
         super().setup(trainer, module, stage)
