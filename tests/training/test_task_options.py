@@ -78,6 +78,7 @@ def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(of_task, fit_here
     assert_same_end(fit_here("--resume", stopped.folder), whole)
 
 
+@pytest.mark.slow
 @every_task
 def test_two_ranks_train_and_tune_as_one_does(of_task, fit_here, fit_on_two, task):
     recipe = of_task(task)
