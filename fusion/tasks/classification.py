@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, one_hot, pad
 from torchmetrics import MetricCollection
 
 from fusion.errors import UserError
@@ -152,19 +152,20 @@ class Classification(Task):
         return classification_metrics(max(2, len(self.number)), ranked=self.monitor in RANKED)
 
     def class_scores(self, values: Tensor, target: Tensor) -> dict[str, dict[str, float]]:
-        known = target < values.shape[1]
-        predicted = one_hot(values.argmax(dim=1), values.shape[1]).bool()
-        actual = one_hot(target.where(known, 0), values.shape[1]).bool() & known[:, None]
-        scores = binary_scores(predicted, actual) | (one_against_rest(values[known], target[known]) if bool(known.any()) else {})
-        return by_name(self.names, scores)
+        every = self.with_unknown(values)
+        predicted, actual = (one_hot(index, every.shape[1]).bool() for index in (every.argmax(dim=1), target))
+        return by_name(self.names, binary_scores(predicted, actual) | one_against_rest(every, target))
 
     def metric_names(self) -> list[str]:
         names = [str(name) for name in self.metrics()]
         return [name for name in names if name != "ranked"] + (list(RANKED) if "ranked" in names else [])
 
     def update(self, metrics: MetricCollection, values: Tensor, target: Tensor) -> None:
-        unknown = max(2, len(self.number)) - values.shape[1]
-        metrics.update(torch.cat([values, values.new_zeros(len(values), unknown)], dim=1), target)
+        metrics.update(self.with_unknown(values), target)
+
+    def with_unknown(self, values: Tensor) -> Tensor:
+        """Probabilities of all classes that occur anywhere, 0 for those missing in train."""
+        return pad(values, (0, max(2, len(self.number)) - values.shape[1]))
 
     def batch_figures(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {"accuracy": (output.argmax(dim=1) == target).float().mean()}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, pad
 from torchmetrics import MetricCollection
 
 from fusion.cell_text import canonical, cell_text
@@ -218,8 +218,7 @@ class MultiLabel(Task):
         return collecting(count, torch.zeros(0, count, dtype=torch.uint8))
 
     def update(self, metrics: MetricCollection, values: Tensor, target: Tensor) -> None:
-        unknown = target.shape[1] - values.shape[1]
-        metrics.update(torch.cat([values, values.new_zeros(len(values), unknown)], dim=1), target)
+        metrics.update(pad(values, (0, target.shape[1] - values.shape[1])), target)
 
     def tune(self, metrics: MetricCollection) -> None:
         values, target = collected(metrics)

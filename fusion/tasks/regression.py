@@ -213,7 +213,7 @@ class Regression(Task):
         metrics.update(values, target)
 
     def scores(self, metrics: MetricCollection) -> dict[str, Tensor]:
-        values, target = (one.cpu().double() for one in collected(metrics))
+        values, target = (one.double() for one in collected(metrics))
         if not len(values):
             return {}
         units = values.new_tensor(self.deviation)

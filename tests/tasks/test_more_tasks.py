@@ -129,6 +129,32 @@ def test_logit_adjustment_raises_the_balanced_accuracy_on_a_long_tail():
     assert recall[1.0] > recall[0.0] + 0.05
 
 
+def test_scores_by_class_average_to_those_of_all_also_beside_labels_that_train_lacks():
+    task = classifier()
+    cells = ["a", "b", "c", "new", "a", "newer", "b", "c"]
+    task.encode(cells)
+    values = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    whole, single = score(task, values, cells), task.class_scores(values, torch.from_numpy(task.encode(cells)))
+    assert list(single) == ["a", "b", "c"]
+    assert [one["samples"] for one in single.values()] == [2, 2, 2]
+    assert sum(one["recall"] for one in single.values()) / 5 == pytest.approx(whole["balanced_accuracy"])  # the new ones' is 0
+    unknown = 2 * 0.5  # of equal probabilities, all 0
+    assert (sum(one["auroc"] for one in single.values()) + unknown) / 5 == pytest.approx(whole["auroc"], abs=1e-6)
+
+
+def test_metrics_that_count_alike_share_their_counts_and_agree_over_batches_and_resets():
+    task = classifier()
+    metrics = task.metrics()
+    for _ in range(2):
+        values, target = torch.rand(20, 3).softmax(dim=1), torch.randint(3, (20,))
+        for part in (slice(0, 7), slice(7, 20)):
+            task.update(metrics, values[part], target[part])
+        whole = score(task, values, [task.names[i] for i in target.tolist()])
+        for name, value in task.scores(metrics).items():
+            assert float(value) == pytest.approx(whole[name], abs=1e-6), name
+        metrics.reset()
+
+
 # Labels
 
 

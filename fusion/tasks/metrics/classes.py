@@ -4,7 +4,7 @@ import warnings
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassStatScores
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_average_precision
 
@@ -26,27 +26,44 @@ def classification_metrics(classes: int, *, ranked: bool = False) -> MetricColle
     They add up counts and sums, exact over any number of batches and ranks; the last two keep all probabilities instead. Labels missing in
     train are classes too, with indices after those that the model knows and probability 0.
     """
-    metrics: dict[str, Metric | MetricCollection] = {
-        "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
+    by_class = {
         "balanced_accuracy": BalancedAccuracy(classes),
-        "f1_macro": MulticlassF1Score(classes, average="macro", validate_args=False),
-        "f1_micro": MulticlassF1Score(classes, average="micro", validate_args=False),
-        "f1_weighted": MulticlassF1Score(classes, average="weighted", validate_args=False),
         "cohen_kappa": CohenKappa(classes),
         "matthews": Matthews(classes),
-        "log_loss": LogLoss(),
-        "brier": Brier(),
-        "calibration_error": CalibrationError(),
+        "f1_macro": MulticlassF1Score(classes, average="macro", validate_args=False),
+        "f1_weighted": MulticlassF1Score(classes, average="weighted", validate_args=False),
     }
+    of_all = {
+        "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
+        "f1_micro": MulticlassF1Score(classes, average="micro", validate_args=False),
+    }
+    others: dict[str, Metric] = {"log_loss": LogLoss(), "brier": Brier(), "calibration_error": CalibrationError()}
     if classes > TOP:
-        metrics["top5_accuracy"] = MulticlassAccuracy(classes, top_k=TOP, average="micro", validate_args=False)
+        others["top5_accuracy"] = MulticlassAccuracy(classes, top_k=TOP, average="micro", validate_args=False)
     if classes <= MOST_RANKED or ranked:
-        metrics["ranked"] = OneAgainstRest(classes)
-    # Each by itself: the library would group metrics whose states happen to be equal after the first batch.
-    return MetricCollection(metrics, compute_groups=False)
+        others["ranked"] = OneAgainstRest(classes)
+    # Metrics with the same counts are updated once. Without the groups torchmetrics would also group those whose counts happen to be equal.
+    groups = [list(by_class), list(of_all), *([name] for name in others)]
+    return MetricCollection({**by_class, **of_all, **others}, compute_groups=groups)
 
 
-class BalancedAccuracy(MulticlassStatScores):
+class ClassCounts(MulticlassStatScores):
+    """A score from counts by class alone: exact over any number of batches and ranks, without a matrix of classes by classes.
+
+    Args:
+        classes: number of classes.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes, average=None, validate_args=False)
+
+    def counts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hits, predictions and targets of each class (C,), float64; on the CPU, since Apple's GPUs have no float64."""
+        hits, false, _, misses = (count.cpu().double() for count in self._final_state())
+        return hits, hits + false, hits + misses
+
+
+class BalancedAccuracy(ClassCounts):
     """Mean recall over the classes that occur among the targets, as scikit-learn's balanced_accuracy_score.
 
     (torchmetrics' MulticlassAccuracy with average="macro" also counts, as recall 0, a class that was predicted but never occurs.)
@@ -56,112 +73,67 @@ class BalancedAccuracy(MulticlassStatScores):
     >>> round(float(metric(torch.tensor([0, 2, 1, 0]), torch.tensor([0, 0, 1, 1]))), 4)
     0.5
 
-    Args:
-        classes: number of classes.
     """
 
-    def __init__(self, classes: int) -> None:
-        super().__init__(classes, average=None, validate_args=False)
-
     def compute(self) -> Tensor:
-        hits, _, _, misses = self._final_state()
-        support = hits + misses
-        return (hits / support.clamp(min=1)).sum() / (support > 0).sum().clamp(min=1)
+        hits, _, occurring = self.counts()
+        return ((hits / occurring.clamp(min=1)).sum() / (occurring > 0).sum().clamp(min=1)).float()
 
 
-class CohenKappa(MulticlassStatScores):
+class CohenKappa(ClassCounts):
     """Agreement beyond chance (Cohen, 1960): (p_o - p_e) / (1 - p_e); NaN where chance alone agrees fully.
-
-    (From counts by class: torchmetrics' keeps a matrix of classes by classes.)
 
     >>> metric = CohenKappa(2)
     >>> float(metric(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 1])))
     0.5
 
-    Args:
-        classes: number of classes.
     """
 
-    def __init__(self, classes: int) -> None:
-        super().__init__(classes, average=None, validate_args=False)
-
     def compute(self) -> Tensor:
-        hits, false, _, misses = (count.double() for count in self._final_state())
-        total = (hits + misses).sum()
+        hits, predicted, occurring = self.counts()
+        total = occurring.sum()
         observed = hits.sum() / total
-        chance = ((hits + false) * (hits + misses)).sum() / total.square()
+        chance = (predicted * occurring).sum() / total.square()
         return ((observed - chance) / (1 - chance)).float()
 
 
-class Matthews(MulticlassStatScores):
+class Matthews(ClassCounts):
     """Matthews correlation of several classes (Gorodkin, 2004); 0 where only one class is predicted, or occurs.
-
-    (From counts by class: torchmetrics' keeps a matrix of classes by classes.)
 
     >>> metric = Matthews(2)
     >>> round(float(metric(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 1]))), 4)
     0.5774
 
-    Args:
-        classes: number of classes.
     """
 
-    def __init__(self, classes: int) -> None:
-        super().__init__(classes, average=None, validate_args=False)
-
     def compute(self) -> Tensor:
-        hits, false, _, misses = (count.double() for count in self._final_state())
-        predicted, occurring = hits + false, hits + misses
+        hits, predicted, occurring = self.counts()
         total = occurring.sum()
         covariance = hits.sum() * total - (predicted * occurring).sum()
         spread = (total.square() - predicted.square().sum()) * (total.square() - occurring.square().sum())
         return torch.where(spread > 0, covariance / spread.clamp(min=1).sqrt(), 0.0).float()
 
 
-class SampleMean(Metric):
-    """Mean of a quantity of each sample, `of`."""
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def of(self, probabilities: Tensor, target: Tensor) -> Tensor:
-        """(B,)"""
-        raise NotImplementedError
-
-    def update(self, probabilities: Tensor, target: Tensor) -> None:
-        each = self.of(probabilities, target)
-        self.total += each.to(self.total.dtype).sum()
-        self.count += len(each)
-
-    def compute(self) -> Tensor:
-        return (self.total / self.count).float()
-
-
-class LogLoss(SampleMean):
+class LogLoss(MeanMetric):
     """Mean of -log p_y, with p_y of at least float32's epsilon, as scikit-learn's log_loss: an impossible class costs 15.9.
 
     >>> round(float(LogLoss()(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([0, 1]))), 4)
     0.3466
     """
 
-    def of(self, probabilities: Tensor, target: Tensor) -> Tensor:
-        return -probabilities.gather(1, target[:, None])[:, 0].clamp(min=torch.finfo(torch.float32).eps).log()
+    def update(self, probabilities: Tensor, target: Tensor) -> None:  # type: ignore[override]
+        super().update(-probabilities.gather(1, target[:, None])[:, 0].clamp(min=torch.finfo(torch.float32).eps).log())
 
 
-class Brier(SampleMean):
+class Brier(MeanMetric):
     """Mean squared distance between probabilities and the true class as a one-hot vector (Brier, 1950): from 0 to 2.
 
     >>> float(Brier()(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([0, 1])))
     0.25
     """
 
-    def of(self, probabilities: Tensor, target: Tensor) -> Tensor:
-        return probabilities.square().sum(dim=1) - 2 * probabilities.gather(1, target[:, None])[:, 0] + 1
+    def update(self, probabilities: Tensor, target: Tensor) -> None:  # type: ignore[override]
+        super().update(probabilities.square().sum(dim=1) - 2 * probabilities.gather(1, target[:, None])[:, 0] + 1)
 
 
 class CalibrationError(Metric):
@@ -181,18 +153,18 @@ class CalibrationError(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("counts", "confidences", "hits"):
-            self.add_state(name, torch.zeros(BINS, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(BINS), dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor, target: Tensor) -> None:
         confidence, predicted = probabilities.max(dim=1)
-        confidence = confidence.to(self.counts.dtype)
-        place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+        exact = confidence if confidence.device.type == "mps" else confidence.double()  # Apple's GPUs have no float64
+        place = (exact * BINS).ceil().long().clamp(1, BINS) - 1
         self.counts.index_add_(0, place, torch.ones_like(confidence))
         self.confidences.index_add_(0, place, confidence)
         self.hits.index_add_(0, place, (predicted == target).to(confidence.dtype))
 
     def compute(self) -> Tensor:
-        return ((self.confidences - self.hits).abs().sum() / self.counts.sum()).float()
+        return (self.confidences - self.hits).abs().sum() / self.counts.sum()
 
 
 class OneAgainstRest(Collected):

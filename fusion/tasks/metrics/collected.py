@@ -32,9 +32,9 @@ class Collected(Metric):
         self.add_state("targets", [], dist_reduce_fx="cat")
 
     def update(self, values: Tensor, target: Tensor) -> None:
-        for kept, more in ((self.values, values), (self.targets, target)):
-            assert isinstance(kept, list)
-            kept.append(more.detach())
+        for batches, batch in ((self.values, values), (self.targets, target)):
+            assert isinstance(batches, list)
+            batches.append(batch.detach())
 
     def sync(self, *args: Any, **options: Any) -> None:
         """Gather over the ranks; one that saw no sample contributes none, of the shape and type of the others'."""
@@ -65,6 +65,7 @@ def collecting(width: int, target: Tensor) -> MetricCollection:
 
 
 def collected(metrics: MetricCollection) -> tuple[Tensor, Tensor]:
-    """What a collection of `collecting` has: values (n, K) and targets (n, ...), over all ranks."""
+    """What a collection of `collecting` has: values (n, K) and targets (n, ...), over all ranks; on the CPU, since scores are computed in
+    float64, which Apple's GPUs lack."""
     found = metrics["everything"].compute()
-    return found.values, found.target
+    return found.values.cpu(), found.target.cpu()
