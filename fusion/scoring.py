@@ -27,8 +27,8 @@ Outputs = list[tuple[Tensor, dict[str, Tensor]]]
 
 
 class Evaluation(NamedTuple):
-    """scores: the task's scores of all samples ("all") and by group. classes: scores of each class or label by itself. unseen: number of
-    samples with a class that never occurred in training. issues: the skipped samples.
+    """scores: the task's scores of all samples ("all") and by group. classes: scores of each class or label by itself, where requested.
+    unseen: number of samples with a class that never occurred in training. issues: the skipped samples.
     """
 
     scores: dict[str, dict[str, float]]
@@ -48,16 +48,19 @@ def evaluate_run(
     checkpoint: str = "best",
     batch_size: int = 256,
     reading: Sequence[str] = (),
+    by_class: bool = False,
 ) -> Evaluation:
     """Score a run on one of its splits, or on another manifest with labels.
 
-    by: column by which samples are grouped. reading: options of fit that describe the manifest. Raises UserError if split, column or
-    checkpoint doesn't exist.
+    by: column by which samples are grouped. reading: options of fit that describe the manifest. by_class: whether each class is scored by
+    itself, too. Raises UserError if split, column or checkpoint doesn't exist, or the task has no classes to score.
     """
     data = data_of(run)
     data.issues = issues = DataIssues("drop")  # printed at the end; the run's on_bad_sample concerns training only
     predictor = load_for(run, checkpoint, issues)
     task = predictor.processor.task
+    if by_class and type(task).class_scores is Task.class_scores:
+        raise UserError(f"{type(task).__name__} has no classes to be scored by themselves; leave out --classes")
     data.columns, data.format = reading_of(run, reading)
     inputs = inputs_for(predictor, data.columns, run)
     of_run = manifest is None
@@ -68,7 +71,7 @@ def evaluate_run(
     groups = column(table, data.columns, by) if by else None
     values = torch.cat([values for values, _ in outputs])
     scores = scores_by_group(task, values, table.labels, groups)
-    classes = task.class_scores(values, torch.from_numpy(task.encode(table.labels)))
+    classes = task.class_scores(values, torch.from_numpy(task.encode(table.labels))) if by_class else {}
     return Evaluation(scores, task, classes, len(table), task.unseen(table.labels), issues)
 
 
@@ -96,7 +99,7 @@ def predict_rows(predictor: Predictor, table: Table, issues: DataIssues, batch_s
             print_rank_zero(f"{start:,} of {len(table):,} samples predicted")
         rows = range(start, min(start + batch_size, len(table)))
         unreadable: dict[int, tuple[str, UserError]] = {}
-        columns = {name: [cells[i] for i in rows] for name, cells in table.inputs.items()}
+        columns = {name: list(cells[start : start + batch_size]) for name, cells in table.inputs.items()}
         values, present = predictor.predict_batch(columns, unreadable)
         for position, (name, error) in unreadable.items():
             i = rows[position]

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from fusion.console import aligned, figure, heartbeat, is_rank_zero, print_rank_zero, printing
 from fusion.data import FusionData
 from fusion.data.table import Table
-from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError, nearest
+from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
 from fusion.evaluation.bounds import bounds, repeated
 from fusion.exit import leave
 from fusion.predictor import model_of
@@ -94,7 +94,6 @@ def train(arguments: Sequence[str]) -> Outcome:
             model.task.monitor = monitored(cli.config.monitor)
         with heartbeat("loading data and encoders"):
             model.build(data)
-        check_monitor(model.task)
         checkpoint.monitor_of(model.task.monitor, model.task.mode)
         if not validates(trainer, data.splits):
             checkpoint.without_validation()
@@ -149,13 +148,6 @@ def monitored(monitor: str) -> str:
     if split not in ("", "val"):
         raise UserError(f"--monitor={monitor}: the best checkpoint is chosen by a validation score; expected --monitor={name}")
     return name
-
-
-def check_monitor(task: Task) -> None:
-    """Raises UserError for a score that the task doesn't have."""
-    known = [*task.metric_names(), "loss"]
-    if task.monitor not in known:
-        raise UserError(f"--monitor={task.monitor}: {type(task).__name__} has no such score. {nearest(task.monitor, known)}")
 
 
 def ended(status: int, run: RunFolder, message: str) -> Outcome:

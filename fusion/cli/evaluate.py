@@ -10,7 +10,6 @@ from fusion.console import aligned, figure
 from fusion.errors import UserError
 from fusion.scoring import evaluate_run, print_issues
 from fusion.settings.reading import HELP, reading_options
-from fusion.tasks import Task
 
 NOT_IN_FILE_NAMES = r'[/\\:*?"<>|\0]'
 
@@ -30,7 +29,13 @@ def evaluate(arguments: Sequence[str]) -> int:
     if options.manifest and options.split:
         raise UserError("give either --split (of the run's own data) or --manifest (whose rows are all scored), not both")
     split, run = options.split or "test", Path(options.run).expanduser()
-    selection = {"split": split, "manifest": options.manifest, "by": options.by or "", "checkpoint": options.checkpoint}
+    selection = {
+        "split": split,
+        "manifest": options.manifest,
+        "by": options.by or "",
+        "checkpoint": options.checkpoint,
+        "by_class": options.classes,
+    }
     evaluation = evaluate_run(run, **selection, batch_size=options.batch_size, reading=reading)
     task = evaluation.task
     lines = [[f"{options.by or ''}", *task.headline, task.baseline, "samples"]]
@@ -40,7 +45,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     print(f"{options.manifest or split} of {options.run}\n\n{aligned(lines)}")
     print(f"\n{task.baseline}: the {task.bounded} of the best constant prediction for the samples of each line")
     if options.classes:
-        print(f"\n{aligned(class_lines(evaluation.classes, task))}")
+        print(f"\n{aligned(class_lines(evaluation.classes))}")
     if evaluation.unseen:
         share = evaluation.unseen / evaluation.samples
         print(f"{evaluation.unseen:,} samples ({share:.1%}) have a label that never occurred in training, and always count as wrong")
@@ -55,10 +60,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def class_lines(classes: dict[str, dict[str, float]], task: Task) -> list[list[str]]:
-    """A table of the scores of each class. Raises UserError for a task without classes."""
-    if not classes:
-        raise UserError(f"--classes: {type(task).__name__} has no classes")
+def class_lines(classes: dict[str, dict[str, float]]) -> list[list[str]]:
+    """A table of the scores of each class."""
     names = list(dict.fromkeys(name for scores in classes.values() for name in scores if name != "samples"))
     lines = [["", *names, "samples"]]
     for label, scores in classes.items():

@@ -17,15 +17,24 @@ T = TypeVar("T")
 Positions: TypeAlias = Sequence[int] | np.ndarray
 
 
-class Column(Sequence[T], Generic[T]):
-    """One column's cells, None for missing ones. Equal to any sequence of the same cells.
+class SequenceOfCells(Sequence[T]):
+    """Equal to any sequence of the same cells, such as a list."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
+
+
+class Column(SequenceOfCells[T], Generic[T]):
+    """One column's cells, None for missing ones.
 
     >>> column = Column.of(["3.0", "red", None])
     >>> column.map(str.upper, touches="^[a-z]") == ["3.0", "RED", None], column[1], column.take([2, 0])
     (True, 'red', Column([None, '3.0']))
     """
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, array: pa.Array) -> None:
         self.array = array
@@ -66,11 +75,6 @@ class Column(Sequence[T], Generic[T]):
     def __iter__(self) -> Iterator[T]:
         for start in range(0, len(self), BLOCK):
             yield from self.array.slice(start, BLOCK).to_pylist()
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or isinstance(other, str):
-            return NotImplemented
-        return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
 
     def __repr__(self) -> str:
         return f"Column({list(self)})"
@@ -121,14 +125,13 @@ class Column(Sequence[T], Generic[T]):
         return Column(self.array.fill_null(by) if isinstance(by, str) else pc.coalesce(self.array, by.array.cast(TEXT)))
 
 
-class Rows(Sequence[tuple[str | None, ...] | None]):
+class Rows(SequenceOfCells[tuple[str | None, ...] | None]):
     """Several columns of texts side by side: a cell is the tuple of their cells, None where all of them are missing.
 
-    >>> list(Rows([Column.of(["1", None]), Column.of([None, None])]))
-    [('1', None), None]
+    >>> rows = Rows([Column.of(["1", None]), Column.of([None, None])])
+    >>> list(rows), rows[0], rows[-1]
+    ([('1', None), None], ('1', None), None)
     """
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, columns: Sequence[Column[str | None]]) -> None:
         self.columns = list(columns)
@@ -146,17 +149,10 @@ class Rows(Sequence[tuple[str | None, ...] | None]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return Rows([column[index] for column in self.columns])
-        row = tuple(column[index] for column in self.columns)
-        return row if any(cell is not None for cell in row) else None
+        return row_of(column[index] for column in self.columns)
 
     def __iter__(self) -> Iterator[tuple[str | None, ...] | None]:
-        for row in zip(*self.columns, strict=True):
-            yield row if any(cell is not None for cell in row) else None
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence):
-            return NotImplemented
-        return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
+        return map(row_of, zip(*self.columns, strict=True))
 
     def take(self, indices: Positions) -> "Rows":
         return Rows([column.take(indices) for column in self.columns])
@@ -164,6 +160,11 @@ class Rows(Sequence[tuple[str | None, ...] | None]):
     def missing(self) -> np.ndarray:
         """(n,) bool: where the cells of all columns are missing."""
         return np.logical_and.reduce([column.missing() for column in self.columns])
+
+
+def row_of(cells: Iterable[str | None]) -> tuple[str | None, ...] | None:
+    row = tuple(cells)
+    return row if any(cell is not None for cell in row) else None
 
 
 # Columns that may also be lists: images, tuples of images

@@ -207,7 +207,7 @@ class FusionData(LightningDataModule):
         table = self.table(inputs, task)
         self.check_shared_groups(table)  # checks given splits, before others are assigned
         strata = task.strata(table.labels)
-        splits = assign_splits(strata, table.groups, table.splits, val=self.val, test=self.test, seed=self.split_seed)
+        splits = assign_splits(strata, list(table.groups), list(table.splits), val=self.val, test=self.test, seed=self.split_seed)
         table.splits = list[str | None](splits)
         if self.train_samples is not None:
             train = [i for i, split in enumerate(table.splits) if split == "train"]

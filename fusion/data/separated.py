@@ -12,7 +12,7 @@ import pyarrow.csv
 from fusion.data.cells import Cells
 from fusion.data.column import TEXT, Column
 from fusion.data.format import Format
-from fusion.data.text_file import BYTE_ORDER_MARK, Lines, open_text, undecodable
+from fusion.data.text_file import BYTE_ORDER_MARK, Lines, undecodable
 from fusion.errors import UserError
 
 SEPARATORS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}
@@ -37,8 +37,8 @@ def read_separated(path: str, format: Format, separator: str) -> Cells:
     """The cells of a file; separator: the usual one for its name. Raises UserError for a header that can't be read."""
     csv.field_size_limit(2**31 - 1)  # global to the process; not restored, since another thread may be reading
     cells = Cells()
-    dialect = choose_dialect(path, format, separator, cells.notes)
     lines = Lines(path, format)
+    dialect = choose_dialect(path, lines, format, separator, cells.notes)
     start, names = header(path, lines, dialect, format)
     # Arrow splits lines that are a whole row; all others go to Python's reader, which is slower but reports errors exactly.
     whole = lines.decodable & whole_rows(lines, dialect, len(names))
@@ -105,10 +105,9 @@ def extend(columns: list[list[str]], batch: list[list[str]]) -> None:
 # Dialect
 
 
-def choose_dialect(path: str, format: Format, usual: str, notes: list[str]) -> Dialect:
+def choose_dialect(path: str, lines: Lines, format: Format, usual: str, notes: list[str]) -> Dialect:
     """The dialect given by the format; else by the header if it is unambiguous, which is noted; else the usual one for the file's name."""
-    with open_text(path, format) as file:
-        line = next((line for line in file if line.strip()), "")
+    line = next((line for line in lines.texts(0) if line.strip()), "")
     separator = format.separator or recognised_separator(line, usual)
     if separator != (format.separator or usual):
         notes.append(f"{path}: its cells are separated by {SEPARATORS[separator]}, as its header shows, rather than {SEPARATORS[usual]}")

@@ -193,7 +193,7 @@ def interpret(
 
     def targets() -> Column[str | None]:
         if isinstance(columns.label, str):
-            return texts_in(columns.label, takes_lists).map(lambda cell: canonical(cell.strip()) or None)
+            return texts_in(columns.label, takes_lists).map(stripped)
         return empty if task is None else Column.of(task.joined({name: texts_in(name) for name in columns.label}, reading.bad))
 
     def cells_of(kind: Kind) -> Sequence[Any]:
@@ -202,7 +202,7 @@ def interpret(
 
     read = {name: cells_of(kind) for name, kind in inputs.items()}
     labels = targets()
-    splits, groups = (texts_in(name).map(lambda cell: canonical(cell.strip()) or None) for name in (columns.split, columns.group))
+    splits, groups = (texts_in(name).map(stripped) for name in (columns.split, columns.group))
     rows = Column.numbers(cells.rows)
     ids = texts_in(columns.id).map(lambda cell: cell.strip() or None, touches=PADDED).filled(rows)
     with_role = {*columns.targets, columns.split, columns.id, columns.group} | {name for kind in inputs.values() for name in kind.columns}
@@ -220,6 +220,11 @@ def interpret(
         for i in np.flatnonzero(np.array([reason is not None for reason in reasons])[codes]).tolist():
             bad.setdefault(i, str(reasons[codes[i]]))
     return Table(inputs, read, labels, splits, ids, groups, rows, Column.repeat(path, count), extra), bad, notes
+
+
+def stripped(cell: str) -> str | None:
+    """A cell without whitespace around it, None where nothing is left."""
+    return canonical(cell.strip()) or None
 
 
 # Notes

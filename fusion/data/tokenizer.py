@@ -12,6 +12,7 @@ import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from fusion.data.column import take
 from fusion.encoders import Texts
 from fusion.errors import UserError
 
@@ -126,7 +127,7 @@ class Tokenizer:
         cut = 0
         for start in range(0, len(present), 10_000):  # in slices, so that the tokenizer's own objects don't accumulate in memory
             chosen = present[start : start + 10_000]
-            for i, encoding in zip(chosen, self.backend.encode_batch([str(texts[i]) for i in chosen]), strict=True):
+            for i, encoding in zip(chosen, self.backend.encode_batch([str(text) for text in take(texts, chosen)]), strict=True):
                 pieces.append(np.asarray(encoding.ids, dtype=np.int32))
                 lengths[i + 1] = len(encoding.ids)
                 cut += bool(encoding.overflowing)

@@ -83,11 +83,16 @@ def check_limits(trainer: Trainer, data: FusionData) -> None:
 
 
 def check_monitors(trainer: Trainer, engine: Engine, splits: dict[str, Any]) -> None:
-    """Raises UserError for a callback (EarlyStopping, ModelCheckpoint) whose `monitor` names a metric that nothing logs.
+    """Raises UserError for a score of --monitor that the task doesn't have, and for a callback (EarlyStopping, ModelCheckpoint) whose
+    `monitor` names a metric that nothing logs.
 
     Nothing is checked where a callback from outside Lightning and fusion has a hook, in which it may log its own metrics; nor for
     EarlyStopping(strict=False).
     """
+    scores = [*engine.task.metric_names(), "loss"]
+    if engine.task.monitor not in scores:
+        what = type(engine.task).__name__
+        raise UserError(f"--monitor={engine.task.monitor}: {what} has no such score. {nearest(engine.task.monitor, scores)}")
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if any(may_log(callback) for callback in callbacks):
         return

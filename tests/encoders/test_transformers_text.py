@@ -36,10 +36,12 @@ NO_EMBEDDINGS: dict[str, dict[str, Any]] = {
     "eurobert": COMMON | SHAPE | {"num_key_value_heads": 2, "mask_token_id": 4},
     "t5": {"vocab_size": 50, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 32, "d_kv": 8},
     "gpt2": {"vocab_size": 50, "n_positions": 24, "n_embd": 16, "n_layer": 2, "n_head": 2},
+    "umt5": {"vocab_size": 50, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 32, "d_kv": 8},
+    "llama": COMMON | SHAPE | HEADS_OF_KEYS,
     "qwen3": COMMON | SHAPE | HEADS_OF_KEYS,
     "gemma3_text": COMMON | SHAPE | HEADS_OF_KEYS,
 }
-DECODERS = ("gpt2", "qwen3", "gemma3_text")
+DECODERS = ("gpt2", "llama", "qwen3", "gemma3_text")
 EVERY = CONFIGS | NO_EMBEDDINGS
 every = pytest.mark.parametrize("kind", EVERY)
 every_with_embeddings = pytest.mark.parametrize("kind", CONFIGS)

@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from tiny_world import BERT, FORKED, REPOSITORY, TWO, Run, newest, one_of_two
+from tiny_world import BERT, FORKED, REPOSITORY, TWO, Run, assert_same_end, newest, one_of_two
 
 import fusion.session as command
 from fusion.cli.ray_worker import free_port
@@ -167,21 +166,23 @@ def fit_on_two(tmp_path):
 
 
 @pytest.fixture
-def requeued_after(monkeypatch):
-    """Within it, runs are asked to end by SIGTERM's way after so many updates."""
+def assert_resumes_to_the_bit(monkeypatch, fit_here):
+    """Runs these options whole, and again with a request to end by SIGTERM's way after five updates, resumed: both end alike."""
 
-    @contextmanager
-    def arrange(updates):
-        def ask(self, trainer, module, *rest, to_the_end=SaveInTime.on_train_batch_end):
-            if module.updates == updates:
-                self.requested = REQUEUE
-            to_the_end(self, trainer, module, *rest)
+    def ask(self, trainer, module, *rest, to_the_end=SaveInTime.on_train_batch_end):
+        if module.updates == 5:
+            self.requested = REQUEUE
+        to_the_end(self, trainer, module, *rest)
 
+    def check(*options):
+        whole = fit_here(*options, runs="whole")
         with monkeypatch.context() as patched:
             patched.setattr(SaveInTime, "on_train_batch_end", ask)
-            yield
+            stopped = fit_here(*options, runs="stopped")
+        assert stopped.status == 75
+        assert_same_end(fit_here("--resume", stopped.folder), whole)
 
-    return arrange
+    return check
 
 
 @pytest.fixture

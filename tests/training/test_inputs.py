@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 import yaml
-from tiny_world import BERT, ROUNDING, SHORT, assert_same_end, furthest_weights
+from tiny_world import BERT, ROUNDING, SHORT, furthest_weights
 
 import fusion
 from fusion.benchmarks.kills import benchmark_kills
@@ -114,14 +114,8 @@ def test_inputs_train_by_recipe_alone_and_answer_alike_from_files_and_from_pytho
 
 @every_set
 @pytest.mark.parametrize("precision", [[], FP16], ids=["fp32", "fp16"])
-def test_a_run_over_inputs_goes_on_to_the_bit(of_inputs, fit_here, requeued_after, inputs, precision):
-    options = ["--recipe", of_inputs(inputs), *precision, "--model.modality_dropout=0.3"]
-    whole = fit_here(*options, runs="whole")
-
-    with requeued_after(5):
-        stopped = fit_here(*options, runs="stopped")
-    assert stopped.status == 75
-    assert_same_end(fit_here("--resume", stopped.folder), whole)
+def test_a_run_over_inputs_goes_on_to_the_bit(of_inputs, assert_resumes_to_the_bit, inputs, precision):
+    assert_resumes_to_the_bit("--recipe", of_inputs(inputs), *precision, "--model.modality_dropout=0.3")
 
 
 @pytest.mark.slow

@@ -4,11 +4,10 @@ import csv
 import json
 
 import pytest
-from tiny_world import ROUNDING, SHORT, assert_same_end, furthest_weights
+from tiny_world import ROUNDING, SHORT, furthest_weights, rows_and_predictions
 
 import fusion
 from fusion.cli.evaluate import evaluate
-from fusion.cli.predict import predict
 from fusion.errors import UserError
 from fusion.session import fit
 
@@ -43,10 +42,7 @@ def test_a_run_scores_and_predicts_as_its_model_does_elsewhere(of_task, fit_here
     assert {name: evaluated[name] for name in scores if name in evaluated} == pytest.approx(
         {name: value for name, value in scores.items() if name in evaluated}, abs=1e-4
     )
-    manifest = tmp_path / "manifest.csv"
-    assert predict(["--run", str(run.folder), "--manifest", str(manifest), "--out", str(tmp_path / "p.csv")]) == 0
-    with open(manifest, newline="") as given, open(tmp_path / "p.csv", newline="") as written:
-        rows, found = list(csv.DictReader(given)), list(csv.DictReader(written))
+    rows, found = rows_and_predictions(run, tmp_path / "manifest.csv")
     predictor = fusion.load(str(run.folder))
     given = [i for i, row in enumerate(rows) if row["split"] == "test"]
     answers = predictor.predict(images=[rows[i]["image"] for i in given], texts=[rows[i]["text"] for i in given]).answers
@@ -69,13 +65,8 @@ def test_a_run_scores_and_predicts_as_its_model_does_elsewhere(of_task, fit_here
 
 
 @every_task
-def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(of_task, fit_here, requeued_after, task):
-    options = ["--recipe", of_task(task), *TASKS[task]]
-    whole = fit_here(*options, runs="whole")
-    with requeued_after(5):
-        stopped = fit_here(*options, runs="stopped")
-    assert stopped.status == 75
-    assert_same_end(fit_here("--resume", stopped.folder), whole)
+def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(of_task, assert_resumes_to_the_bit, task):
+    assert_resumes_to_the_bit("--recipe", of_task(task), *TASKS[task])
 
 
 @pytest.mark.slow
@@ -118,7 +109,7 @@ def test_each_class_is_scored_by_itself(of_task, fit_here, capsys, task):
     run = fit_here("--recipe", of_task(task), *TASKS.get(task, []), *SHORT)
     capsys.readouterr()
     if task in ("ordinal", "several"):
-        with pytest.raises(UserError, match="has no classes"):
+        with pytest.raises(UserError, match="has no classes to be scored by themselves"):
             evaluate(["--run", str(run.folder), "--classes"])
         return
     assert evaluate(["--run", str(run.folder), "--classes"]) == 0

@@ -4,11 +4,10 @@ import csv
 import json
 
 import pytest
-from tiny_world import ROUNDING, SHORT, assert_same_end, furthest, furthest_weights
+from tiny_world import ROUNDING, SHORT, furthest, furthest_weights, rows_and_predictions
 
 import fusion
 from fusion.cli.evaluate import evaluate
-from fusion.cli.predict import predict
 from fusion.errors import UserError
 from fusion.session import fit
 
@@ -49,10 +48,7 @@ def test_a_run_is_scored_and_predicts_in_the_task_s_own_terms(of_task, fit_here,
     evaluated = json.loads((run.folder / "evaluation-test.json").read_text())["all"]
     for name in ("average_precision", "f1_macro", "subset_accuracy") if task == LABELS else ("mae", "rmse", "r2"):
         assert evaluated[name] == pytest.approx(scores[name], abs=1e-4), name
-    manifest = tmp_path / "manifest.csv"
-    assert predict(["--run", str(run.folder), "--manifest", str(manifest), "--out", str(tmp_path / "p.csv")]) == 0
-    with open(manifest, newline="") as given, open(tmp_path / "p.csv", newline="") as written:
-        rows, found = list(csv.DictReader(given)), list(csv.DictReader(written))
+    rows, found = rows_and_predictions(run, tmp_path / "manifest.csv")
     predictor = fusion.load(str(run.folder))
     answers = predictor.predict(images=[row["image"] for row in rows[:5]], texts=[row["text"] for row in rows[:5]]).answers
     if task == LABELS:
@@ -68,14 +64,8 @@ def test_a_run_is_scored_and_predicts_in_the_task_s_own_terms(of_task, fit_here,
 
 
 @pytest.mark.parametrize("task", [LABELS, NUMBER])
-def test_a_run_that_was_interrupted_goes_on_to_the_bit(of_task, fit_here, requeued_after, task):
-    options = ["--recipe", of_task(task), task, "--model.balance=OGMGE", "--model.modality_dropout=0.2"]
-    whole = fit_here(*options, runs="whole")
-
-    with requeued_after(5):
-        stopped = fit_here(*options, runs="stopped")
-    assert stopped.status == 75
-    assert_same_end(fit_here("--resume", stopped.folder), whole)
+def test_a_run_that_was_interrupted_goes_on_to_the_bit(of_task, assert_resumes_to_the_bit, task):
+    assert_resumes_to_the_bit("--recipe", of_task(task), task, "--model.balance=OGMGE", "--model.modality_dropout=0.2")
 
 
 @pytest.mark.parametrize("task", [LABELS, NUMBER])

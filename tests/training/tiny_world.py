@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fusion.benchmarks.kills import difference_of
 from fusion.cli.main import run as run_command
+from fusion.cli.predict import predict
 from fusion.console import printing
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,6 +66,14 @@ class Run:
             return []
         with open(self.folder / "metrics.csv", newline="") as file:
             return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def rows_and_predictions(run, manifest):
+    """A manifest's rows, and those that the command predict writes of them."""
+    out = manifest.with_name("predictions.csv")
+    assert predict(["--run", str(run.folder), "--manifest", str(manifest), "--out", str(out)]) == 0
+    with open(manifest, newline="") as given, open(out, newline="") as written:
+        return list(csv.DictReader(given)), list(csv.DictReader(written))
 
 
 def newest(runs):
