@@ -15,8 +15,8 @@ from fusion.cell_text import NUMBER
 from fusion.errors import UserError
 from fusion.losses import cumulative_link_loss, cumulative_logits
 from fusion.tasks.base import OnUnseen, Task
-from fusion.tasks.classification import counted, reject_unseen
-from fusion.tasks.metrics import collected, collecting
+from fusion.tasks.classification import by_name, counted, reject_unseen
+from fusion.tasks.metrics import binary_scores, collected, collecting
 
 
 class Ordinal(Task):
@@ -117,6 +117,10 @@ class Ordinal(Task):
             kappa = MulticlassCohenKappa(values.shape[1], weights="quadratic", validate_args=False).to(values.device)
             scores["quadratic_kappa"] = kappa(predicted[known], target[known])
         return scores
+
+    def class_scores(self, values: Tensor, target: Tensor) -> dict[str, dict[str, float]]:
+        classes = torch.arange(len(self.names))
+        return by_name(self.names, binary_scores(median(values)[:, None] == classes, target[:, None] == classes))
 
     def metric_names(self) -> list[str]:
         return ["accuracy", "mae", "quadratic_kappa"]

@@ -108,7 +108,7 @@ def test_cells_of_label_columns_that_are_neither_0_nor_1_are_listed(of_task, fit
 def test_each_class_is_scored_by_itself(of_task, fit_here, capsys, task):
     run = fit_here("--recipe", of_task(task), *TASKS.get(task, []), *SHORT)
     capsys.readouterr()
-    if task in ("ordinal", "several"):
+    if task == "several":
         with pytest.raises(UserError, match="has no classes to be scored by themselves"):
             evaluate(["--run", str(run.folder), "--classes"])
         return
@@ -124,6 +124,10 @@ def test_each_class_is_scored_by_itself(of_task, fit_here, capsys, task):
         assert sum(one["samples"] for one in found.values()) == scores["samples"]
         assert all(0 <= one["auroc"] <= 1 for one in found.values() if "auroc" in one)
         assert sum(one["auroc"] for one in found.values() if "auroc" in one) > 0
+    elif task == "ordinal":
+        assert sum(one["recall"] * one["samples"] for one in found.values()) / scores["samples"] == pytest.approx(
+            scores["accuracy"], abs=1e-6
+        )
     else:
         assert sum(one["f1"] for one in found.values()) / len(found) == pytest.approx(scores["f1_macro"], abs=1e-6)
 
