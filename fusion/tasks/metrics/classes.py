@@ -13,6 +13,7 @@ from fusion.tasks.metrics.collected import Collected
 RANKED = ("auroc", "average_precision")
 BINS = 15  # of the calibration error (Guo et al., 2017)
 TOP = 5
+SUMS = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple's GPUs have no float64
 MOST_RANKED = 100  # classes for which every probability is kept until the end of an evaluation
 
 
@@ -114,7 +115,18 @@ class Matthews(ClassCounts):
         return torch.where(spread > 0, covariance / spread.clamp(min=1).sqrt(), 0.0).float()
 
 
-class LogLoss(MeanMetric):
+class SampleMean(MeanMetric):
+    """torchmetrics' mean, summed such that it is the same in any order of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_dtype(SUMS)
+
+    def compute(self) -> Tensor:
+        return super().compute().float()
+
+
+class LogLoss(SampleMean):
     """Mean of -log p_y, with p_y of at least float32's epsilon, as scikit-learn's log_loss: an impossible class costs 15.9.
 
     >>> round(float(LogLoss()(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([0, 1]))), 4)
@@ -125,7 +137,7 @@ class LogLoss(MeanMetric):
         super().update(-probabilities.gather(1, target[:, None])[:, 0].clamp(min=torch.finfo(torch.float32).eps).log())
 
 
-class Brier(MeanMetric):
+class Brier(SampleMean):
     """Mean squared distance between probabilities and the true class as a one-hot vector (Brier, 1950): from 0 to 2.
 
     >>> float(Brier()(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([0, 1])))
@@ -153,18 +165,18 @@ class CalibrationError(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("counts", "confidences", "hits"):
-            self.add_state(name, torch.zeros(BINS), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(BINS, dtype=SUMS), dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor, target: Tensor) -> None:
         confidence, predicted = probabilities.max(dim=1)
-        exact = confidence if confidence.device.type == "mps" else confidence.double()  # Apple's GPUs have no float64
-        place = (exact * BINS).ceil().long().clamp(1, BINS) - 1
+        confidence = confidence.to(SUMS)
+        place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
         self.counts.index_add_(0, place, torch.ones_like(confidence))
         self.confidences.index_add_(0, place, confidence)
         self.hits.index_add_(0, place, (predicted == target).to(confidence.dtype))
 
     def compute(self) -> Tensor:
-        return (self.confidences - self.hits).abs().sum() / self.counts.sum()
+        return ((self.confidences - self.hits).abs().sum() / self.counts.sum()).float()
 
 
 class OneAgainstRest(Collected):
