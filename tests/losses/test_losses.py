@@ -16,8 +16,10 @@ from fusion.losses import (
     effective_number_weights,
     focal_loss,
     gaussian_loss,
+    info_nce_loss,
     logit_adjusted_loss,
     quantile_loss,
+    sigmoid_pair_loss,
 )
 
 B, C = 5, 4
@@ -182,3 +184,52 @@ def test_gradients_are_those_of_finite_differences(name):
     torch.manual_seed(0)
     x = torch.randn(5, C, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(ALL[name], (x,))
+
+
+PAIRS = arrays.arrays(np.float64, (B, C), elements=st.floats(-4, 4))
+
+
+@given(PAIRS, PAIRS)
+def test_info_nce_is_its_formula_both_ways(left, right):
+    logits = left @ right.T
+    expected = -(np.log(np.diag(softmax(logits))) + np.log(np.diag(softmax(logits.T)))) / 2
+    close(info_nce_loss(torch.from_numpy(left), torch.from_numpy(right)), expected)
+
+
+@given(PAIRS, PAIRS)
+def test_the_pairwise_sigmoid_loss_is_its_formula(left, right):
+    signs = 2 * np.eye(B) - 1
+    close(sigmoid_pair_loss(torch.from_numpy(left), torch.from_numpy(right)), -np.log(sigmoid(signs * (left @ right.T))).sum(axis=1))
+
+
+@pytest.mark.parametrize("loss", [info_nce_loss, sigmoid_pair_loss])
+def test_contrastive_losses_take_candidates_weights_exclusions_and_ignored_targets_as_torch_does(loss):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(B, C, dtype=torch.float64, generator=generator) for _ in range(2))
+    whole = loss(left, right)
+    rows = torch.tensor([3, 1])
+    candidates = {"rights": right} | ({"lefts": left} if loss is info_nce_loss else {})
+    assert torch.allclose(loss(left[rows], right[rows], target=rows, **candidates), whole[rows])
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 3.0], dtype=torch.float64)
+    assert torch.allclose(loss(left, right, weight=weight), whole * weight)
+    ignored = loss(left, right, target=torch.tensor([0, -100, 2, 3, 4]))
+    assert ignored[1] == 0
+    assert torch.allclose(ignored[2], whole[2])
+    excluded = torch.zeros(B, B, dtype=torch.bool)
+    excluded[:, 4] = excluded[4] = True  # also of itself, which has no effect
+    without = loss(left[:4], right[:4])
+    assert torch.allclose(loss(left, right, excluded=excluded)[:4], without)
+    assert torch.autograd.gradcheck(lambda x, y: loss(x, y, excluded=excluded), (left.requires_grad_(), right.requires_grad_()))
+
+
+@pytest.mark.parametrize("loss", [info_nce_loss, sigmoid_pair_loss])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_contrastive_losses_are_finite_at_extreme_logits_under_autocast(loss, dtype):
+    left = torch.tensor([[200.0, 0.0], [0.0, 200.0], [-200.0, 0.0]], dtype=dtype, requires_grad=True)
+    right = torch.tensor([[-200.0, 0.0], [0.0, 200.0], [200.0, 0.0]], dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        each = loss(left, right)
+    assert each.dtype == torch.float32
+    assert each[0] >= 40_000
+    each.sum().backward()
+    assert all(x.grad.isfinite().all() and x.grad.abs().max() > 0 for x in (left, right))
