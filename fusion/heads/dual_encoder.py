@@ -109,10 +109,7 @@ class DualEncoder(FusionHead):
 
     def forward(self, features: Mapping[str, Features | Tensor]) -> FusionOutput:
         clean = self.read(features)
-        if self.training:  # in place, so that a scale that has reached its limit can return
-            with torch.no_grad():
-                self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
-        root = (self.log_scale.float().clamp(max=math.log(LARGEST_SCALE)) / 2).exp()
+        root = (limited(self.log_scale.float(), math.log(LARGEST_SCALE)) / 2).exp()
         outputs = []
         for side in self.sides:
             embedding = normalize(self.embed(side, clean).float(), dim=1) * root
@@ -129,6 +126,26 @@ class DualEncoder(FusionHead):
         if isinstance(embedder, FusionHead):
             return embedder({name: features[name] for name in names}).output
         return embedder(features[names[0]].unshared().pooled)
+
+
+class Limited(torch.autograd.Function):
+    """min(x, limit), with the gradient of x where that moves it back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.limit = limit
+        return x.clamp(max=limit)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.where((x <= ctx.limit) | (gradient > 0), gradient, 0.0), None
+
+
+def limited(x: Tensor, limit: float) -> Tensor:
+    """x up to a limit that it doesn't cross in training, and from which it can return, as it could not by `clamp`."""
+    return Limited.apply(x, limit)
 
 
 def sides_of(names: Sequence[str], left: Sequence[str] | None, right: Sequence[str] | None) -> dict[str, list[str]]:
