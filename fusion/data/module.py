@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from fusion.cell_text import cell_text
 from fusion.data.curriculum import LOSS, TEXT_LENGTH, Admission, Curriculum, difficulty
+from fusion.data.distinct_batches import distinct_batches
 from fusion.data.format import Format
 from fusion.data.images import Resize, cores
 from fusion.data.issues import DataIssues
@@ -23,7 +24,7 @@ from fusion.data.prepare import Preparer, default_cache, prepared
 from fusion.data.processor import Processor
 from fusion.data.record import Record
 from fusion.data.sampler import EvaluationBatches, GlobalBatches, planned_updates
-from fusion.data.samples import Batch, Samples, as_is
+from fusion.data.samples import Batch, Samples, Updates, as_is
 from fusion.data.splits import assign_splits, draw_stratified, groups_across_splits
 from fusion.data.table import Columns, Table
 from fusion.encoders import Encoder
@@ -150,6 +151,7 @@ class FusionData(LightningDataModule):
         self.leftovers: list[Path] = []  # files of the run's cache that are removed when it ends
         self.shared_groups = 0
         self.resume_at: tuple[int, int] | None = None
+        self.contrasts = False  # whether the task's loss compares the samples of an update
 
     # Loading
 
@@ -165,6 +167,7 @@ class FusionData(LightningDataModule):
         labels = {name: [label for label, s in zip(table.labels, table.splits, strict=True) if s == name] for name in SPLITS}
         task.learn(labels, column=",".join(self.columns.targets), on_unseen=self.on_unseen_label)
         self.check_leaks(table)
+        self.contrasts = task.contrasts
         parts = {name: table.take([i for i, split in enumerate(table.splits) if split == name]) for name in SPLITS}
         for name, kind in inputs.items():
             kind.learn(parts["train"].inputs[name], encoders[name])
@@ -173,6 +176,20 @@ class FusionData(LightningDataModule):
             if len(part):
                 stores = {name: kind.store(part.inputs[name], training=split == "train") for name, kind in inputs.items()}
                 self.splits[split] = Split(part, Samples(task.encode(part.labels), stores), task.unseen(part.labels))
+        if task.contrasts:
+            self.check_contrasts(type(task).__name__)
+
+    def check_contrasts(self, task: str) -> None:
+        """Raises UserError for options that clash with a task that contrasts samples, and for batches that can't be drawn for it."""
+        if self.shuffle == "images":
+            raise UserError(
+                f"data.shuffle is images, which draws samples that share an image together, but {task} needs batches without shared "
+                "ones: set --data.shuffle=samples"
+            )
+        if self.curriculum is not None and self.curriculum.by == LOSS:
+            raise UserError(f"data.curriculum.by is loss, but in {task} a sample has none by itself; use text_length or a column")
+        target = self.splits["train"].samples.target
+        distinct_batches(np.arange(len(target)), target, min(self.batch_size, len(target)), np.random.default_rng(self.seed))
 
     def kinds(self, names: Sequence[str], encoders: Mapping[str, Encoder] | None = None) -> dict[str, Kind]:
         """The inputs of these names, completed by the settings of the data. encoders: the encoders that will read them.
@@ -207,7 +224,8 @@ class FusionData(LightningDataModule):
         table = self.table(inputs, task)
         self.check_shared_groups(table)  # checks given splits, before others are assigned
         strata = task.strata(table.labels)
-        splits = assign_splits(strata, list(table.groups), list(table.splits), val=self.val, test=self.test, seed=self.split_seed)
+        groups = list(table.groups) if any(table.groups) else task.units(table.labels)
+        splits = assign_splits(strata, groups, list(table.splits), val=self.val, test=self.test, seed=self.split_seed)
         table.splits = list[str | None](splits)
         if self.train_samples is not None:
             train = [i for i, split in enumerate(table.splits) if split == "train"]
@@ -291,21 +309,22 @@ class FusionData(LightningDataModule):
     # Data loaders
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        trainer = self.trainer
+        trainer, samples = self.trainer, self.splits["train"].samples
         batches = GlobalBatches(
-            len(self.splits["train"].samples),
+            len(samples),
             self.batch_size,
             seed=self.seed,
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
             accumulate=trainer.accumulate_grad_batches if trainer else 1,
-            together=self.splits["train"].samples.blocks() if self.shuffle == "images" else None,
+            together=samples.blocks() if self.shuffle == "images" else None,
+            apart=samples.target if self.contrasts else None,
         )
         batches.admission = self.admission = self.admit(batches)
         if self.resume_at is not None:
             batches.begin_at(*self.resume_at)
             self.resume_at = None
-        return make_loader(self.splits["train"].samples, batches, self.num_workers, pinned=self.on_cuda)
+        return make_loader(samples, batches, self.num_workers, pinned=self.on_cuda, look_ahead=batches.accumulate if self.contrasts else 1)
 
     def admit(self, batches: GlobalBatches) -> Admission | None:
         """The schedule by which the curriculum admits samples; None without a curriculum."""
@@ -398,12 +417,16 @@ def wanted_cells(column: str, requested: Any) -> list[str]:
     return [str(cell_text(value)) for value in values]
 
 
-def make_loader(samples: Samples, batches: Any, num_workers: int | None, *, pinned: bool) -> DataLoader[Batch]:
+def make_loader(samples: Samples, batches: Any, num_workers: int | None, *, pinned: bool, look_ahead: int = 1) -> DataLoader[Batch]:
     """A loader of whole batches. pinned: in page-locked memory, for asynchronous copies to a GPU. num_workers: None means no workers for
-    inputs in memory, else one for each core that the process may use, up to eight.
+    inputs in memory, else one for each core that the process may use, up to eight. look_ahead: number of batches that the first of them
+    is given together with.
     """
     in_memory = all(store.in_memory and not store.random for store in samples.stores.values())
     workers = num_workers if num_workers is not None else 0 if in_memory else min(8, cores())
-    return DataLoader(
-        samples, batch_sampler=batches, collate_fn=as_is, num_workers=workers, persistent_workers=workers > 0, pin_memory=pinned
-    )
+    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pinned}
+    if look_ahead == 1:
+        return DataLoader(samples, batch_sampler=batches, collate_fn=as_is, **options)
+    updates = Updates(samples, batch_sampler=batches, collate_fn=as_is, **options)
+    updates.accumulate = look_ahead
+    return updates

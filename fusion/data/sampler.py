@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from torch.utils.data import Sampler
 
+from fusion.data.distinct_batches import distinct_batches
 from fusion.errors import UserError
 
 PLACEHOLDER = -1
@@ -39,6 +40,7 @@ class GlobalBatches(Sampler[Draw]):
     its global batches from the admitted ones.
     together (count,): samples with the same number stay next to each other, so that inputs that they share are in one batch; blocks are
     permuted, and the samples within each block.
+    apart (count, S): samples with the same number in one of the columns are never in the same global batch; see `distinct_batches`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class GlobalBatches(Sampler[Draw]):
         world: int = 1,
         accumulate: int = 1,
         together: np.ndarray | None = None,
+        apart: np.ndarray | None = None,
         admission: Admission | None = None,
     ) -> None:
         shares = world * accumulate
@@ -65,7 +68,7 @@ class GlobalBatches(Sampler[Draw]):
             raise UserError(f"{count} training samples are too few for {world} devices x {accumulate} accumulated batches")
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.together, self.admission = together, admission
+        self.together, self.apart, self.admission = together, apart, admission
         self.epoch = 0
         self.start = 0
         # Lightning looks for set_epoch on a loader's sampler, and on its batch sampler's.
@@ -94,6 +97,8 @@ class GlobalBatches(Sampler[Draw]):
 
     def shuffled(self, rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
         shuffled = rng.permutation(samples)
+        if self.apart is not None:
+            return distinct_batches(shuffled, self.apart, self.batch_size, rng)
         if self.together is None:
             return shuffled
         place = rng.permutation(int(self.together.max()) + 1)

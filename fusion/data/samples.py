@@ -1,12 +1,13 @@
 """The samples of a split, and batches of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from fusion.data.kinds.base import Store
 from fusion.data.sampler import PLACEHOLDER, Draw
@@ -18,12 +19,22 @@ class Batch(NamedTuple):
 
     update_target (G, ...): the targets of all samples of the update, of which a training batch is this rank's share of one accumulation
     step. Every rank draws the same global batches and so knows them: a weighted mean needs no communication.
+
+    ahead: with the first accumulated batch of an update, the others of this rank, where the loader looks ahead.
     """
 
     inputs: dict[str, Any]
     target: Tensor
     sample: Tensor
     update_target: Tensor | None = None
+    ahead: "Ahead | None" = None
+
+
+class Ahead:
+    """Batches that are still on the CPU. (Not a tuple, whose tensors Lightning would move to the device.)"""
+
+    def __init__(self, batches: "Sequence[Batch]") -> None:
+        self.batches = batches
 
 
 class Samples(Dataset[Batch]):
@@ -59,6 +70,21 @@ class Samples(Dataset[Batch]):
         inputs = {name: store.batch(filled, draw.seed) for name, store in self.stores.items()}
         of_update = torch.from_numpy(self.target[np.asarray(draw.update)]) if len(draw.update) else None
         return Batch(inputs, torch.from_numpy(self.target[filled]), torch.from_numpy(sample), of_update)
+
+
+class Updates(DataLoader[Batch]):
+    """A loader of accumulated batches that gives the first one of each update together with the others.
+
+    accumulate: the number of accumulated batches of an update.
+    """
+
+    accumulate: int
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        batches = super().__iter__()
+        while update := list(islice(batches, self.accumulate)):
+            yield update[0]._replace(ahead=Ahead(update[1:]))
+            yield from update[1:]
 
 
 def as_is(batch: Any) -> Any:

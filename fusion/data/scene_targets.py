@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,8 @@ class SceneTargets(Preparer):
     labels: "which colours do the crosses have?", "which shapes are red?": a set of labels separated by ;, often empty.
     number: "how much of the picture is red?", "how much do the crosses cover?": percent of the pixels.
     count: "how many crosses are there?", "how many red ones are there?": an ordered class.
+    caption: "a small red circle, a large blue cross and a medium red square", naming the objects in an order of its own: pairs for
+    retrieval, without a label. questions_per_scene counts the captions of a scene, in different orders.
     table: "is there a red one like this?", where two more columns give its shape and its side in pixels. Of two such questions about a
     colour one is answered yes, the other has the shape and side of another colour in the image: without the image, the text or the table
     accuracy is at chance. questions_per_scene counts the pairs, at most 5.
@@ -34,8 +37,8 @@ class SceneTargets(Preparer):
     Neither the image nor the text alone determines the answer; the card has the upper bounds of each.
 
     Args:
-        target: "labels" (for the task MultiLabel), "number" (for Regression), "count" (for Ordinal), or "table" (for Classification, with a
-            TableInput).
+        target: "labels" (for the task MultiLabel), "number" (for Regression), "count" (for Ordinal), "table" (for Classification, with a
+            TableInput), or "caption" (for Retrieval).
         scenes: number of scenes, at least 20.
         questions_per_scene: number of questions about each scene, 1 to 10, all different.
         seed: seed of the scenes and questions, at least 0; the same seed gives the same bytes.
@@ -47,15 +50,15 @@ class SceneTargets(Preparer):
 
     def __init__(
         self,
-        target: Literal["labels", "number", "count", "table"],
+        target: Literal["labels", "number", "count", "table", "caption"],
         scenes: int = 4000,
         questions_per_scene: int = 6,
         seed: int = 0,
         val: float = 0.1,
         test: float = 0.15,
     ) -> None:
-        if target not in ("labels", "number", "count", "table"):
-            raise UserError(f"scenes: target is '{target}'; expected labels, number, count or table")
+        if target not in ("labels", "number", "count", "table", "caption"):
+            raise UserError(f"scenes: target is '{target}'; expected labels, number, count, table or caption")
         if scenes < 20 or not 1 <= questions_per_scene <= len(SHAPES) + len(COLOURS) or seed < 0:
             raise UserError(
                 f"scenes: {scenes} scenes, {questions_per_scene} questions per scene, seed {seed}; expected at least 20, 1 to "
@@ -88,6 +91,8 @@ class SceneTargets(Preparer):
             Image.fromarray(image).save(folder / image_of(number), compress_level=1)
         if self.target == "table":
             samples = pairs_like(scenes, self.questions_per_scene, rng)
+        elif self.target == "caption":
+            samples = captions(scenes, self.questions_per_scene, rng)
         else:
             answers = QUESTIONS[self.target](scenes)
             texts = list(answers)
@@ -99,6 +104,8 @@ class SceneTargets(Preparer):
             writer.writerow(["image", "text", "label", "split", "id", "group", *more])
             for i, one in enumerate(samples):
                 writer.writerow([image_of(one.scene), one.text, one.label, split_of[one.scene], i, one.scene, *one.facts])
+        if self.target == "caption":
+            return caption_card(len(samples), [one for one in samples if split_of[one.scene] == "test"])
         tasks: dict[str, Task] = {"labels": MultiLabel(), "number": Regression(), "count": Ordinal(), "table": Classification()}
         task, tested = tasks[self.target], [one for one in samples if split_of[one.scene] == "test"]
         task.learn({"train": [one.label for one in samples]}, column="label", on_unseen="error")
@@ -136,6 +143,29 @@ def pairs_like(scenes: Scenes, per_scene: int, rng: np.random.Generator) -> list
                 facts = (shapes[shape], str(sides[size]))
                 questions.append(Question(s, f"is there a {colours[colour]} one like this?", label, facts))
     return questions
+
+
+def captions(scenes: Scenes, per_scene: int, rng: np.random.Generator) -> list[Question]:
+    """Descriptions of every scene, as texts without answer."""
+    shapes, colours, sizes = list(SHAPES), list(COLOURS), list(SIZES)
+    texts = []
+    for s in range(len(scenes)):
+        objects = [
+            f"a {sizes[scenes.size[s, k]]} {colours[scenes.colour[s, k]]} {shapes[scenes.shape[s, k]]}"
+            for k in np.flatnonzero(scenes.there[s]).tolist()
+        ]
+        for _ in range(per_scene):
+            *others, last = [objects[i] for i in rng.permutation(len(objects)).tolist()]
+            texts.append(Question(s, f"{', '.join(others)} and {last}", ""))
+    return texts
+
+
+def caption_card(count: int, tested: Sequence[Question]) -> str:
+    """The number of captions, and the best recall_1 on test that any model can expect: scenes of the same objects can't be told apart."""
+    objects = {one.scene: " ".join(sorted(one.text.replace(" and ", ", ").split(", "))) for one in tested}
+    alike = Counter(objects.values())
+    best = sum(1 / alike[same] for same in objects.values()) / max(1, len(objects))
+    return f"scenes: {count:,} captions. On test, recall_1 is at most {best:.4f}, since some scenes have the same objects"
 
 
 def label_questions(scenes: Scenes) -> dict[str, list[str]]:

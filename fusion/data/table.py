@@ -6,7 +6,7 @@ A bad row goes to the issues with its line and reason, the rest of the file is r
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class Table:
                 several = len(kind.columns) > 1
                 named[column] = [cell and cell[position] for cell in self.inputs[name]] if several else list(self.local_cells(name))
         roles: dict[str, Sequence[str | None]] = {"label": self.labels, "split": self.splits, "id": self.ids, "group": self.groups}
-        names = {"label": ",".join(columns.targets), "split": columns.split, "id": columns.id, "group": columns.group}
+        names = {"label": ",".join(columns.targets) or None, "split": columns.split, "id": columns.id, "group": columns.group}
         named |= {name: roles[role] for role, name in names.items() if name is not None}
         return {**named, **self.extra}
 
@@ -144,6 +144,8 @@ def read_table(
     path = os.fspath(path)
     path = path if os.path.exists(path) else os.path.expanduser(path)
     rich = [column for kind in inputs.values() for column in kind.rich_columns]
+    if task is not None and task.pairs_inputs:
+        columns = replace(columns, label=[])
     cells = read_cells(path, format, [*rich, *(columns.targets if task is not None and task.takes_lists else [])])
     needed = inputs if need_all_inputs else note_missing_inputs(path, cells, inputs, issues)
     reject_missing_columns(path, cells, columns, needed, need_label=task is not None, need_split=split is None, trains=need_all_inputs)
@@ -192,6 +194,8 @@ def interpret(
         return as_texts(str(name), cells.columns[str(name)], reading.nulls, reading.bad, lists=lists)
 
     def targets() -> Column[str | None]:
+        if task is not None and task.pairs_inputs:
+            return Column.of(task.pair({name: map(inputs[name].identity, cells) for name, cells in read.items()}))
         if isinstance(columns.label, str):
             return texts_in(columns.label, takes_lists).map(stripped)
         return empty if task is None else Column.of(task.joined({name: texts_in(name) for name in columns.label}, reading.bad))

@@ -5,5 +5,6 @@ from fusion.tasks.classification import Classification
 from fusion.tasks.multi_label import MultiLabel
 from fusion.tasks.ordinal import Ordinal
 from fusion.tasks.regression import Regression
+from fusion.tasks.retrieval import Retrieval
 
-__all__ = ["Classification", "MultiLabel", "Ordinal", "Regression", "Task"]
+__all__ = ["Classification", "MultiLabel", "Ordinal", "Regression", "Retrieval", "Task"]

@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from fusion.errors import UserError, nearest
+from fusion.heads import FusionHead
 from fusion.rebuilding import Rebuildable
 
 OnUnseen = Literal["error", "count_as_wrong"]
+
+
+class Pool(NamedTuple):
+    """All samples of an update, on all ranks and in all accumulated batches, of which some are scored: their outputs (G, ...) and targets
+    (G, ...), and scored (B,) int64, the numbers of those among them."""
+
+    output: Tensor
+    target: Tensor
+    scored: Tensor
 
 
 class Task(Rebuildable, nn.Module, ABC):
@@ -29,7 +39,9 @@ class Task(Rebuildable, nn.Module, ABC):
     which the lowest is the best. headline: the scores that are printed, by column title. baseline: the name under which the `bounded` score
     of the best constant answer is reported. bounded: the score that `bound` bounds. takes_lists: whether a target's cell may be a list.
     one_of_classes: whether the classes are mutually exclusive, which some heads assume. tuned: attributes that `tune` sets, each under its
-    name in `learnt`.
+    name in `learnt`. pairs_inputs: whether targets are pairs of inputs (see `pair`), so that no label column is read. contrasts: whether
+    a sample's loss compares it with the others of its update (see `contrast`); batches are then drawn so that no two samples of an update
+    share an item, and a single sample has no `plain_loss`.
     """
 
     monitor: str
@@ -41,6 +53,8 @@ class Task(Rebuildable, nn.Module, ABC):
     takes_lists: ClassVar[bool] = False
     tuned: ClassVar[tuple[str, ...]] = ()
     one_of_classes: ClassVar[bool] = False
+    pairs_inputs: ClassVar[bool] = False
+    contrasts: ClassVar[bool] = False
 
     names: list[str]  # of the outputs: classes, labels
 
@@ -73,10 +87,22 @@ class Task(Rebuildable, nn.Module, ABC):
         """
         raise UserError(f"data.columns.label names {len(columns)} columns, but {type(self).__name__} reads one")
 
+    def pair(self, inputs: Mapping[str, Iterable[Hashable]]) -> list[str | None]:
+        """One target cell per sample from the identities of its inputs, by name, where `pairs_inputs`; None for one that is no pair."""
+        raise NotImplementedError
+
     @property
     def out_dim(self) -> int:
         """Width of the head's output."""
         return len(self.names)
+
+    def check_head(self, head: FusionHead) -> None:
+        """Raises UserError for a head whose output this task can't use."""
+        if head.one_of_classes and not self.one_of_classes:
+            raise UserError(
+                f"the head {type(head).__name__} treats its outputs as classes of which exactly one is right, which isn't "
+                f"so in {type(self).__name__}; choose another head"
+            )
 
     @abstractmethod
     def encode(self, cells: Sequence[str | None]) -> np.ndarray:
@@ -90,6 +116,10 @@ class Task(Rebuildable, nn.Module, ABC):
     def strata(self, cells: Sequence[str | None]) -> list[str]:
         """Returns each sample's stratum (a class, a range of numbers), of which all splits get about the same share."""
 
+    def units(self, cells: Sequence[str | None]) -> list[str | None]:
+        """Returns for each sample what it must share a split with, where the manifest has no groups; None for nothing."""
+        return [None] * len(cells)
+
     @abstractmethod
     def summary(self, cells: Sequence[str | None]) -> str:
         """Describes a split's targets in one line, for the plan."""
@@ -99,6 +129,10 @@ class Task(Rebuildable, nn.Module, ABC):
     @abstractmethod
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Returns the loss (B,) of each sample, times its weight if samples are weighted."""
+
+    def contrast(self, pool: Pool) -> Tensor:
+        """Returns the loss (B,) of the scored samples of an update, where `contrasts`."""
+        raise NotImplementedError
 
     def weight(self, target: Tensor) -> Tensor | None:
         """Returns the weights (B,), by the mean of which over an update the losses are divided; None without weights."""

@@ -26,6 +26,7 @@ from fusion.model import FusionModel, check_part, factory_parts, head_spec, pred
 from fusion.runs.bundle import FORMAT
 from fusion.tasks import Classification, Task
 from fusion.training.balance import Balance
+from fusion.training.contrast import Contrast
 from fusion.training.distributed.collectives import summed
 from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP, shard
@@ -117,6 +118,7 @@ class Engine(LightningModule):
             raise UserError(f"model.modality_dropout is {modality_dropout}; expected a probability, from 0 to below 1")
         self.modality_dropout, self.allow_unused = modality_dropout, allow_unused
         self.means = Means()
+        self.contrast = Contrast()
         self.balance = balance
         if balance is not None:
             if len(self.modalities) < 2:
@@ -143,11 +145,7 @@ class Engine(LightningModule):
             }
             self.processor: Processor = data.processor
             model = FusionModel.build(encoders, self.head_factory, self.task.out_dim)
-            if model.head.one_of_classes and not self.task.one_of_classes:
-                raise UserError(
-                    f"the head {type(model.head).__name__} treats its outputs as classes of which exactly one is right, which isn't "
-                    f"so in {type(self.task).__name__}; choose another head"
-                )
+            self.task.check_head(model.head)
             if self.balance is not None and not predicts_alone(model.head):
                 raise UserError(
                     f"model.balance needs a prediction of each modality alone, which this {type(model.head).__name__} doesn't make: "
@@ -198,6 +196,17 @@ class Engine(LightningModule):
         return self.model(inputs).output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.task.contrasts:
+            output, loss = self.contrast.step(self, batch, batch_idx)
+        else:
+            output, loss = self.output_and_loss(batch)
+        figures = self.task.batch_figures(output.detach(), batch.target)
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self.means.note({"loss": loss, **figures}, len(batch.target), begins_update=first)
+        return loss
+
+    def output_and_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The output (B, ...) for a training batch, and the loss to minimise."""
         output, retained = self.forward_with_dropout(batch.inputs)
         loss = self.loss(output.output, batch.target, batch.update_target)
         if self.balance is not None:
@@ -206,10 +215,7 @@ class Engine(LightningModule):
             scores = {name: self.task.confidence(one.detach(), batch.target)[present[name]] for name, one in output.by_modality.items()}
             self.balance.observe(self, alone, scores)
             loss = self.balance.total(loss, alone)
-        figures = self.task.batch_figures(output.output.detach(), batch.target)
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        self.means.note({"loss": loss, **figures}, len(batch.target), begins_update=first)
-        return loss
+        return output.output, loss
 
     def forward_with_dropout(self, inputs: dict[str, Any]) -> tuple[FusionOutput, dict[str, Tensor] | None]:
         """The model's output for a training batch; and by modality (B,) bool, which samples retain it, None without modality dropout."""
@@ -313,11 +319,13 @@ class Engine(LightningModule):
     def log_scores(self, split: str) -> None:
         if split == "val":
             self.task.tune(self.metrics[split])  # type: ignore[arg-type]
-        scores = self.task.scores(self.metrics[split]) | {"loss": self.mean_loss[split].compute()}  # type: ignore[arg-type, operator]
+        mean_loss: Any = self.mean_loss[split]
+        # A task whose loss compares samples has it among the scores.
+        scores = ({} if self.task.contrasts else {"loss": mean_loss.compute()}) | self.task.scores(self.metrics[split])  # type: ignore[arg-type]
         # Not synchronised again: the metrics are already reduced over the ranks.
         self.log_dict({f"{split}/{name}": value for name, value in scores.items()}, rank_zero_only=False, sync_dist=False)
         self.metrics[split].reset()  # type: ignore[operator]
-        self.mean_loss[split].reset()  # type: ignore[operator]
+        mean_loss.reset()
 
     # Optimiser and schedule, by updates made (without skipped ones)
 

@@ -4,12 +4,14 @@ from fusion.tasks.metrics.classes import RANKED, CalibrationError, binary_scores
 from fusion.tasks.metrics.collected import Collected, collected, collecting
 from fusion.tasks.metrics.labels import MULTI_LABEL_SCORES, best_thresholds, multi_label_scores
 from fusion.tasks.metrics.numbers import number_scores
+from fusion.tasks.metrics.ranks import Pairs, retrieval_ranks, retrieval_scores
 
 __all__ = [
     "MULTI_LABEL_SCORES",
     "RANKED",
     "CalibrationError",
     "Collected",
+    "Pairs",
     "best_thresholds",
     "binary_scores",
     "classification_metrics",
@@ -18,4 +20,6 @@ __all__ = [
     "multi_label_scores",
     "number_scores",
     "one_against_rest",
+    "retrieval_ranks",
+    "retrieval_scores",
 ]

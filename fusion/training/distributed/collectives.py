@@ -1,5 +1,6 @@
 """Collectives over all ranks."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -10,3 +11,13 @@ def summed(x: Tensor, world_size: int) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
     return x
+
+
+def gathered(x: Tensor, world_size: int) -> Tensor:
+    """The tensors (n, ...) of all ranks, of equal shape, one after the other: (world_size * n, ...). A copy, without gradient."""
+    x = x.detach()
+    if world_size == 1:
+        return x.clone()
+    all_ranks = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(all_ranks, x.contiguous())
+    return torch.cat(all_ranks)
