@@ -17,6 +17,7 @@ from fusion.errors import INTERRUPTED, REQUEUE, UserError
 from fusion.predictor import Predictions, Predictor
 from fusion.rebuilding import class_of
 from fusion.scoring import evaluate_run
+from fusion.search import Index
 from fusion.session import parse_settings, run_name
 from fusion.session import train as train_by
 from fusion.training.callbacks.run_folder import METRICS, read_metrics
@@ -62,6 +63,18 @@ class Run:
         """Predictions for samples: see Predictor.predict."""
         return self.predictor.predict(images, texts, **inputs)
 
+    def index(self, manifest: Any, folder: str | os.PathLike[str] | None = None) -> Index:
+        """The embeddings of a table's images, texts or whatever a run of the task Retrieval pairs: see Index.search.
+
+        Args:
+            manifest: a file, a data frame, an Arrow table or a dict of columns; a row may have one side alone.
+            folder: where to save the index, so that Index.load and `fusion search` find it. None: it is not saved.
+        """
+        made = Index.build(self.folder, self.table_file(manifest))
+        if folder is not None:
+            made.save(os.fspath(folder))
+        return made
+
     def evaluate(self, split: str | None = None, *, manifest: Any = None, by: str = "") -> dict[str, dict[str, float]]:
         """Scores of all samples ("all") and, if given, by the values of a column.
 
@@ -72,11 +85,14 @@ class Run:
         """
         if manifest is not None and split is not None:
             raise UserError("give either split (of the run's own data) or manifest (whose rows are all scored), not both")
-        if manifest is not None and not isinstance(manifest, str | os.PathLike):
-            manifest = write_table(
-                manifest, "manifest", self.folder / "tables", image_columns(["--config", str(self.folder / "recipe.yaml")])
-            )
-        return evaluate_run(self.folder, split=split or "test", manifest=manifest and os.fspath(manifest), by=by).scores
+        file = None if manifest is None else self.table_file(manifest)
+        return evaluate_run(self.folder, split=split or "test", manifest=file, by=by).scores
+
+    def table_file(self, table: Any) -> str:
+        """The path of a table, which is written to the run folder if it is in memory."""
+        if isinstance(table, str | os.PathLike):
+            return os.fspath(table)
+        return write_table(table, "manifest", self.folder / "tables", image_columns(["--config", str(self.folder / "recipe.yaml")]))
 
 
 def fit(

@@ -106,6 +106,12 @@ class Predictor:
 
         Raises UserError for a sample without any input, lists of different lengths, and images that can't be read.
         """
+        return self.gather(self.outputs(images, texts, batch_size=batch_size, **inputs))
+
+    def outputs(
+        self, images: Iterable[Picture | None] | None = None, texts: Iterable[Any] | None = None, *, batch_size: int = 64, **inputs: Any
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Returns for each batch of samples, given as for `predict`, the values (B, K) that the task scores, and presence by modality."""
         usual = {"image": "images", "text": "texts"}
         pair = {"image": images, "text": texts}
         # An input may be called "images" itself.
@@ -135,7 +141,7 @@ class Predictor:
                 cell = columns[name][start + index]
                 path = f" ({cell})" if isinstance(cell, Path) else ""
                 raise type(error)(f"sample {start + index}: its {name} can't be read: {error}{path}")
-        return self.gather(outputs)
+        return outputs
 
     def predict_batch(
         self, columns: Mapping[str, Sequence[Any]], unreadable: dict[int, tuple[str, UserError]] | None = None
@@ -163,7 +169,7 @@ class Predictor:
         return values, {name: x.present for name, x in inputs.items()}
 
     def gather(self, outputs: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Predictions:
-        """Combines the outputs of `ask` for several batches."""
+        """Combines the outputs of several batches."""
         batches, task = list(outputs), self.processor.task
         values = torch.cat([values for values, _ in batches]) if batches else torch.zeros(0, task.out_dim)
         present = {name: np.concatenate([np.zeros(0, bool), *(mask[name].numpy() for _, mask in batches)]) for name in self.modalities}

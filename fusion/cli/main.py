@@ -14,6 +14,8 @@ COMMANDS = {
     "fit": "train a model from a recipe, or resume a run",
     "evaluate": "score a run on any split or manifest, optionally by group",
     "predict": "write a run's predictions for a manifest",
+    "index": "embed a manifest's images and texts for search",
+    "search": "find the images of a text, or the texts of an image",
     "launch": "train from a recipe on a Ray cluster",
     "schedule": "plot a recipe's learning rate over its updates, without training",
     "benchmark": "measure speed, memory, heads, several ranks, and recovery from kills",

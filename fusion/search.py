@@ -1,0 +1,233 @@
+"""Search with a retrieval run: an index of a manifest's embeddings, and the nearest items of a query."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fusion.data.issues import DataIssues
+from fusion.data.table import Table
+from fusion.errors import UserError
+from fusion.predictor import Predictor, model_of
+from fusion.runs.bundle import WEIGHTS
+from fusion.scoring import load_for, predict_rows, rows_of
+from fusion.settings.reading import inputs_for, reading_of
+from fusion.tasks import Retrieval
+
+FORMAT = 1
+ABOUT, EMBEDDINGS = "index.json", "embeddings.safetensors"
+SIDES = ("left", "right")
+CHUNK_VALUES = 2**24  # scores computed at once
+
+
+class Match(NamedTuple):
+    """An item found: its cosine similarity with the query, its row and id in the manifest, and its cells by input."""
+
+    score: float
+    row: int
+    id: str
+    cells: dict[str, str]
+
+
+class Index:
+    """The embeddings of a manifest's distinct items, for exact search.
+
+    embeddings: by side, (n, dim) float32 of unit length. items: by side, a table of their rows, ids and cells.
+    """
+
+    def __init__(self, predictor: Predictor, embeddings: dict[str, np.ndarray], items: dict[str, pa.Table], model: str) -> None:
+        self.predictor, self.embeddings, self.items, self.model = predictor, embeddings, items, model
+
+    def __len__(self) -> int:
+        return sum(map(len, self.embeddings.values()))
+
+    @classmethod
+    def build(
+        cls,
+        run: str | Path,
+        manifest: str | os.PathLike[str],
+        *,
+        checkpoint: str = "best",
+        batch_size: int = 256,
+        reading: Sequence[str] = (),
+        issues: DataIssues | None = None,
+    ) -> "Index":
+        """Embed a manifest's images, texts or whatever the run pairs; a row may have one side alone. Unreadable rows go to `issues`.
+
+        Args:
+            run: folder of a run of the task Retrieval.
+            manifest: the file.
+            checkpoint: best or last.
+            batch_size: rows embedded at a time.
+            reading: options of fit that describe the manifest.
+            issues: collects the rows that are left out.
+
+        Raises UserError for a run of another task, and for a manifest without a usable row.
+        """
+        folder = Path(run).expanduser()
+        issues = DataIssues("drop") if issues is None else issues
+        predictor = load_for(folder, checkpoint, issues)
+        retrieval_task(predictor)  # rejects other tasks before anything is read
+        columns, format = reading_of(folder, reading)
+        table = rows_of(os.fspath(manifest), columns, format, inputs_for(predictor, columns, folder), issues, None)
+        table, outputs = predict_rows(predictor, table, issues, batch_size)
+        sides = dict(zip(SIDES, embeddings_of(predictor, outputs), strict=True))
+        embeddings, items = {}, {}
+        for side, all_rows in sides.items():
+            names = names_of(predictor, side)
+            rows = first_rows(table, names, np.flatnonzero(np.abs(all_rows).sum(axis=1)))
+            embeddings[side], items[side] = all_rows[rows], item_table(table, names, rows)
+        return cls(predictor, embeddings, items, digest_of(folder, checkpoint))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the index atomically; an earlier one is replaced. Raises UserError where it can't be written."""
+        path = Path(folder).expanduser()
+        temporary = path.with_name(f".{path.name}-{os.getpid()}")
+        try:
+            temporary.mkdir(parents=True)
+            save_file({side: np.ascontiguousarray(rows) for side, rows in self.embeddings.items()}, temporary / EMBEDDINGS)
+            for side, table in self.items.items():
+                pq.write_table(table, temporary / f"{side}.parquet")
+            (temporary / ABOUT).write_text(json.dumps({"format": FORMAT, "model": self.model}) + "\n", encoding="utf-8")
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(f"can't write the index {path} ({error})") from error
+
+    @classmethod
+    def load(cls, folder: str | Path, run: str | Path, *, checkpoint: str = "best") -> "Index":
+        """Raises UserError for a missing or unreadable index, and for one of another model."""
+        path = Path(folder).expanduser()
+        try:
+            about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+            embeddings = load_file(path / EMBEDDINGS)
+            items = {side: pq.read_table(path / f"{side}.parquet") for side in SIDES}
+        except FileNotFoundError as error:
+            raise UserError(f"there is no index {path}; make it by: fusion index --run {run} --manifest FILE") from error
+        except (OSError, ValueError, SafetensorError, pa.ArrowException) as error:
+            raise UserError(f"can't read the index {path} ({str(error).splitlines()[0]}); make it again by fusion index") from error
+        if about.get("format") != FORMAT or about.get("model") != digest_of(Path(run).expanduser(), checkpoint):
+            raise UserError(
+                f"the index {path} was made by another model or version; make it again: fusion index --run {run} --manifest FILE"
+            )
+        return cls(load_for(Path(run).expanduser(), checkpoint, DataIssues("drop")), embeddings, items, about["model"])
+
+    def search(
+        self, images: Iterable[Any] | None = None, texts: Iterable[Any] | None = None, *, k: int = 10, **inputs: Any
+    ) -> list[list[Match]]:
+        """The nearest items of the other side for each query, best first.
+
+        Args:
+            images: queries, as for `Predictor.predict`; all queries are of one side.
+            texts: likewise.
+            k: number of items for each query.
+            inputs: other inputs by name.
+
+        Raises UserError for queries of both sides, and where the other side has no item.
+        """
+        if k < 1:
+            raise UserError(f"k is {k}; expected at least 1")
+        outputs = self.predictor.outputs(images, texts, **inputs)
+        sides = dict(zip(SIDES, embeddings_of(self.predictor, outputs), strict=True))
+        given = [side for side, rows in sides.items() if np.abs(rows).sum()]
+        if len(given) > 1:
+            both = " and ".join("+".join(names_of(self.predictor, side)) for side in SIDES)
+            raise UserError(f"a query is of one side, but both {both} are given; leave out one of them")
+        other = SIDES[1 - SIDES.index(given[0])]
+        if not len(self.embeddings[other]):
+            raise UserError(f"the index has no {'+'.join(names_of(self.predictor, other))} to be found")
+        return self.matches(other, *nearest_rows(sides[given[0]], self.embeddings[other], k))
+
+    def inputs_of(self, side: str) -> list[str]:
+        """The names of a side's inputs."""
+        return names_of(self.predictor, side)
+
+    def matches(self, side: str, rows: np.ndarray, scores: np.ndarray) -> list[list[Match]]:
+        found = []
+        for of_query, of_scores in zip(rows, scores, strict=True):
+            records = self.items[side].take(pa.array(of_query)).to_pylist()
+            cells = [{name: cell for name, cell in one.items() if name not in ("row", "id")} for one in records]
+            found.append([Match(float(s), one["row"], one["id"], c) for s, one, c in zip(of_scores, records, cells, strict=True)])
+        return found
+
+
+def nearest_rows(queries: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (Q, k) of the embeddings (n, D) with the highest inner products with queries (Q, D), best first, and these products; fewer
+    than k where n is smaller.
+
+    >>> rows, scores = nearest_rows(np.eye(2, dtype=np.float32), np.array([[0.0, 1.0], [1.0, 0.0], [0.6, 0.8]], dtype=np.float32), 2)
+    >>> rows.tolist(), scores.round(1).tolist()
+    ([[1, 2], [0, 2]], [[1.0, 0.6], [1.0, 0.8]])
+    """
+    k = min(k, len(embeddings))
+    step = max(1, CHUNK_VALUES // max(1, len(embeddings)))
+    rows, scores = [], []
+    for start in range(0, len(queries), step):
+        products = queries[start : start + step] @ embeddings.T
+        best = np.argpartition(-products, k - 1, axis=1)[:, :k]
+        of_best = np.take_along_axis(products, best, axis=1)
+        order = np.argsort(-of_best, axis=1, kind="stable")
+        rows.append(np.take_along_axis(best, order, axis=1))
+        scores.append(np.take_along_axis(of_best, order, axis=1))
+    return np.concatenate(rows), np.concatenate(scores)
+
+
+def retrieval_task(predictor: Predictor) -> Retrieval:
+    task = predictor.processor.task
+    if not isinstance(task, Retrieval):
+        raise UserError(f"only runs of the task Retrieval can be searched; this one is of {type(task).__name__}")
+    return task
+
+
+def embeddings_of(predictor: Predictor, outputs: Sequence[tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Left and right embeddings of all samples of a predictor's outputs."""
+    return retrieval_task(predictor).embeddings(np.concatenate([values.numpy() for values, _ in outputs]))
+
+
+def names_of(predictor: Predictor, side: str) -> list[str]:
+    """The inputs of a side."""
+    head: Any = predictor.model.head
+    return head.sides[side]
+
+
+def first_rows(table: Table, names: Sequence[str], rows: np.ndarray) -> np.ndarray:
+    """Of these rows, the first with each distinct item of the inputs of these names."""
+    first: dict[Any, int] = {}
+    for row in rows.tolist():
+        first.setdefault(tuple(table.kinds[name].identity(table.inputs[name][row]) for name in names), row)
+    return np.array(list(first.values()), dtype=np.int64)
+
+
+def item_table(table: Table, names: Sequence[str], rows: np.ndarray) -> pa.Table:
+    """Rows and ids of items in the manifest, and their cells as text."""
+    columns: dict[str, Any] = {"row": [int(table.rows[i]) for i in rows], "id": [str(table.ids[i]) for i in rows]}
+    columns |= {name: [cell_as_text(table.inputs[name][i]) for i in rows] for name in names}
+    schema = pa.schema([("row", pa.int64()), ("id", pa.string()), *((name, pa.string()) for name in names)])
+    return pa.table(columns, schema=schema)
+
+
+def cell_as_text(cell: Any) -> str | None:
+    """
+    >>> cell_as_text("a.png"), cell_as_text(b"123"), cell_as_text(("a.png", "b.png"))
+    ('a.png', '3 bytes', '["a.png", "b.png"]')
+    """
+    if isinstance(cell, bytes):
+        return f"{len(cell)} bytes"
+    return json.dumps([cell_as_text(one) for one in cell]) if isinstance(cell, tuple) else cell if cell is None else str(cell)
+
+
+def digest_of(run: Path, checkpoint: str) -> str:
+    """The digest of a run's weights."""
+    path, _ = model_of(run, checkpoint)
+    with open(path / WEIGHTS if path.is_dir() else path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,100 @@
+"""The index of a retrieval run, and search in it from the command line and from Python."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from test_retrieval_runs import PAIRS, pairs  # noqa: F401 (a fixture)
+
+import fusion
+from fusion.api import Run
+from fusion.cli.index import index
+from fusion.cli.search import search
+from fusion.errors import UserError
+from fusion.search import Index, nearest_rows
+
+
+@pytest.fixture
+def run(pairs, fit_here):  # noqa: F811
+    return fit_here("--recipe", pairs(), *PAIRS, "--trainer.max_epochs=1").folder
+
+
+def rows_of(folder):
+    with open(folder / "manifest.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_search_finds_what_the_embeddings_of_predict_say(run, tmp_path, capsys):
+    rows = rows_of(tmp_path)
+    assert index(["--run", str(run), "--manifest", str(tmp_path / "manifest.csv")]) == 0
+    images, texts = (list(dict.fromkeys(row[name] for row in rows)) for name in ("image", "text"))
+    assert f"{len(images)} different items of image, {len(texts)} different items of text" in capsys.readouterr().out
+    assert search(["--run", str(run), "--text", texts[5], "--k", "4", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    predictor = fusion.load(str(run))
+    cosines = predictor.predict(images=images, texts=[texts[5]] * len(images)).values[:, 0]
+    best = np.argsort(-cosines)[:4]
+    assert [match["cells"]["image"] for match in found] == [images[i] for i in best]
+    assert [match["score"] for match in found] == pytest.approx(cosines[best], abs=1e-5)
+    first = next(i for i, row in enumerate(rows) if row["image"] == images[best[0]])
+    assert found[0]["row"] == first + 2  # the header is line 1
+    assert search(["--run", str(run), "--image", images[0]]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 11
+
+
+def test_search_from_python_takes_tables_in_memory_and_rows_with_one_side(run, tmp_path):
+    rows = rows_of(tmp_path)
+    table = {"image": [rows[0]["image"], None, rows[9]["image"]], "text": [None, rows[3]["text"], None]}
+    made = Run(run).index(table, tmp_path / "index")
+    assert len(made) == 3
+    found = made.search(texts=[rows[0]["text"], rows[1]["text"]], k=10)
+    assert [len(of_query) for of_query in found] == [2, 2]
+    assert found[0][0].score >= found[0][1].score
+    again = Index.load(tmp_path / "index", run).search(texts=[rows[0]["text"]])
+    assert [m.cells for m in again[0]] == [m.cells for m in found[0]]
+    assert [m.score for m in again[0]] == pytest.approx([m.score for m in found[0]], abs=1e-6)
+    picture = np.asarray(Image.open(rows[0]["image"]))
+    assert [m.cells for m in made.search(images=[picture])[0]] == [{"text": rows[3]["text"]}]
+    with pytest.raises(UserError, match="a query is of one side, but both image and text are given"):
+        made.search(images=[picture], texts=["a"])
+    only_images = Run(run).index({"image": [rows[0]["image"]]})
+    with pytest.raises(UserError, match="the index has no text to be found"):
+        only_images.search(images=[picture])
+
+
+def test_an_index_of_another_model_or_none_is_rejected(run, tmp_path):
+    with pytest.raises(UserError, match=r"there is no index .*; make it by: fusion index --run"):
+        search(["--run", str(run), "--text", "a"])
+    made = Run(run).index(pa.table({"image": [rows_of(tmp_path)[0]["image"]]}), tmp_path / "index")
+    about = json.loads((tmp_path / "index" / "index.json").read_text())
+    (tmp_path / "index" / "index.json").write_text(json.dumps(about | {"model": "0" * 64}))
+    with pytest.raises(UserError, match="was made by another model or version; make it again"):
+        Index.load(tmp_path / "index", run)
+    made.save(tmp_path / "index")
+    assert len(Index.load(tmp_path / "index", run)) == 1
+    (tmp_path / "index" / "embeddings.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"can't read the index .*; make it again"):
+        Index.load(tmp_path / "index", run)
+
+
+def test_only_runs_of_retrieval_are_searched(tiny, fit_here, tmp_path):
+    other = fit_here("--recipe", tiny(), "--trainer.max_epochs=1", "--trainer.limit_train_batches=1")
+    with pytest.raises(UserError, match="only runs of the task Retrieval can be searched; this one is of Classification"):
+        index(["--run", str(other.folder), "--manifest", str(tmp_path / "manifest.csv")])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+def test_the_nearest_rows_are_those_of_a_sort(monkeypatch, chunk):
+    monkeypatch.setattr("fusion.search.CHUNK_VALUES", chunk)
+    rng = np.random.default_rng(0)
+    queries, embeddings = (rng.normal(size=(n, 5)).astype(np.float32) for n in (6, 40))
+    rows, scores = nearest_rows(queries, embeddings, 7)
+    products = queries @ embeddings.T
+    assert rows.tolist() == np.argsort(-products, axis=1)[:, :7].tolist()
+    assert np.allclose(scores, np.take_along_axis(products, rows, axis=1))
+    assert nearest_rows(queries, embeddings, 100)[0].shape == (6, 40)
+    assert math.isfinite(scores.sum())
