@@ -12,12 +12,13 @@ from fusion.benchmarks.memory import benchmark_memory
 from fusion.benchmarks.overhead import benchmark_overhead
 from fusion.benchmarks.pretrained import benchmark_pretrained
 from fusion.benchmarks.ranks import benchmark_ranks
+from fusion.benchmarks.retrieval import benchmark_retrieval
 from fusion.benchmarks.table import benchmark_table
 from fusion.cli.options import Options
 from fusion.errors import UserError, nearest
 from fusion.heads import available
 
-BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "table", "gpu")
+BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "table", "retrieval", "gpu")
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -35,6 +36,7 @@ def benchmark(arguments: Sequence[str]) -> int:
             "       fusion benchmark pretrained [--heads PATTERN] [--seeds N] [--shares 400 2000 all] [--csv FILE]\n"
             "                                   --recipe NAME [any option of fit]\n"
             "       fusion benchmark table [--rows N] [--rounds N]\n"
+            "       fusion benchmark retrieval [--pairs N] [--chunk N] [--rounds N] --recipe NAME [any option of fit]\n"
             "       fusion benchmark gpu [--scenes N]\n\n"
             "overhead: samples per second of the whole fit loop, of a bare PyTorch loop fed by the same loader, and of a bare loop\n"
             "over batches already in memory; same model and optimiser, alternating in one process.\n"
@@ -47,6 +49,8 @@ def benchmark(arguments: Sequence[str]) -> int:
             "pretrained: validation and test accuracy of every head on fractions of the training samples, over several seeds;\n"
             "--csv: file to which each run adds a line; runs already in it are not repeated.\n"
             "table: time and memory of reading a large CSV manifest, compared with pyarrow's reader alone.\n"
+            "retrieval: time and memory of a contrastive update in accumulated batches, compared with all pairs at once and with one\n"
+            "such batch; and of ranking 5,000 images and 25,000 captions.\n"
             "gpu: one page of checks and measurements of this machine's GPUs, in under ten minutes; without one, those that need none."
         )
         return 0
@@ -65,6 +69,9 @@ def benchmark(arguments: Sequence[str]) -> int:
     if words[0] == "memory":
         options, rest = own_options(words, rounds=5)
         return benchmark_memory(rest, options.rounds)
+    if words[0] == "retrieval":
+        options, rest = own_options(words, pairs=4096, chunk=256, rounds=3)
+        return benchmark_retrieval(rest, options.pairs, options.chunk, options.rounds)
     if words[0] == "pretrained":
         options, rest = own_options(words, heads="*", seeds=3, shares=["400", "2000", "all"], csv=None)
         return benchmark_pretrained(rest, options.heads, options.seeds, options.shares, options.csv and Path(options.csv))

@@ -1,6 +1,6 @@
 """The samples of a split, and batches of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -31,9 +31,9 @@ class Batch(NamedTuple):
 
 
 class Ahead:
-    """Batches that are still on the CPU. (Not a tuple, whose tensors Lightning would move to the device.)"""
+    """Batches that are still on the CPU, to be iterated over once. (Not a tuple, whose tensors Lightning would move to the device.)"""
 
-    def __init__(self, batches: "Sequence[Batch]") -> None:
+    def __init__(self, batches: "Iterable[Batch]") -> None:
         self.batches = batches
 
 
@@ -81,10 +81,18 @@ class Updates(DataLoader[Batch]):
     accumulate: int
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        batches = super().__iter__()
-        while update := list(islice(batches, self.accumulate)):
-            yield update[0]._replace(ahead=Ahead(update[1:]))
-            yield from update[1:]
+        if self.num_workers or self.pin_memory:
+            batches = super().__iter__()
+            while update := list(islice(batches, self.accumulate)):
+                yield update[0]._replace(ahead=Ahead(update[1:]))
+                yield from update[1:]
+            return
+        samples: Any = self.dataset  # in memory: batches are made twice, instead of being held for the whole update
+        draws = iter(self.batch_sampler or ())
+        while of_update := list(islice(draws, self.accumulate)):
+            others = map(samples.__getitems__, of_update[1:])
+            yield samples.__getitems__(of_update[0])._replace(ahead=Ahead(others))
+            yield from map(samples.__getitems__, of_update[1:])
 
 
 def as_is(batch: Any) -> Any:

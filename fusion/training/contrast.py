@@ -12,7 +12,7 @@ from fusion.tasks import Task
 from fusion.tasks.base import Pool
 from fusion.training.distributed.collectives import gathered, summed
 
-ROWS = 256  # samples whose loss is computed at once
+CHUNK_VALUES = 2**19  # logits computed at once
 
 
 class Contrasting(Protocol):
@@ -80,7 +80,7 @@ class Contrast:
         losses = []
         index = torch.arange(count, device=own.device) + rank * count
         with torch.enable_grad():
-            for rows in index.split(ROWS):
+            for rows in index.split(max(1, CHUNK_VALUES // len(everyone))):
                 loss = engine.task.contrast(Pool(everyone, target_of_everyone, rows))
                 (loss.sum() / count).backward()
                 losses.append(loss.detach())
