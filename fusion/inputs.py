@@ -26,15 +26,27 @@ class Images(NamedTuple):
     image_mask: Tensor | None = None
 
 
+class Mixture(NamedTuple):
+    """How the samples of a batch are mixed with one another, for all inputs and the target together: sample b becomes `weight` times sample
+    b plus (1 - weight) times sample partner[b]. partner (B,) int64; partner[b] = b leaves it unmixed. weight () float, between 0 and 1.
+    """
+
+    partner: Tensor
+    weight: Tensor
+
+
 class Texts(NamedTuple):
     """A batch of texts: ids (B, N) int64; mask (B, N) bool, True for real tokens, all False where a sample has no text.
 
     full: True if every token is known to be real without a device synchronisation; attention then uses no mask.
+
+    mixture: how the samples' word embeddings are to be mixed; ids and mask are those before. None: they aren't.
     """
 
     ids: Tensor
     mask: Tensor
     full: bool | None = None
+    mixture: Mixture | None = None
 
     @property
     def present(self) -> Tensor:
@@ -47,12 +59,15 @@ class Columns(NamedTuple):
     numbers first, False where a cell is missing.
 
     full: True if no cell is missing, where that is known without a device synchronisation.
+
+    mixture: how the embeddings of the samples' cells are to be mixed; numbers, categories and mask are those before. None: they aren't.
     """
 
     numbers: Tensor
     categories: Tensor
     mask: Tensor
     full: bool | None = None
+    mixture: Mixture | None = None
 
     @property
     def present(self) -> Tensor:

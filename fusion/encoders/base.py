@@ -2,14 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fusion.features import Features
+from fusion.errors import UserError
+from fusion.features import Features, keep
+from fusion.inputs import Columns, Images, Texts
 
 Reading = Literal["embeddings", "levels", "tokens", "pooled"]
+Tokens = TypeVar("Tokens", Texts, Columns)
 
 
 class Encoder(nn.Module, ABC):
@@ -75,6 +78,12 @@ class Encoder(nn.Module, ABC):
         drop_unused(self, lambda: self.read(self.example(), what, depths), keep_if_reaches="pooled" if what == "pooled" else "all")
         self.frozen = frozen
 
+    def check_mixing(self, what: Reading, depths: Sequence[int] = ()) -> None:
+        """Raises UserError unless `read` mixes what its input's `mixture` says. Images are mixed before they are encoded, by pixels, so
+        that every encoder of images qualifies."""
+        if self.takes is not Images:
+            raise UserError(f"a {type(self).__name__} can't encode mixed samples")
+
     def freeze(self) -> None:
         self.frozen = True
         self.requires_grad_(False)
@@ -110,6 +119,22 @@ def drop_unused(
             module.set_submodule(name, nn.Identity())
             dropped.append(name)
     module.train(training)
+
+
+def mixed_tokens(tokens: Tensor, x: Tokens) -> tuple[Tensor, Tokens]:
+    """Mixes embeddings (B, N, D) of words or cells as `x.mixture` says; returns them, and the input with the mask of the mixed ones.
+
+        e_b <- weight e_b + (1 - weight) e_partner[b]            where the shorter text ends or a cell is missing, its e is zero
+
+    Source: Guo et al. (2019), "Augmenting Data with Mixup for Sentence Classification" (wordMixup). A mixed token is real if it is real in
+    either sample.
+    """
+    if x.mixture is None:
+        return tokens, x
+    partner, weight = x.mixture
+    real = tokens if x.full else keep(tokens, x.mask)
+    mixed = weight * real + (1 - weight) * real.index_select(0, partner)
+    return mixed, x._replace(mask=x.mask | x.mask.index_select(0, partner), mixture=None)
 
 
 def fill_absent(x: Tensor, present: Tensor) -> Tensor:

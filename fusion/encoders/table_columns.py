@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from fusion.encoders.base import Encoder
+from fusion.encoders.base import Encoder, Reading, mixed_tokens
 from fusion.errors import UserError
 from fusion.features import Features, masked_mean
 from fusion.inputs import Columns
@@ -73,23 +73,25 @@ class TableColumns(Encoder):
 
     def forward(self, x: Columns) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
-            return self.features(self.norm(self.run_blocks(x, self.depth)[-1]), x)
+            hidden, x = self.run_blocks(x, self.depth)
+            return self.features(self.norm(hidden[-1]), x)
 
     def embed(self, x: Columns) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
-            return self.features(self.tokens(x), x)
+            return self.features(*mixed_tokens(self.tokens(x), x))
 
     def levels(self, x: Columns, depths: Sequence[int]) -> list[Features]:
         for depth in depths:
             if not -self.depth <= depth < self.depth:
                 raise UserError(f"the table encoder has {self.depth} levels; there is no depth {depth}")
         with torch.no_grad() if self.frozen else nullcontext():
-            hidden = self.run_blocks(x, max((depth % self.depth for depth in depths), default=-1) + 1)
+            hidden, x = self.run_blocks(x, max((depth % self.depth for depth in depths), default=-1) + 1)
             return [self.features(hidden[depth % self.depth + 1], x) for depth in depths]
 
-    def run_blocks(self, x: Columns, blocks: int) -> list[Tensor]:
-        """Returns the tokens before the first block and after each of the first `blocks` blocks."""
-        hidden = [self.tokens(x)]
+    def run_blocks(self, x: Columns, blocks: int) -> tuple[list[Tensor], Columns]:
+        """Returns the tokens before the first block and after each of the first `blocks` blocks, and the input with their mask."""
+        tokens, x = mixed_tokens(self.tokens(x), x)
+        hidden = [tokens]
         # A sample without any cell attends to its first token, since softmax over nothing is NaN.
         first = torch.zeros_like(x.mask)
         first[:, 0] = True
@@ -97,7 +99,10 @@ class TableColumns(Encoder):
         for block in list(self.blocks)[:blocks]:
             recompute = self.checkpointed and self.training
             hidden.append(checkpoint(block, hidden[-1], mask, use_reentrant=False) if recompute else block(hidden[-1], mask))
-        return hidden
+        return hidden, x
+
+    def check_mixing(self, what: Reading, depths: Sequence[int] = ()) -> None:
+        """Every reading mixes the tokens."""
 
     def features(self, tokens: Tensor, x: Columns) -> Features:
         return Features(tokens, x.mask, masked_mean(tokens, x.mask), full=x.full)

@@ -21,11 +21,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from fusion.encoders.base import Encoder, drop_unused
+from fusion.encoders.base import Encoder, Reading, drop_unused, mixed_tokens
 from fusion.encoders.timm_image import first_line
 from fusion.errors import UserError, nearest
 from fusion.features import Features, masked_mean
-from fusion.inputs import Texts
+from fusion.inputs import Mixture, Texts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -118,12 +118,41 @@ class TransformersText(Encoder):
 
     def forward(self, x: Texts) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
-            return self.features(self.body(input_ids=x.ids, attention_mask=self.attention_mask(x)).last_hidden_state, x)
+            words, x = self.words(x, self.body)
+            return self.features(self.body(**words, attention_mask=self.attention_mask(x)).last_hidden_state, x)
 
     def embed(self, x: Texts) -> Features:
         assert self.embed_dim  # raises UserError if there are no embeddings
         with torch.no_grad() if self.frozen else nullcontext():
-            return self.features(self.body.embeddings(input_ids=x.ids), x)
+            words, x = self.words(x, self.body.embeddings)
+            return self.features(self.body.embeddings(**words), x)
+
+    def words(self, x: Texts, module: torch.nn.Module) -> tuple[dict[str, Tensor | None], Texts]:
+        """The keyword arguments by which a module of the model takes the words, ids or mixed embeddings; and the input with their mask."""
+        if x.mixture is None:
+            return {"input_ids": x.ids}, x
+        tokens, x = mixed_tokens(self.embedding(x.ids), x)
+        return {"input_ids": None, embeddings_argument(module): tokens}, x
+
+    def check_mixing(self, what: Reading, depths: Sequence[int] = ()) -> None:
+        """Raises UserError for a model that doesn't take word embeddings instead of ids, or doesn't encode them like the ids."""
+        kind, training, device = self.body.config.model_type, self.training, self.embedding.weight.device
+        ids = self.vocab_size - 1 - torch.arange(4, device=device).view(2, 2) % self.vocab_size
+        partner, weight = torch.tensor([1, 0], device=device), torch.tensor(0.0, device=device)
+        plain, mask = Texts(ids.flip(0), torch.ones_like(ids, dtype=torch.bool)), torch.ones_like(ids, dtype=torch.bool)
+        self.eval()
+        try:
+            with torch.no_grad():
+                expected, found = (self.read(x, what, depths) for x in (plain, Texts(ids, mask, mixture=Mixture(partner, weight))))
+            pairs = zip(expected, found, strict=True) if what == "levels" else [(expected, found)]
+            same = all(torch.allclose(a.pooled, b.pooled, rtol=1e-3, atol=1e-3) for a, b in pairs)  # type: ignore[union-attr]
+        except Exception as error:  # of any type, from within the model's own code
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"text encoder: a {kind} can't encode mixed word embeddings instead of ids ({reason})") from error
+        finally:
+            self.train(training)
+        if not same:
+            raise UserError(f"text encoder: a {kind} encodes word embeddings differently from their ids, so that texts can't be mixed")
 
     @cached_property
     def embed_dim(self) -> int:  # type: ignore[override]
@@ -139,7 +168,8 @@ class TransformersText(Encoder):
 
     def levels(self, x: Texts, depths: Sequence[int]) -> list[Features]:
         with torch.no_grad() if self.frozen else nullcontext():
-            hidden = self.body(input_ids=x.ids, attention_mask=self.attention_mask(x), output_hidden_states=True).hidden_states[1:]
+            words, x = self.words(x, self.body)
+            hidden = self.body(**words, attention_mask=self.attention_mask(x), output_hidden_states=True).hidden_states[1:]
             for depth in depths:
                 if not -self.depth <= depth < self.depth:
                     raise UserError(f"the text encoder has {self.depth} levels; there is no depth {depth}")
@@ -267,6 +297,16 @@ class TransformersText(Encoder):
         self.body.resize_token_embeddings(size)
         if self.frozen:
             self.freeze()
+
+
+def embeddings_argument(module: torch.nn.Module) -> str:
+    """The name of the argument for word embeddings: inputs_embeds, in DistilBERT's module of embeddings input_embeds. Raises TypeError if
+    the module has none."""
+    known = inspect.signature(module.forward).parameters
+    name = next((name for name in ("inputs_embeds", "input_embeds") if name in known), None)
+    if name is None:
+        raise TypeError(f"{type(module).__name__} takes no inputs_embeds")
+    return name
 
 
 def never_empty(mask: Tensor) -> Tensor:

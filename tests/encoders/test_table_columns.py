@@ -8,6 +8,7 @@ from fusion.encoders import Columns, TableColumns
 from fusion.encoders.base import Encoder
 from fusion.errors import UserError
 from fusion.heads import CrossAttention, JointTransformer, LevelWeighted
+from fusion.inputs import Mixture
 from fusion.model import FusionModel
 
 
@@ -94,6 +95,24 @@ def test_heads_read_columns_like_words(head):
     output.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("stage", ["embeddings", "levels", "tokens"])
+def test_rows_are_mixed_cell_by_cell(stage):
+    made, x = encoder(), columns()
+    made.check_mixing(stage)
+
+    def read(batch, weight=None):
+        mixture = None if weight is None else Mixture(torch.tensor([1, 2, 0]), torch.tensor(weight))
+        found = made.read(batch._replace(mixture=mixture), stage, [0])
+        return found[0] if isinstance(found, list) else found
+
+    assert torch.allclose(read(x, 0.0).tokens, read(x).tokens[[1, 2, 0]], atol=1e-6)
+    half = read(x, 0.5).tokens
+    assert not torch.allclose(half, read(x).tokens, atol=1e-4)
+    averaged = read(x._replace(numbers=(x.numbers + x.numbers[[1, 2, 0]]) / 2, categories=x.categories[[0, 0, 0]])).tokens
+    same = read(x._replace(categories=x.categories[[0, 0, 0]]), 0.5).tokens  # numbers alone differ, whose tokens are linear
+    assert torch.allclose(same, averaged, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"dim": 7}, {"depth": -1}, {"dropout": 1.0}, {"heads": 0}])

@@ -16,6 +16,7 @@ from fusion.encoders.transformers_text import never_empty
 from fusion.errors import UserError
 from fusion.features import Features
 from fusion.heads import Concat, JointTransformer
+from fusion.inputs import Mixture
 from fusion.model import FusionModel
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -546,3 +547,49 @@ def make_as(config: dict[str, Any], attention: Any) -> TransformersText:
 def test_attention_that_the_model_lacks_is_refused(kind, attention, message):
     with pytest.raises(UserError, match=message):
         make(kind, attention=attention)
+
+
+# Mixed texts
+
+
+@every
+def test_words_are_mixed_by_every_model_that_takes_embeddings(kind: str) -> None:
+    """A weight of 0 gives the partner's text, and what is padded in both has no influence."""
+    encoder, stages = make(kind).eval(), ["tokens", "levels", *(["embeddings"] if kind in CONFIGS else [])]
+    takes_none = kind == "clip_text_model"
+    batch = texts([5, 3, 5, 0])
+    for stage in stages:
+        depths = [0, -1] if stage == "levels" else []
+        if takes_none and stage != "embeddings":
+            with pytest.raises(UserError, match="a clip_text_model can't encode mixed word embeddings instead of ids"):
+                encoder.check_mixing(stage, depths)  # type: ignore[arg-type]
+            continue
+        encoder.check_mixing(stage, depths)  # type: ignore[arg-type]
+
+        def read(weight: float, x: Texts, stage: Any = stage, depths: list[int] = depths) -> Features:
+            mixture = Mixture(torch.tensor([2, 1, 0, 3]), torch.tensor(weight))
+            found = encoder.read(x._replace(mixture=mixture), stage, depths)
+            return found[0] if isinstance(found, list) else found
+
+        plain, swapped = encoder.read(batch, stage, depths), read(0.0, batch)  # type: ignore[arg-type]
+        plain = plain[0] if isinstance(plain, list) else plain
+        torch.testing.assert_close(swapped.pooled[:3], plain.pooled[[2, 1, 0]], atol=1e-5, rtol=1e-5)
+        noisy = Texts(torch.where(batch.mask, batch.ids, 9), batch.mask)
+        short = Texts(batch.ids[:, :5], batch.mask[:, :5])
+        for other in (noisy, short):
+            torch.testing.assert_close(real(read(0.3, other)), real(read(0.3, batch)), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(read(0.3, batch).pooled[0], plain.pooled[0], atol=1e-6)
+        assert not read(0.3, batch).present[3]
+
+
+def test_a_model_that_encodes_embeddings_differently_from_ids_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make()
+    usual = encoder.body.forward
+
+    def forward(input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, **more: Any) -> Any:
+        doubled = None if inputs_embeds is None else 2 * inputs_embeds
+        return usual(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=doubled, **more)
+
+    monkeypatch.setattr(encoder.body, "forward", forward)
+    with pytest.raises(UserError, match="a bert encodes word embeddings differently from their ids, so that texts can't be mixed"):
+        encoder.check_mixing("tokens")
