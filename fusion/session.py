@@ -48,6 +48,7 @@ from fusion.training.callbacks.run_folder import METRICS, RunFolder, new_run_fol
 from fusion.training.callbacks.signals import AgreeFirst, Interrupted, SaveInTime, SeedEachStep
 from fusion.training.checks import check_before_training, validates
 from fusion.training.distributed.lost_ranks import lost_a_rank
+from fusion.training.mixing import report, shares
 from fusion.training.weights import load_weights
 
 
@@ -202,7 +203,8 @@ def print_data_notes(data: FusionData) -> None:
 def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelCheckpoint, run: RunFolder) -> None:
     """Score the best checkpoint on the test split; print the result and write it with the model to the run folder."""
     best = checkpoint.best_model_path or checkpoint.last_model_path or None  # None for a run without a single update
-    updates = model.updates  # read first, since testing loads the best checkpoint's number
+    # Read first, since testing loads the best checkpoint's numbers.
+    updates, mixing = model.updates, None if model.mixer is None else shares(model.mixer.totals(model))
     scores: dict[str, float] = {}
     lines: list[list[str]] = []
     if "test" in data.splits:
@@ -226,6 +228,7 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
     if trainer.is_global_zero and run.folder is not None:
         rates = [round(rate, 1) for lines in trainer.callbacks if isinstance(lines, EpochLines) for rate in lines.rates]  # type: ignore[attr-defined]
         results = {"test": finite(scores), "val": validated(run.folder, model.task), "updates": updates}
+        results |= {} if mixing is None else {"mixing": mixing}
         for name, content in (
             ("results.json", results),
             ("timing.json", {"samples_per_s": rates}),
@@ -234,6 +237,8 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
     if best is not None and trainer.is_global_zero and run.folder is not None:
         write_bundle(run.folder / MODEL, *of_checkpoint(read_checkpoint(best), Path(best)))
     print_rank_zero("\n" + aligned(lines) if lines else "\nno test samples: nothing scored")
+    if mixing is not None:
+        print_rank_zero(f"\n{report(mixing)}")
     print_rank_zero(f"\nrun folder  {run.folder}")
     if best is None:
         print_rank_zero("no update was made, so there is no checkpoint: this model can't be used")

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fusion.data.kinds.base import Store
 from fusion.data.sampler import PLACEHOLDER, Draw
+from fusion.inputs import Mixture
 
 
 class Batch(NamedTuple):
@@ -21,6 +22,8 @@ class Batch(NamedTuple):
     step. Every rank draws the same global batches and so knows them: a weighted mean needs no communication.
 
     ahead: with the first accumulated batch of an update, the others of this rank, where the loader looks ahead.
+
+    mixture: how the inputs are mixed with one another; the targets are those before. None: they aren't.
     """
 
     inputs: dict[str, Any]
@@ -28,6 +31,7 @@ class Batch(NamedTuple):
     sample: Tensor
     update_target: Tensor | None = None
     ahead: "Ahead | None" = None
+    mixture: Mixture | None = None
 
 
 class Ahead:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from torchmetrics import MetricCollection
 
 from fusion.errors import UserError, nearest
 from fusion.heads import FusionHead
+from fusion.inputs import Mixture
 from fusion.rebuilding import Rebuildable
 
 OnUnseen = Literal["error", "count_as_wrong"]
@@ -41,7 +42,8 @@ class Task(Rebuildable, nn.Module, ABC):
     one_of_classes: whether the classes are mutually exclusive, which some heads assume. tuned: attributes that `tune` sets, each under its
     name in `learnt`. pairs_inputs: whether targets are pairs of inputs (see `pair`), so that no label column is read. contrasts: whether
     a sample's loss compares it with the others of its update (see `contrast`); batches are then drawn so that no two samples of an update
-    share an item, and a single sample has no `plain_loss`.
+    share an item, and a single sample has no `plain_loss`. mixable: whether a sample can be mixed with another one together with its
+    target (model.mixing): its loss must not depend on other samples.
     """
 
     monitor: str
@@ -55,6 +57,7 @@ class Task(Rebuildable, nn.Module, ABC):
     one_of_classes: ClassVar[bool] = False
     pairs_inputs: ClassVar[bool] = False
     contrasts: ClassVar[bool] = False
+    mixable: ClassVar[bool] = True
 
     names: list[str]  # of the outputs: classes, labels
 
@@ -146,6 +149,14 @@ class Task(Rebuildable, nn.Module, ABC):
         """Returns the confidence (B,) in the true answer, from 0 to 1: exp(-loss), which is the true class's probability under cross
         entropy."""
         return torch.exp(-self.plain_loss(output, target))
+
+    def of_mixture(self, each: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor, mixture: Mixture | None) -> Tensor:
+        """Returns the values (B,) of `each` (the loss, the confidence) for samples that are mixed with one another: the weighted mean of
+        its values for the targets of both. Without a mixture, each(output, target)."""
+        if mixture is None:
+            return each(output, target)
+        partner, weight = mixture
+        return weight * each(output, target) + (1 - weight) * each(output, target.index_select(0, partner))
 
     # Scores and answers
 

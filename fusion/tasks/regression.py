@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from torchmetrics import MetricCollection
 
 from fusion.cell_text import NUMBER
 from fusion.errors import UserError
+from fusion.inputs import Mixture
 from fusion.losses import gaussian_loss, quantile_loss
 from fusion.tasks.base import OnUnseen, Task, reject_unused
 from fusion.tasks.metrics import collected, collecting, number_scores
@@ -182,6 +183,13 @@ class Regression(Task):
             return super().confidence(output, target)
         mean = output.float().unflatten(1, (len(self.names), 2))[..., 0]  # a density may be above 1
         return torch.exp(-(mean - target).square().mean(dim=1) / 2)
+
+    def of_mixture(self, each: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor, mixture: Mixture | None) -> Tensor:
+        """Mixes the numbers themselves, as Yao et al. (2022), "C-Mixup: Improving Generalization in Regression"."""
+        if mixture is None:
+            return each(output, target)
+        partner, weight = mixture
+        return each(output, weight * target + (1 - weight) * target.index_select(0, partner))
 
     # Scores and answers
 

@@ -53,6 +53,7 @@ class Retrieval(Task):
     figure_names = ("temperature",)
     contrasts = True
     pairs_inputs = True
+    mixable = False
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from fusion.training.callbacks.early_stopping import StopEarly
 from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP
 from fusion.training.engine import Engine
+from fusion.training.mixing import Mixing
 from fusion.training.optim.averages import EMA, SWA
 from fusion.training.optim.freezing import Freeze
 from fusion.training.optim.groups import Rate
@@ -40,6 +41,7 @@ __all__ = [
     "GradientBlending",
     "Linear",
     "MMPareto",
+    "Mixing",
     "Muon",
     "Polynomial",
     "Rate",

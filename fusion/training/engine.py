@@ -21,6 +21,7 @@ from fusion.encoders import Encoder
 from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError, construction, nearest
 from fusion.heads import CrossAttention, FusionHead, FusionOutput, Unimodal
+from fusion.inputs import Mixture
 from fusion.lightning_private import batches_that_stepped, logs_now
 from fusion.model import FusionModel, check_part, factory_parts, head_spec, predicts_alone, with_unimodal
 from fusion.runs.bundle import FORMAT
@@ -31,6 +32,7 @@ from fusion.training.distributed.collectives import summed
 from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP, shard
 from fusion.training.means import Means
+from fusion.training.mixing import FIGURES, Mixer, Mixing
 from fusion.training.modality_dropout import drop_modalities, presence
 from fusion.training.optim.freezing import Freeze, Freezing, rewrap_ddp
 from fusion.training.optim.groups import Rate, check_rates, parameter_groups
@@ -63,6 +65,7 @@ class Engine(LightningModule):
         compile: compile the whole model by torch.compile.
         balance: balances how fast the modalities learn: OGMGE, MMPareto, GradientBlending or UnimodalLosses.
         modality_dropout: probability of removing each modality of a training sample, keeping at least one.
+        mixing: mixup and CutMix of training samples, all inputs and the target together; none at the default.
         allow_unused: continue with a warning where parameters get no gradient at the first update.
     """
 
@@ -83,6 +86,7 @@ class Engine(LightningModule):
         compile: bool = False,
         balance: Balance | None = None,
         modality_dropout: float = 0.0,
+        mixing: Mixing | None = None,
         allow_unused: bool = False,
     ) -> None:
         super().__init__()
@@ -117,6 +121,7 @@ class Engine(LightningModule):
         if not 0 <= modality_dropout < 1:
             raise UserError(f"model.modality_dropout is {modality_dropout}; expected a probability, from 0 to below 1")
         self.modality_dropout, self.allow_unused = modality_dropout, allow_unused
+        self.mixer = None if mixing is None else Mixer(mixing, self.task)
         self.means = Means()
         self.contrast = Contrast()
         self.balance = balance
@@ -151,6 +156,8 @@ class Engine(LightningModule):
                     f"model.balance needs a prediction of each modality alone, which this {type(model.head).__name__} doesn't make: "
                     "pass unimodal=True in the function that makes the head, or leave model.balance out"
                 )
+            if self.mixer is not None:
+                self.mixer.check_encoders(model)
             self.head_spec = head_spec(model)
             self.model = model
             add_adapters(self.model.encoders, self.adapters)
@@ -196,11 +203,14 @@ class Engine(LightningModule):
         return self.model(inputs).output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.mixer is not None:
+            batch = self.mixer.mix(batch)
         if self.task.contrasts:
             output, loss = self.contrast.step(self, batch, batch_idx)
         else:
             output, loss = self.output_and_loss(batch)
-        figures = self.task.batch_figures(output.detach(), batch.target)
+        plain = partial(self.task.batch_figures, output.detach())
+        figures = plain(batch.target) if self.mixer is None else self.mixer.figures(plain, batch)
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         self.means.note({"loss": loss, **figures}, len(batch.target), begins_update=first)
         return loss
@@ -208,11 +218,12 @@ class Engine(LightningModule):
     def output_and_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The output (B, ...) for a training batch, and the loss to minimise."""
         output, retained = self.forward_with_dropout(batch.inputs)
-        loss = self.loss(output.output, batch.target, batch.update_target)
+        loss = self.loss(output.output, batch.target, batch.update_target, batch.mixture)
         if self.balance is not None:
             present = retained or presence(batch.inputs)
             alone = self.unimodal_losses(output.by_modality, batch, present)
-            scores = {name: self.task.confidence(one.detach(), batch.target)[present[name]] for name, one in output.by_modality.items()}
+            confidence = partial(self.task.of_mixture, self.task.confidence, target=batch.target, mixture=batch.mixture)
+            scores = {name: confidence(one.detach())[present[name]] for name, one in output.by_modality.items()}
             self.balance.observe(self, alone, scores)
             loss = self.balance.total(loss, alone)
         return output.output, loss
@@ -223,14 +234,17 @@ class Engine(LightningModule):
         retained = drop_modalities(inputs, self.modality_dropout) if self.modality_dropout else None
         return self.model(inputs, retained), retained
 
-    def loss(self, output: Tensor, target: Tensor, update_target: Tensor | None = None) -> Tensor:
+    def loss(self, output: Tensor, target: Tensor, update_target: Tensor | None = None, mixture: Mixture | None = None) -> Tensor:
         """Mean of the samples' losses; where the task weights samples, divided by the mean weight of the whole update (update_target), so
         that the mean over ranks and accumulated batches is the weighted mean of the whole update.
         """
-        return self.sample_loss(output, target, update_target).mean()
+        return self.sample_loss(output, target, update_target, mixture).mean()
 
-    def sample_loss(self, output: Tensor, target: Tensor, update_target: Tensor | None = None) -> Tensor:  # (B,)
-        each = self.task.loss(output, target)
+    def sample_loss(  # (B,)
+        self, output: Tensor, target: Tensor, update_target: Tensor | None = None, mixture: Mixture | None = None
+    ) -> Tensor:
+        """Of mixed samples divided by the same mean weight: a batch is mixed within itself, so that the mean of its weights is the same."""
+        each = self.task.of_mixture(self.task.loss, output, target, mixture)
         weight = self.task.weight(target if update_target is None else update_target)
         return each if weight is None else each / weight.mean()
 
@@ -238,7 +252,8 @@ class Engine(LightningModule):
         """Each modality's own mean loss over the whole batch, 0 for samples without it; the mean over ranks and accumulated batches is then
         the loss of the whole update.
         """
-        each = {name: self.sample_loss(output, batch.target, batch.update_target) for name, output in by_modality.items()}
+        targets = batch.target, batch.update_target, batch.mixture
+        each = {name: self.sample_loss(output, *targets) for name, output in by_modality.items()}
         return {name: torch.where(present[name], loss, 0.0).mean() for name, loss in each.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -262,7 +277,8 @@ class Engine(LightningModule):
 
     def metric_names(self) -> list[str]:
         """Names of the metrics logged in training and validation, without those of the balancing method and the strategy."""
-        training = [f"train/{name}_{over}" for name in ("loss", *self.task.figure_names) for over in ("step", "epoch")]
+        mixing = FIGURES if self.mixer is not None else ()
+        training = [f"train/{name}_{over}" for name in ("loss", *self.task.figure_names, *mixing) for over in ("step", "epoch")]
         return ["train/lr", *training, *(f"val/{name}" for name in (*self.task.metric_names(), "loss"))]
 
     @torch.no_grad()
@@ -410,6 +426,7 @@ class Engine(LightningModule):
             "accumulated": self.trainer.accumulate_grad_batches,
             "balance": self.balance.state_dict() if self.balance is not None else {},
             "compression": self.compression_state(),
+            "mixing": self.mixer.totals(self) if self.mixer is not None else {},
             "epoch_sums": self.means.epoch_sums(self),
             "updates": self.updates,
             "skipped": self.skipped,
@@ -427,6 +444,8 @@ class Engine(LightningModule):
         self.means.sums = sums if self.trainer.global_rank == 0 else dict.fromkeys(sums, 0)
         if self.balance is not None:
             self.balance.load_state_dict(checkpoint["fusion"]["balance"])
+        if self.mixer is not None:
+            self.mixer.load(checkpoint["fusion"]["mixing"], self.trainer.global_rank)
         if isinstance(self.trainer.strategy, DDP):
             self.trainer.strategy.load_compression_state(checkpoint["fusion"]["compression"])
 

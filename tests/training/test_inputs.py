@@ -113,9 +113,9 @@ def test_inputs_train_by_recipe_alone_and_answer_alike_from_files_and_from_pytho
 
 
 @every_set
-@pytest.mark.parametrize("precision", [[], FP16], ids=["fp32", "fp16"])
-def test_a_run_over_inputs_goes_on_to_the_bit(of_inputs, assert_resumes_to_the_bit, inputs, precision):
-    assert_resumes_to_the_bit("--recipe", of_inputs(inputs), *precision, "--model.modality_dropout=0.3")
+@pytest.mark.parametrize("options", [[], FP16, ["--model.mixing.mixup=1"]], ids=["fp32", "fp16", "mixed"])
+def test_a_run_over_inputs_goes_on_to_the_bit(of_inputs, assert_resumes_to_the_bit, inputs, options):
+    assert_resumes_to_the_bit("--recipe", of_inputs(inputs), *options, "--model.modality_dropout=0.3")
 
 
 @pytest.mark.slow

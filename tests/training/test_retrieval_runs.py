@@ -137,6 +137,7 @@ def test_a_pair_without_a_side_is_listed_and_the_label_column_is_not_needed(pair
         (["--data.batch_size=64"], r"no 64 training pairs without a common item were found: at most \d+; set --data.batch_size="),
         (["--monitor=accuracy"], "Retrieval has no such score"),
         (["--model.balance=OGMGE"], "model.balance needs a prediction of each modality alone"),
+        (["--model.mixing.mixup=0.2"], "the target of model.task=Retrieval can't be mixed"),
         (["--data.curriculum.by=loss", "--data.curriculum.first_pass=1"], "in Retrieval a sample has none by itself"),
     ],
 )

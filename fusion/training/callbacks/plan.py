@@ -98,6 +98,7 @@ def training_lines(trainer: Trainer, module: Engine) -> list[str]:
         f"  {module.horizon:,} updates, {an_epoch:,} an epoch{begun}; schedule {schedule}, {warmup:,} of warm-up",
         *schedule_lines(module),
         *curriculum_lines(data, module.horizon),
+        *([f"  mixing: {module.mixer.settings}"] if module.mixer is not None else []),
         f"  precision {trainer.precision}; {trainer.world_size} x {device.type}; strategy {type(trainer.strategy).__name__}",
         "",
     ]
