@@ -243,6 +243,6 @@ def mix_images(x: Images, mixture: Mixture, box: Box | None) -> Images:
         mixed = pixels.clone()
         mixed[:, :, top:bottom, left:right] = pixels[:, :, top:bottom, left:right].index_select(0, partner)
     else:
-        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        pixels = pixels / 255 if pixels.dtype == torch.uint8 else pixels
         mixed = mixture.weight * pixels + (1 - mixture.weight) * pixels.index_select(0, partner)
     return x._replace(pixels=mixed, image_index=index)

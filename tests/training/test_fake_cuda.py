@@ -9,12 +9,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from fusion.data.samples import Batch
 from fusion.encoders import Images, Texts, TimmImage, TransformersText
 from fusion.features import Features
 from fusion.heads.registry import HEADS
 from fusion.model import FusionModel
-from fusion.training import Muon
+from fusion.tasks import Classification
+from fusion.training import Mixing, Muon
 from fusion.training.distributed.sign_compression import SignCompression
+from fusion.training.mixing import Box, Mixer
 
 
 @pytest.fixture
@@ -136,3 +139,26 @@ def test_a_whole_model_runs_on_the_device_and_asks_it_for_nothing(name, head, pa
         output = model({"image": images, "text": texts}).output
     assert output.device.type == "cuda"
     assert output.shape == (4, 5)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one image", "several"])
+@pytest.mark.parametrize("box", [None, Box(1, 3, 0, 2)], ids=["mixup", "CutMix"])
+def test_a_batch_is_mixed_on_the_device_which_is_asked_for_nothing(fake_cuda, monkeypatch, box, several):
+    task = Classification()
+    task.learn({"train": ["a", "b"]}, column="label", on_unseen="error")
+    mixer = Mixer(Mixing(mixup=1.0), task)
+    monkeypatch.setattr(mixer, "draw", lambda inputs: (box is not None, 0.7, None if box is None else {"image": box}))
+    with torch.device("cuda"):
+        shown = torch.ones(4, 2, dtype=torch.bool)
+        index = torch.zeros(4, 2, dtype=torch.long)
+        pixels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+        image = Images(pixels, shown[:, 0], index, image_mask=shown) if several else Images(pixels, shown[:, 0], index[:, 0])
+        text = Texts(torch.ones(4, 6, dtype=torch.long), torch.ones(4, 6, dtype=torch.bool))
+        batch = Batch({"image": image, "text": text}, torch.zeros(4, dtype=torch.long), torch.arange(4))
+        output = torch.zeros(4, 2)
+    mixed = mixer.mix(batch)
+    figures = mixer.figures(lambda target: task.batch_figures(output, target), mixed)
+    loss = task.of_mixture(task.loss, output, mixed.target, mixed.mixture)
+    found = [*mixed.mixture, mixed.inputs["image"].pixels, loss, *figures.values(), mixer.sums["lesser"]]
+    assert {tensor.device.type for tensor in found} == {"cuda"}
+    assert mixed.inputs["image"].pixels.shape == (8 if several else 4, 3, 8, 8)

@@ -10,12 +10,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from fusion.data.samples import Batch
 from fusion.encoders import Columns, Images, TableColumns, Texts, TransformersText
-from fusion.encoders.base import mixed_tokens
+from fusion.encoders.base import Encoder, mixed_tokens
 from fusion.errors import UserError
 from fusion.inputs import Mixture
+from fusion.model import FusionModel
 from fusion.session import fit
 from fusion.tasks import Classification, MultiLabel, Ordinal, Regression
-from fusion.training import Engine, Mixing
+from fusion.training import OGMGE, Engine, Mixing
 from fusion.training.mixing import Box, Mixer, mix_images, mix_inputs, partners
 
 WEIGHT = 0.3
@@ -343,6 +344,21 @@ def test_samples_of_every_task_are_mixed(tiny, write_manifest, fit_here, task):
     assert run.column("train/loss_step")[0] != without.column("train/loss_step")[0]
 
 
+def test_each_modalitys_own_loss_and_confidence_are_of_mixed_targets(parts, monkeypatch):
+    model, data, trainer = parts(ON, "--model.balance=OGMGE", "--trainer.max_steps=1", *NO_VALIDATION)
+    seen, outputs, observed = always(model, monkeypatch), [], []
+    forward, observe = FusionModel.forward, OGMGE.observe
+    monkeypatch.setattr(FusionModel, "forward", lambda *given: outputs.append(forward(*given)) or outputs[-1])
+    monkeypatch.setattr(OGMGE, "observe", lambda self, engine, *given: observed.append(given) or observe(self, engine, *given))
+    trainer.fit(model, datamodule=data)
+    batch, (alone, scores) = seen[0][1], observed[0]
+    classes = torch.nn.functional.one_hot(batch.target, model.task.out_dim).float()
+    target = WEIGHT * classes + (1 - WEIGHT) * classes[batch.mixture.partner]
+    for name, output in outputs[0].by_modality.items():
+        assert torch.allclose(alone[name], cross_entropy(output, target), atol=1e-6)
+        assert torch.allclose(scores[name], (output.softmax(dim=1) * target).sum(dim=1), atol=1e-6)
+
+
 def test_evaluation_is_not_mixed(parts, monkeypatch):
     model, data, trainer = parts(ON, "--trainer.max_epochs=1")
     seen = always(model, monkeypatch)
@@ -410,6 +426,19 @@ class Unmixable(Classification):
 def test_a_task_whose_target_cannot_be_mixed_is_rejected():
     with pytest.raises(UserError, match=r"model\.mixing: the target of model\.task=Unmixable can't be mixed; leave out model\.mixing, or"):
         Engine(image=lambda: None, text=lambda: None, task=Unmixable(), mixing=Mixing(mixup=0.2))
+
+
+class Own(TransformersText):
+    """An encoder of texts that doesn't know of mixtures."""
+
+    check_mixing = Encoder.check_mixing
+
+
+def test_an_encoder_that_may_not_mix_its_input_is_rejected(parts):
+    model, data, _ = parts(ON)
+    model.factories["text"] = lambda: Own(config=BERT)
+    with pytest.raises(UserError, match=r"model\.mixing: 'text': a Own can't encode mixed samples; leave out model\.mixing"):
+        model.build(data)
 
 
 CLIP = {key: BERT[key] for key in BERT if "prob" not in key} | {"model_type": "clip_text_model"}
