@@ -253,7 +253,7 @@ INFORMATIVE = 0.5  # least share of samples with a repeated input; unique inputs
 def informative_bounds(task: Task, table: Table, modalities: Sequence[str]) -> dict[str, float]:
     """The bounds that are informative for these samples: of each modality that the model reads, if its inputs mostly repeat; and of one
     answer for all samples."""
-    if task.pairs_inputs:  # a pair isn't to be guessed from one of its inputs
+    if task.draws_apart:  # a pair isn't to be guessed from one of its inputs
         return bounds(task, {}, table.labels)
     inputs = {name: [table.kinds[name].identity(cell) for cell in table.inputs[name]] for name in modalities}
     by_name = bounds(task, {name: identities for name, identities in inputs.items() if repeated(identities) >= INFORMATIVE}, table.labels)
@@ -264,7 +264,7 @@ def informative_bounds(task: Task, table: Table, modalities: Sequence[str]) -> d
 def bound_title(task: Task, bound: str) -> str:
     """Name of a bound in the printed table of results."""
     if bound == task.baseline:
-        if task.pairs_inputs:
+        if task.draws_apart:
             return bound
         return "majority class" if task.one_of_classes else f"{bound} for all"
     return f"{'lower' if task.bounded in task.minimised else 'upper'} bound ({bound} only)"

@@ -42,9 +42,7 @@ def benchmark_retrieval(arguments: Sequence[str], pairs: int, chunk: int, rounds
     print(f"median of {rounds} rounds, {torch.get_num_threads()} threads\n\n{aligned(lines)}\n")
     costs = [in_new_process(ranking_cost) for _ in range(rounds)]
     seconds, peak = (statistics.median(cost[i] for cost in costs) for i in (0, 1))
-    print(
-        f"ranks of {IMAGES:,} images x {IMAGES * CAPTIONS:,} captions of width {DIM}, both ways: {seconds:.1f} s, {peak:.0f} MiB beyond them"
-    )
+    print(f"ranks of {IMAGES:,} images x {IMAGES * CAPTIONS:,} captions, {DIM} wide: {seconds:.1f} s, {peak:.0f} MiB beyond them")
     return 0
 
 

@@ -151,7 +151,7 @@ class FusionData(LightningDataModule):
         self.leftovers: list[Path] = []  # files of the run's cache that are removed when it ends
         self.shared_groups = 0
         self.resume_at: tuple[int, int] | None = None
-        self.contrasts = False  # whether the task's loss compares the samples of an update
+        self.contrasts = self.draws_apart = False  # of the task
 
     # Loading
 
@@ -167,7 +167,7 @@ class FusionData(LightningDataModule):
         labels = {name: [label for label, s in zip(table.labels, table.splits, strict=True) if s == name] for name in SPLITS}
         task.learn(labels, column=",".join(self.columns.targets), on_unseen=self.on_unseen_label)
         self.check_leaks(table)
-        self.contrasts = task.contrasts
+        self.contrasts, self.draws_apart = task.contrasts, task.draws_apart
         parts = {name: table.take([i for i, split in enumerate(table.splits) if split == name]) for name in SPLITS}
         for name, kind in inputs.items():
             kind.learn(parts["train"].inputs[name], encoders[name])
@@ -176,18 +176,20 @@ class FusionData(LightningDataModule):
             if len(part):
                 stores = {name: kind.store(part.inputs[name], training=split == "train") for name, kind in inputs.items()}
                 self.splits[split] = Split(part, Samples(task.encode(part.labels), stores), task.unseen(part.labels))
-        if task.contrasts:
-            self.check_contrasts(type(task).__name__)
+        if task.contrasts and self.curriculum is not None and self.curriculum.by == LOSS:
+            raise UserError(
+                f"data.curriculum.by is loss, but in {type(task).__name__} a sample has none by itself; use text_length or a column"
+            )
+        if task.draws_apart:
+            self.check_batches(type(task).__name__)
 
-    def check_contrasts(self, task: str) -> None:
-        """Raises UserError for options that clash with a task that contrasts samples, and for batches that can't be drawn for it."""
+    def check_batches(self, task: str) -> None:
+        """Raises UserError where batches without shared items are not to be drawn, or can't be."""
         if self.shuffle == "images":
             raise UserError(
                 f"data.shuffle is images, which draws samples that share an image together, but {task} needs batches without shared "
                 "ones: set --data.shuffle=samples"
             )
-        if self.curriculum is not None and self.curriculum.by == LOSS:
-            raise UserError(f"data.curriculum.by is loss, but in {task} a sample has none by itself; use text_length or a column")
         target = self.splits["train"].samples.target
         distinct_batches(np.arange(len(target)), target, min(self.batch_size, len(target)), np.random.default_rng(self.seed))
 
@@ -318,7 +320,7 @@ class FusionData(LightningDataModule):
             world=trainer.world_size if trainer else 1,
             accumulate=trainer.accumulate_grad_batches if trainer else 1,
             together=samples.blocks() if self.shuffle == "images" else None,
-            apart=samples.target if self.contrasts else None,
+            apart=samples.target if self.draws_apart else None,
         )
         batches.admission = self.admission = self.admit(batches)
         if self.resume_at is not None:

@@ -144,8 +144,8 @@ def read_table(
     path = os.fspath(path)
     path = path if os.path.exists(path) else os.path.expanduser(path)
     rich = [column for kind in inputs.values() for column in kind.rich_columns]
-    if task is not None and task.pairs_inputs:
-        columns = replace(columns, label=[])
+    if task is not None and task.target_columns is not None:
+        columns = replace(columns, label=task.target_columns)
     cells = read_cells(path, format, [*rich, *(columns.targets if task is not None and task.takes_lists else [])])
     needed = inputs if need_all_inputs else note_missing_inputs(path, cells, inputs, issues)
     reject_missing_columns(path, cells, columns, needed, need_label=task is not None, need_split=split is None, trains=need_all_inputs)
@@ -194,11 +194,13 @@ def interpret(
         return as_texts(str(name), cells.columns[str(name)], reading.nulls, reading.bad, lists=lists)
 
     def targets() -> Column[str | None]:
-        if task is not None and task.pairs_inputs:
-            return Column.of(task.pair({name: map(inputs[name].identity, cells) for name, cells in read.items()}))
         if isinstance(columns.label, str):
             return texts_in(columns.label, takes_lists).map(stripped)
-        return empty if task is None else Column.of(task.joined({name: texts_in(name) for name in columns.label}, reading.bad))
+        if task is None:
+            return empty
+        lists = takes_lists and task.target_columns is not None
+        identities = {name: map(inputs[name].identity, cells) for name, cells in read.items()}
+        return Column.of(task.joined({name: texts_in(name, lists) for name in columns.label}, reading.bad, identities))
 
     def cells_of(kind: Kind) -> Sequence[Any]:
         present = {one: cells.columns[one] for one in kind.columns if one in cells.columns}

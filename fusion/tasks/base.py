@@ -40,9 +40,9 @@ class Task(Rebuildable, nn.Module, ABC):
     which the lowest is the best. headline: the scores that are printed, by column title. baseline: the name under which the `bounded` score
     of the best constant answer is reported. bounded: the score that `bound` bounds. takes_lists: whether a target's cell may be a list.
     one_of_classes: whether the classes are mutually exclusive, which some heads assume. tuned: attributes that `tune` sets, each under its
-    name in `learnt`. pairs_inputs: whether targets are pairs of inputs (see `pair`), so that no label column is read. contrasts: whether
-    a sample's loss compares it with the others of its update (see `contrast`); batches are then drawn so that no two samples of an update
-    share an item, and a single sample has no `plain_loss`. mixable: whether a sample can be mixed with another one together with its
+    name in `learnt`. target_columns: the columns that are read instead of data.columns.label, if not None. contrasts: whether a sample's
+    loss compares it with the others of its update (see `contrast`). draws_apart: whether no two samples of an update may have the same
+    number in one of the columns of the target. mixable: whether a sample can be mixed with another one together with its
     target (model.mixing): its loss must not depend on other samples.
     """
 
@@ -55,11 +55,15 @@ class Task(Rebuildable, nn.Module, ABC):
     takes_lists: ClassVar[bool] = False
     tuned: ClassVar[tuple[str, ...]] = ()
     one_of_classes: ClassVar[bool] = False
-    pairs_inputs: ClassVar[bool] = False
     contrasts: ClassVar[bool] = False
+    draws_apart: ClassVar[bool] = False
     mixable: ClassVar[bool] = True
 
     names: list[str]  # of the outputs: classes, labels
+
+    @property
+    def target_columns(self) -> list[str] | None:
+        return None
 
     @property
     def mode(self) -> Literal["max", "min"]:
@@ -84,15 +88,13 @@ class Task(Rebuildable, nn.Module, ABC):
         Raises UserError for targets that nothing can be learnt from.
         """
 
-    def joined(self, columns: Mapping[str, Sequence[str | None]], bad: dict[int, str]) -> list[str | None]:
-        """One target cell per sample from several columns by name (data.columns.label: [..]); reasons for invalid ones, by position, go
-        to `bad`. Raises UserError for a task whose target is one column.
+    def joined(
+        self, columns: Mapping[str, Sequence[str | None]], bad: dict[int, str], inputs: Mapping[str, Iterable[Hashable]]
+    ) -> list[str | None]:
+        """One target cell per sample from several columns by name (data.columns.label: [..], or `target_columns`), or from the identities
+        of its inputs, by name; reasons for invalid ones, by position, go to `bad`. Raises UserError for a task whose target is one column.
         """
         raise UserError(f"data.columns.label names {len(columns)} columns, but {type(self).__name__} reads one")
-
-    def pair(self, inputs: Mapping[str, Iterable[Hashable]]) -> list[str | None]:
-        """One target cell per sample from the identities of its inputs, by name, where `pairs_inputs`; None for one that is no pair."""
-        raise NotImplementedError
 
     @property
     def out_dim(self) -> int:
@@ -132,6 +134,15 @@ class Task(Rebuildable, nn.Module, ABC):
     @abstractmethod
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Returns the loss (B,) of each sample, times its weight if samples are weighted."""
+
+    def update_loss(self, output: Tensor, target: Tensor, update_target: Tensor | None = None, mixture: Mixture | None = None) -> Tensor:
+        """Returns the loss (B,) of each sample; where samples are weighted, divided by the mean weight of the whole update (update_target),
+        so that the mean over ranks and accumulated batches is the weighted mean of the whole update. Of mixed samples divided by the same
+        mean weight: a batch is mixed within itself, so that the mean of its weights is the same.
+        """
+        each = self.of_mixture(self.loss, output, target, mixture)
+        weight = self.weight(target if update_target is None else update_target)
+        return each if weight is None else each / weight.mean()
 
     def contrast(self, pool: Pool) -> Tensor:
         """Returns the loss (B,) of the scored samples of an update, where `contrasts`."""

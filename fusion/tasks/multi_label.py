@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -114,7 +114,9 @@ class MultiLabel(Task):
         self.label_columns: list[str] = []  # where each label has one
         self.register_buffer("pos_weight", None, persistent=False)
 
-    def joined(self, columns: Mapping[str, Sequence[str | None]], bad: dict[int, str]) -> list[str | None]:
+    def joined(
+        self, columns: Mapping[str, Sequence[str | None]], bad: dict[int, str], inputs: Mapping[str, Iterable[Hashable]]
+    ) -> list[str | None]:
         self.label_columns = list(columns)
         cells: list[str | None] = []
         for i, row in enumerate(zip(*columns.values(), strict=True)):

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -107,7 +107,9 @@ class Regression(Task):
             raise ValueError("not a list of numbers")
         return [None if one is None else str(one).strip() for one in found]
 
-    def joined(self, columns: Mapping[str, Sequence[str | None]], bad: dict[int, str]) -> list[str | None]:
+    def joined(
+        self, columns: Mapping[str, Sequence[str | None]], bad: dict[int, str], inputs: Mapping[str, Iterable[Hashable]]
+    ) -> list[str | None]:
         rows = list(zip(*columns.values(), strict=True))
         for i, row in enumerate(rows):
             for name, cell in zip(columns, row, strict=True):

@@ -51,8 +51,7 @@ class Retrieval(Task):
     headline: ClassVar[Mapping[str, str]] = {"R@1": "recall_1", "R@5": "recall_5", "R@10": "recall_10", "median rank": "median_rank"}
     baseline = "chance"
     figure_names = ("temperature",)
-    contrasts = True
-    pairs_inputs = True
+    contrasts = draws_apart = True
     mixable = False
 
     def __init__(
@@ -91,7 +90,17 @@ class Retrieval(Task):
 
     # Targets
 
+    @property
+    def target_columns(self) -> list[str]:
+        return []
+
+    def joined(
+        self, columns: Mapping[str, Sequence[str | None]], bad: dict[int, str], inputs: Mapping[str, Iterable[Hashable]]
+    ) -> list[str | None]:
+        return self.pair(inputs)
+
     def pair(self, inputs: Mapping[str, Iterable[Hashable]]) -> list[str | None]:
+        """One cell per sample from the identities of its inputs, by name; None for one that lacks a side."""
         names = list(inputs)
         left = self.left or [name for name in names if name not in (self.right or names[1:])]
         right = self.right or [name for name in names if name not in left]

@@ -235,25 +235,15 @@ class Engine(LightningModule):
         return self.model(inputs, retained), retained
 
     def loss(self, output: Tensor, target: Tensor, update_target: Tensor | None = None, mixture: Mixture | None = None) -> Tensor:
-        """Mean of the samples' losses; where the task weights samples, divided by the mean weight of the whole update (update_target), so
-        that the mean over ranks and accumulated batches is the weighted mean of the whole update.
-        """
-        return self.sample_loss(output, target, update_target, mixture).mean()
-
-    def sample_loss(  # (B,)
-        self, output: Tensor, target: Tensor, update_target: Tensor | None = None, mixture: Mixture | None = None
-    ) -> Tensor:
-        """Of mixed samples divided by the same mean weight: a batch is mixed within itself, so that the mean of its weights is the same."""
-        each = self.task.of_mixture(self.task.loss, output, target, mixture)
-        weight = self.task.weight(target if update_target is None else update_target)
-        return each if weight is None else each / weight.mean()
+        """Mean of the samples' losses, of which the mean over ranks and accumulated batches is that of the whole update."""
+        return self.task.update_loss(output, target, update_target, mixture).mean()
 
     def unimodal_losses(self, by_modality: dict[str, Tensor], batch: Batch, present: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each modality's own mean loss over the whole batch, 0 for samples without it; the mean over ranks and accumulated batches is then
         the loss of the whole update.
         """
         targets = batch.target, batch.update_target, batch.mixture
-        each = {name: self.sample_loss(output, *targets) for name, output in by_modality.items()}
+        each = {name: self.task.update_loss(output, *targets) for name, output in by_modality.items()}
         return {name: torch.where(present[name], loss, 0.0).mean() for name, loss in each.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
