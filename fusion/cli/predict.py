@@ -4,9 +4,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+import torch
 
 from fusion.cli.options import Options, above_zero
 from fusion.data.issues import DataIssues
@@ -44,7 +46,8 @@ def predict(arguments: Sequence[str]) -> int:
     columns, format = reading_of(run, reading)
     table = rows_of(options.manifest, columns, format, inputs_for(predictor, columns, run), issues, None)
     table, outputs = predict_rows(predictor, table, issues, options.batch_size)
-    write(out, table, predictor.gather(outputs), predictor.processor.task)
+    values = torch.cat([values for values, _ in outputs]).numpy()
+    write(out, table, predictor.gather(outputs), predictor.processor.task, values)
     print(f"{len(table):,} predictions in {out}")
     print_issues(issues, issues_path)
     return 0
@@ -70,11 +73,11 @@ def is_same(path: Path, other: Path) -> bool:
     return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
 
 
-def write(out: Path, table: Table, predictions: Predictions, task: Task) -> None:
+def write(out: Path, table: Table, predictions: Predictions, task: Task, values: np.ndarray) -> None:
     """Write one row per sample: id, prediction, present_<modality>, and p_<class> for tasks with classes."""
     columns: dict[str, list] = {"id": list(table.ids), "prediction": [task.cell_of(answer) for answer in predictions.answers]}
     columns |= {f"present_{name}": present.tolist() for name, present in predictions.present.items()}
-    columns |= task.columns(predictions.values)
+    columns |= task.columns(values)
     output = pa.table(columns)
     try:
         if out.suffix == ".csv":

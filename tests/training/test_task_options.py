@@ -61,7 +61,10 @@ def test_a_run_scores_and_predicts_as_its_model_does_elsewhere(of_task, fit_here
         assert [json.loads(found[i]["prediction"]) for i in given] == [pytest.approx(answer) for answer in answers]
         mae = sum(abs(answer[0] - float(rows[i]["length"])) for answer, i in zip(answers, given, strict=True)) / len(given)
         assert mae == pytest.approx(scores["mae_length"], rel=1e-4)
-        assert all(float(found[i]["deviation_place"]) > 0 for i in given)
+        assert [float(found[i]["place"]) for i in given] == pytest.approx([answer[1] for answer in answers], abs=1e-5)
+        places = [float(row["place"]) for row in rows]
+        spread = max(places) - min(places)
+        assert all(0 < float(found[i]["deviation_place"]) < spread for i in given)
 
 
 @every_task
