@@ -19,6 +19,7 @@ from fusion.evaluation.bounds import bounds
 from fusion.tasks import Classification, MultiLabel, Ordinal, Regression, Task
 
 VERSION = 1  # of the generator: raise it when the same options would give other bytes
+TARGETS = ("labels", "number", "count", "table", "caption", "tasks")
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 
 
@@ -30,6 +31,7 @@ class SceneTargets(Preparer):
     count: "how many crosses are there?", "how many red ones are there?": an ordered class.
     caption: "a small red circle, a large blue cross and a medium red square", naming the objects in an order of its own: pairs for
     retrieval, without a label. questions_per_scene counts the captions of a scene, in different orders.
+    tasks: "crosses" or "red ones", with columns for all of these: labels (their colours or shapes), percent and count.
     table: "is there a red one like this?", where two more columns give its shape and its side in pixels. Of two such questions about a
     colour one is answered yes, the other has the shape and side of another colour in the image: without the image, the text or the table
     accuracy is at chance. questions_per_scene counts the pairs, at most 5.
@@ -38,7 +40,8 @@ class SceneTargets(Preparer):
 
     Args:
         target: "labels" (for the task MultiLabel), "number" (for Regression), "count" (for Ordinal), "table" (for Classification, with a
-            TableInput), or "caption" (for Retrieval).
+            TableInput), "caption" (for Retrieval), or "tasks"
+            (for MultiTask).
         scenes: number of scenes, at least 20.
         questions_per_scene: number of questions about each scene, 1 to 10, all different.
         seed: seed of the scenes and questions, at least 0; the same seed gives the same bytes.
@@ -50,15 +53,15 @@ class SceneTargets(Preparer):
 
     def __init__(
         self,
-        target: Literal["labels", "number", "count", "table", "caption"],
+        target: Literal["labels", "number", "count", "table", "caption", "tasks"],
         scenes: int = 4000,
         questions_per_scene: int = 6,
         seed: int = 0,
         val: float = 0.1,
         test: float = 0.15,
     ) -> None:
-        if target not in ("labels", "number", "count", "table", "caption"):
-            raise UserError(f"scenes: target is '{target}'; expected labels, number, count, table or caption")
+        if target not in TARGETS:
+            raise UserError(f"scenes: target is '{target}'; expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
         if scenes < 20 or not 1 <= questions_per_scene <= len(SHAPES) + len(COLOURS) or seed < 0:
             raise UserError(
                 f"scenes: {scenes} scenes, {questions_per_scene} questions per scene, seed {seed}; expected at least 20, 1 to "
@@ -93,6 +96,8 @@ class SceneTargets(Preparer):
             samples = pairs_like(scenes, self.questions_per_scene, rng)
         elif self.target == "caption":
             samples = captions(scenes, self.questions_per_scene, rng)
+        elif self.target == "tasks":
+            samples = questions_of_tasks(scenes, self.questions_per_scene, rng)
         else:
             answers = QUESTIONS[self.target](scenes)
             texts = list(answers)
@@ -100,14 +105,17 @@ class SceneTargets(Preparer):
             samples = [Question(scene, text, answers[text][scene]) for scene, text in drawn]
         with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            more = ["shape", "side"] if self.target == "table" else []
+            more = {"table": ["shape", "side"], "tasks": ["labels", "percent", "count"]}.get(self.target, [])
             writer.writerow(["image", "text", "label", "split", "id", "group", *more])
             for i, one in enumerate(samples):
                 writer.writerow([image_of(one.scene), one.text, one.label, split_of[one.scene], i, one.scene, *one.facts])
+        tested = [one for one in samples if split_of[one.scene] == "test"]
         if self.target == "caption":
-            return caption_card(len(samples), [one for one in samples if split_of[one.scene] == "test"])
+            return caption_card(len(samples), tested)
+        if self.target == "tasks":
+            samples, tested = ([Question(one.scene, one.text, one.facts[2]) for one in questions] for questions in (samples, tested))
         tasks: dict[str, Task] = {"labels": MultiLabel(), "number": Regression(), "count": Ordinal(), "table": Classification()}
-        task, tested = tasks[self.target], [one for one in samples if split_of[one.scene] == "test"]
+        task = tasks.get(self.target, tasks["count"])
         task.learn({"train": [one.label for one in samples]}, column="label", on_unseen="error")
         return card(len(samples), tested, task)
 
@@ -143,6 +151,14 @@ def pairs_like(scenes: Scenes, per_scene: int, rng: np.random.Generator) -> list
                 facts = (shapes[shape], str(sides[size]))
                 questions.append(Question(s, f"is there a {colours[colour]} one like this?", label, facts))
     return questions
+
+
+def questions_of_tasks(scenes: Scenes, per_scene: int, rng: np.random.Generator) -> list[Question]:
+    """Questions about every scene with an answer for each of three tasks, and none in the label's column."""
+    texts = [PLURALS[shape] for shape in SHAPES] + [f"{colour} ones" for colour in COLOURS]
+    answers = [list(QUESTIONS[name](scenes).values()) for name in ("labels", "number", "count")]
+    drawn = ((scene, q) for scene in range(len(scenes)) for q in rng.permutation(len(texts))[:per_scene].tolist())
+    return [Question(scene, texts[q], "", tuple(of_task[q][scene] for of_task in answers)) for scene, q in drawn]
 
 
 def captions(scenes: Scenes, per_scene: int, rng: np.random.Generator) -> list[Question]:

@@ -1,6 +1,5 @@
 """No fusion across two groups of inputs: each is embedded by itself, into one space, for retrieval."""
 
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fusion.features import Features
-from fusion.heads.base import FusionHead, FusionOutput
+from fusion.heads.base import FusionHead, FusionOutput, head_named
 
 LARGEST_SCALE = 100.0  # of the logits, as in CLIP
 
@@ -163,15 +162,3 @@ def sides_of(names: Sequence[str], left: Sequence[str] | None, right: Sequence[s
             f"two sides are needed, each input on one of them: left is {one}, right {other}, the inputs are {', '.join(names)}"
         )
     return {"left": one, "right": other}
-
-
-def head_named(name: str) -> type[FusionHead]:
-    """The class of a head by its name in fusion.heads, or by a dotted name. Raises ValueError for another name."""
-    module, _, attribute = (name if "." in name else f"fusion.heads.{name}").rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError):
-        found = None
-    if not (isinstance(found, type) and issubclass(found, FusionHead)):
-        raise ValueError(f"there is no head '{name}'; expected a class of fusion.heads, such as Concat, or a dotted name")
-    return found

@@ -42,8 +42,8 @@ class Task(Rebuildable, nn.Module, ABC):
     one_of_classes: whether the classes are mutually exclusive, which some heads assume. tuned: attributes that `tune` sets, each under its
     name in `learnt`. target_columns: the columns that are read instead of data.columns.label, if not None. contrasts: whether a sample's
     loss compares it with the others of its update (see `contrast`). draws_apart: whether no two samples of an update may have the same
-    number in one of the columns of the target. mixable: whether a sample can be mixed with another one together with its
-    target (model.mixing): its loss must not depend on other samples.
+    number in one of the columns of the target. scores_loss: whether `scores` include the loss, since single samples have none.
+    mixable: whether a sample can be mixed with another one together with its target (model.mixing): its loss must not depend on others.
     """
 
     monitor: str
@@ -57,6 +57,7 @@ class Task(Rebuildable, nn.Module, ABC):
     one_of_classes: ClassVar[bool] = False
     contrasts: ClassVar[bool] = False
     draws_apart: ClassVar[bool] = False
+    scores_loss: ClassVar[bool] = False
     mixable: ClassVar[bool] = True
 
     names: list[str]  # of the outputs: classes, labels
@@ -211,6 +212,9 @@ class Task(Rebuildable, nn.Module, ABC):
         """Figures that are logged of a training batch besides its loss, by name: means over its samples, without a device
         synchronisation."""
         return {}
+
+    def end_epoch(self, means: Mapping[str, float]) -> None:
+        """Called on all ranks after each training epoch, with the means of `batch_figures` over it."""
 
     @abstractmethod
     def answers(self, values: np.ndarray) -> list[Any]:

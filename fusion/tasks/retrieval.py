@@ -51,7 +51,7 @@ class Retrieval(Task):
     headline: ClassVar[Mapping[str, str]] = {"R@1": "recall_1", "R@5": "recall_5", "R@10": "recall_10", "median rank": "median_rank"}
     baseline = "chance"
     figure_names = ("temperature",)
-    contrasts = draws_apart = True
+    contrasts = draws_apart = scores_loss = True
     mixable = False
 
     def __init__(

@@ -20,12 +20,12 @@ from fusion.data.samples import Batch
 from fusion.encoders import Encoder
 from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError, construction, nearest
-from fusion.heads import CrossAttention, FusionHead, FusionOutput, Unimodal
+from fusion.heads import CrossAttention, FusionHead, FusionOutput, PerTask, Unimodal
 from fusion.inputs import Mixture
 from fusion.lightning_private import batches_that_stepped, logs_now
 from fusion.model import FusionModel, check_part, factory_parts, head_spec, predicts_alone, with_unimodal
 from fusion.runs.bundle import FORMAT
-from fusion.tasks import Classification, Task
+from fusion.tasks import Classification, MultiTask, Task
 from fusion.training.balance import Balance
 from fusion.training.contrast import Contrast
 from fusion.training.distributed.collectives import summed
@@ -39,6 +39,7 @@ from fusion.training.optim.groups import Rate, check_rates, parameter_groups
 from fusion.training.optim.muon import Muon
 from fusion.training.optim.precision import reject_trained_float16, scaler_of
 from fusion.training.optim.schedules import Constant, Schedule
+from fusion.training.task_gradients import TaskGradients
 
 ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
 
@@ -124,6 +125,8 @@ class Engine(LightningModule):
         self.mixer = None if mixing is None else Mixer(mixing, self.task)
         self.means = Means()
         self.contrast = Contrast()
+        gradnorm = isinstance(self.task, MultiTask) and self.task.weighting == "gradnorm"
+        self.task_gradients = TaskGradients() if gradnorm else None
         self.balance = balance
         if balance is not None:
             if len(self.modalities) < 2:
@@ -149,7 +152,8 @@ class Engine(LightningModule):
                 name: {"class": type_path(encoder), "init": encoder.spec()} for name, encoder in encoders.items()
             }
             self.processor: Processor = data.processor
-            model = FusionModel.build(encoders, self.head_factory, self.task.out_dim)
+            head = self.head_factory if not isinstance(self.task, MultiTask) else per_task(self.head_factory, self.task)
+            model = FusionModel.build(encoders, head, self.task.out_dim)
             self.task.check_head(model.head)
             if self.balance is not None and not predicts_alone(model.head):
                 raise UserError(
@@ -218,7 +222,12 @@ class Engine(LightningModule):
     def output_and_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The output (B, ...) for a training batch, and the loss to minimise."""
         output, retained = self.forward_with_dropout(batch.inputs)
-        loss = self.loss(output.output, batch.target, batch.update_target, batch.mixture)
+        if self.task_gradients is not None:
+            losses = self.task.update_losses(output.output, batch.target, batch.update_target, batch.mixture)  # type: ignore[operator]
+            self.task_gradients.observe(self, losses)
+            loss = self.task.weighted(losses, output.output).mean()  # type: ignore[operator]
+        else:
+            loss = self.loss(output.output, batch.target, batch.update_target, batch.mixture)
         if self.balance is not None:
             present = retained or presence(batch.inputs)
             alone = self.unimodal_losses(output.by_modality, batch, present)
@@ -247,6 +256,8 @@ class Engine(LightningModule):
         return {name: torch.where(present[name], loss, 0.0).mean() for name, loss in each.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.task_gradients is not None:
+            self.log_dict({f"weights/{name}": value for name, value in self.task_gradients.update(self).items()})
         if self.balance is not None:
             self.log_dict({f"balance/{name}": value for name, value in self.balance.modulate(self).items()})
 
@@ -257,6 +268,7 @@ class Engine(LightningModule):
         for logger in self.loggers:
             logger.log_metrics(means | {"epoch": self.current_epoch}, step=batches_that_stepped(self.trainer) - 1)
         self.means.clear()
+        self.task.end_epoch({name.removeprefix("train/").removesuffix("_epoch"): mean for name, mean in means.items()})
         if self.balance is not None:
             self.balance.end_epoch(self)
         data: FusionData = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -326,8 +338,7 @@ class Engine(LightningModule):
         if split == "val":
             self.task.tune(self.metrics[split])  # type: ignore[arg-type]
         mean_loss: Any = self.mean_loss[split]
-        # A task whose loss compares samples has it among the scores.
-        scores = ({} if self.task.contrasts else {"loss": mean_loss.compute()}) | self.task.scores(self.metrics[split])  # type: ignore[arg-type]
+        scores = ({} if self.task.scores_loss else {"loss": mean_loss.compute()}) | self.task.scores(self.metrics[split])  # type: ignore[arg-type]
         # Not synchronised again: the metrics are already reduced over the ranks.
         self.log_dict({f"{split}/{name}": value for name, value in scores.items()}, rank_zero_only=False, sync_dist=False)
         self.metrics[split].reset()  # type: ignore[operator]
@@ -457,6 +468,23 @@ def reject_other_format(checkpoint: Mapping[str, Any]) -> None:
     actual = checkpoint.get("fusion", {}).get("format")
     if actual != FORMAT:
         raise UserError(f"the checkpoint has format {actual}, this version of fusion reads {FORMAT}; --init_from takes its weights")
+
+
+def per_task(factory: Callable[..., FusionHead], task: MultiTask) -> Callable[..., FusionHead]:
+    """Makes a head for each task: its own, or of the class and arguments of `factory`."""
+    try:
+        cls, options = factory_parts(factory, FusionHead)
+    except TypeError as error:
+        raise UserError(
+            "with several tasks, model.head is a class, of which a head is made for each task; a function can't be saved"
+        ) from error
+    heads = [
+        {"head": part.head, "args": part.head_args or {}, "out_dim": part.task.out_dim}
+        if part.head is not None
+        else {"head": f"{cls.__module__}.{cls.__qualname__}", "args": options, "out_dim": part.task.out_dim}
+        for part in task.parts
+    ]
+    return partial(PerTask, heads=heads, log_variances=task.weighting == "uncertainty")
 
 
 def type_path(thing: object) -> str:

@@ -17,6 +17,7 @@ from fusion.data.processor import Processor
 from fusion.data.table import listed
 from fusion.encoders import TransformersText
 from fusion.errors import UserError
+from fusion.heads import PerTask
 from fusion.model import FusionModel, make_head
 from fusion.runs.bundle import FORMAT, is_bundle, read_bundle
 from fusion.runs.checkpoint_files import find_corruption
@@ -126,6 +127,9 @@ def moved_rows(what: str, names: set[str], whole: set[str], there: Mapping[str, 
 def weights_of_classes(model: FusionModel) -> tuple[set[str], set[str]]:
     """Names of the head's weights with a row for each class; and of those whose shape depends on the number of classes in another way."""
     head = model.head
+    if isinstance(head, PerTask):  # whose outputs are divided among tasks
+        of_outputs = {id(p) for layer in head.output_layers() for p in layer.parameters()}
+        return set(), {f"head.{name}" for name, p in head.named_parameters() if id(p) in of_outputs}
     with torch.device("meta"):
         wider = make_head(dict(model.encoders.items()), partial(type(head), **head.init_args), head.out_dim + 1).state_dict()  # type: ignore[arg-type]
     rows: set[str] = set()

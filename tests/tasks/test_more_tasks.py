@@ -218,13 +218,13 @@ def test_thresholds_are_tuned_on_validation_stored_and_used():
 
 def test_a_column_of_0_and_1_for_each_label_is_read_and_bad_cells_reported():
     task, bad = MultiLabel(), {}
-    cells = task.joined({"red": ["1", "0", "yes", "2"], "blue": ["0", None, "TRUE", "1"]}, bad)
+    cells = task.joined({"red": ["1", "0", "yes", "2"], "blue": ["0", None, "TRUE", "1"]}, bad, {})
     assert [task.labels(cell) for cell in cells[:3]] == [["red"], [], ["red", "blue"]]
     assert bad == {3: "label red is '2', expected 0 or 1"}
     with pytest.raises(UserError, match="no training sample has the label 'blue'"):
         task.learn({"train": cells[:2]}, column="red,blue", on_unseen="error")
     with pytest.raises(UserError, match="names 2 columns, but Classification reads one"):
-        Classification().joined({"a": [], "b": []}, {})
+        Classification().joined({"a": [], "b": []}, {}, {})
 
 
 def test_positive_weights_of_labels_are_those_asked_for():
@@ -275,7 +275,7 @@ def test_several_numbers_have_their_own_scales_scores_and_answers():
 
 def test_columns_of_numbers_are_joined_and_bad_ones_reported():
     bad = {}
-    cells = Regression().joined({"length": ["1", "x"], "width": ["2", "3"]}, bad)
+    cells = Regression().joined({"length": ["1", "x"], "width": ["2", "3"]}, bad, {})
     assert Regression().parts(cells[0]) == ["1", "2"]
     assert bad == {1: "label 'x' is not a number (column length)"}
 
