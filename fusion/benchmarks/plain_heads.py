@@ -148,6 +148,16 @@ def mutan(head: Any, given: Given) -> Tensor:
     return head.classifier(torch.stack([one * other for one, other in zip(*factors, strict=True)]).sum(dim=0))
 
 
+def aligned_product(head: Any, given: Given) -> Tensor:
+    factors = []
+    for name, f in given.items():
+        u = head.project[name](f.pooled)
+        factors.append((u * (u.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt()).where(there(f) > 0, 1.0))
+    if head.interaction == "cross":
+        return head.classifier(head.pre_output(torch.einsum("bi,bj->bij", *factors).flatten(1)))
+    return head.classifier(head.pre_output(torch.stack(factors).prod(dim=0)))
+
+
 def embrace(head: Any, given: Given) -> Tensor:
     docked = torch.stack([head.dock[name](f.pooled) for name, f in given.items()], dim=1)
     weights = presence(given)[..., 0] * head.probabilities
@@ -303,6 +313,7 @@ PLAIN: dict[str, Callable[[Any, Any], Tensor]] = {
         low_rank_tensor,
         factorized_bilinear,
         mutan,
+        aligned_product,
         embrace,
         level_weighted,
         squeeze_excite,

@@ -10,6 +10,7 @@ from fusion.heads.tensor_fusion import TensorFusion as TensorFusion
 from fusion.heads.low_rank_tensor import LowRankTensor as LowRankTensor
 from fusion.heads.factorized_bilinear import FactorizedBilinear as FactorizedBilinear
 from fusion.heads.mutan import Mutan as Mutan
+from fusion.heads.aligned_product import AlignedProduct as AlignedProduct
 from fusion.heads.embrace import Embrace as Embrace
 from fusion.heads.level_weighted import LevelWeighted as LevelWeighted
 from fusion.heads.squeeze_excite import SqueezeExcite as SqueezeExcite

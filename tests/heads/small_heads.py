@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "CrossAttention a_to_b": {"depth": 1, "direction": "a_to_b"},
     "CrossAttention b_to_a": {"depth": 1, "direction": "b_to_a", "self_attention": False},
     "CrossAttention tanh_gate": {"depth": 1, "tanh_gate": True},
+    "AlignedProduct cross": {"interaction": "cross", "depth": 2},
     "FiLM stream": {"stream": "a"},
     "GatedCrossAttention stream": {"stream": "b"},
     "Bottleneck late": {"depth": 3, "fusion_layer": 1},
@@ -64,7 +65,7 @@ LATE = {name: small(name) for name in available(family="late")} | {
 WITH_UNIMODAL = {name: small(name) for name in [*available(), *VARIANTS] if name not in LATE}
 FUSING = WITH_UNIMODAL | LATE
 ALL = FUSING | {"Unimodal": partial(Unimodal, dim=8)}
-ONLY_TWO = [name for name in FUSING if HEADS[name.split()[0]].most_modalities == 2]
+ONLY_TWO = [name for name in FUSING if HEADS[name.split()[0]].most_modalities == 2 or name == "AlignedProduct cross"]
 
 fusing = pytest.mark.parametrize("name", FUSING)
 fusing_any_number = pytest.mark.parametrize("name", [name for name in FUSING if name not in ONLY_TWO])

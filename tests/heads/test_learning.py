@@ -44,6 +44,7 @@ def after_training(head: FusionHead, updates: int = 150, *, seed: int = 0, lr: f
 # A head joins by being in the registry; here stand the options that make it small, and further forms of it.
 SMALL: dict[str, dict[str, Any]] = {
     "TensorFusion": {"embed": 8},
+    "AlignedProduct cross": {"interaction": "cross"},
     "Bottleneck": {"dim": 16, "num_heads": 2},
     "Perceiver": {"dim": 16, "num_heads": 2, "latents": 4},
     "CrossAttention": {"dim": 16, "depth": 1, "num_heads": 2},

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fusion.features import Features
 from fusion.heads import (
     AdaptiveGraph,
+    AlignedProduct,
     Bottleneck,
     CoAttention,
     CrossAttention,
@@ -199,6 +200,33 @@ def test_tensor_fusion_refuses_a_product_too_large_saying_what_fits() -> None:
     with pytest.raises(ValueError, match=r"257\^2 products x dim 256 are 16,908,544 weights.*embed <= 255, or LowRankTensor"):
         TensorFusion(DIMS, OUT, embed=256)
     assert TensorFusion(DIMS, OUT, embed=15, dim=4).mix[1].in_features == 256
+
+
+def test_an_aligned_product_refuses_an_unknown_interaction_and_a_matrix_too_large() -> None:
+    with pytest.raises(ValueError, match="interaction is 'outer'; expected align or cross"):
+        AlignedProduct(DIMS, OUT, interaction="outer")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"257\^2 products x dim 257 are 16,974,593 weights; use dim <= 256, interaction 'align'"):
+        AlignedProduct(DIMS, OUT, dim=257, interaction="cross")
+    assert AlignedProduct(DIMS, OUT, dim=257).project["a"][1].out_features == 257
+
+
+def test_an_aligned_product_multiplies_equal_features_and_a_cross_product_all_pairs() -> None:
+    """Rotating the features of one modality changes which are multiplied: the diagonal depends on it, the whole matrix only by order."""
+    features = {m: whole(torch.ones(2, COUNTS[m], dtype=torch.bool), dim) for m, dim in DIMS.items()}
+    seen: dict[str, list[Tensor]] = {"align": [], "cross": []}
+    for interaction, products in seen.items():
+        torch.manual_seed(0)
+        head = AlignedProduct(DIMS, OUT, dim=8, interaction=interaction).double().eval()  # type: ignore[arg-type]
+        head.pre_output.register_forward_hook(lambda module, inputs, output, products=products: products.append(inputs[0]))
+        head(features)
+        with torch.no_grad():
+            for p in head.project["b"][1].parameters():
+                p.copy_(p.roll(1, dims=0))
+        head(features)
+    diagonal, rotated = (x.sort(dim=1).values for x in seen["align"])
+    assert not torch.allclose(diagonal, rotated)
+    whole_matrix, reordered = (x.sort(dim=1).values for x in seen["cross"])
+    torch.testing.assert_close(whole_matrix, reordered)
 
 
 @pytest.mark.parametrize(

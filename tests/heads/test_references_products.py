@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy_layers import Array, Sample, array, batch, gelu, linear, norm, normalised, ready, samples
 
-from fusion.heads import FactorizedBilinear, FiLM, FusionHead, LowRankTensor, Mutan, TensorFusion
+from fusion.heads import AlignedProduct, FactorizedBilinear, FiLM, FusionHead, LowRankTensor, Mutan, TensorFusion
 from fusion.heads.factorized_bilinear import SMALLEST, signed_sqrt
 
 DIMS = {"a": 4, "b": 6}
@@ -103,6 +103,25 @@ def test_mutan_is_the_bilinear_form_of_its_core() -> None:
     agrees(head, reference)
 
 
+@pytest.mark.parametrize(("interaction", "dims"), [("align", DIMS), ("align", DIMS | {"c": 3}), ("cross", DIMS)])
+def test_an_aligned_product_reads_the_feature_interaction_matrix_or_its_diagonal(interaction: str, dims: dict[str, int]) -> None:
+    head = ready(AlignedProduct(dims, 3, dim=5, interaction=interaction, depth=2))  # type: ignore[arg-type]
+
+    def reference(sample: Sample) -> Array:
+        h = []
+        for name in dims:
+            found = sample[name]
+            u = np.ones(5) if found is None else linear(head.project[name][1], norm(head.project[name][0], found[1]))
+            h.append(u if found is None else np.sqrt(5) * u / np.sqrt(u @ u + 5e-5))  # the length is kept from 0
+        matrix = outer(h)
+        z = matrix.flatten() if interaction == "cross" else np.array([matrix[(i,) * len(h)] for i in range(5)])
+        for layer in head.pre_output:
+            z = np.maximum(linear(layer[0], z), 0)
+        return z
+
+    agrees(head, reference, dims)
+
+
 @pytest.mark.parametrize("stream", ["a", "b"])
 def test_film_scales_and_shifts_block_by_block(stream: str) -> None:
     head = ready(FiLM(DIMS, 3, dim=5, depth=2, stream=stream))
@@ -138,6 +157,6 @@ def test_custom_arithmetic_has_the_gradients_of_its_values() -> None:
     z = torch.where(z.abs() < 0.1, z + 0.3, z).requires_grad_()
     assert torch.autograd.gradcheck(signed_sqrt, z)
     inputs = [torch.randn(2, dim, dtype=torch.float64, requires_grad=True) for dim in DIMS.values()]
-    for make in (TensorFusion, LowRankTensor, FactorizedBilinear, Mutan, FiLM):
+    for make in (TensorFusion, LowRankTensor, FactorizedBilinear, Mutan, AlignedProduct, FiLM):
         head = ready(make(DIMS, 3, dim=4))
         assert torch.autograd.gradcheck(lambda a, b, head=head: head({"a": a, "b": b}).output, inputs), make
