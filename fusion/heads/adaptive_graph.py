@@ -10,6 +10,7 @@ from torch.nn.functional import gelu, normalize
 from fusion.features import Features, masked_mean
 from fusion.heads.attention import Projection
 from fusion.heads.base import FusionHead, Stage, check_options
+from fusion.heads.missing_tokens import Missing
 
 KINDS = ("cosine", "mlp")
 
@@ -39,6 +40,7 @@ class AdaptiveGraph(FusionHead):
         edge_dim: hidden width of the "mlp"; not used by "cosine".
         dropout: dropout probability on each convolution's output; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+        missing: a modality that a sample lacks is "masked", or replaced by a "learned" token of its own for each pattern of present ones.
 
     >>> head = AdaptiveGraph({"text": 8, "image": 16}, 3, dim=32, top_k=4)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
@@ -61,6 +63,7 @@ class AdaptiveGraph(FusionHead):
         edge_dim: int = 16,
         dropout: float = 0.0,
         unimodal: bool = False,
+        missing: Missing = "masked",
     ) -> None:
         if nodes not in ("tokens", "pooled") or adjacency not in KINDS:
             raise ValueError(
@@ -69,7 +72,7 @@ class AdaptiveGraph(FusionHead):
         if top_k is not None and top_k < 1:
             raise ValueError(f"AdaptiveGraph: top_k is {top_k}; expected at least 1 edge per node, or none for all edges")
         check_options(type(self).__name__, dim=dim, depth=depth, edge_dim=edge_dim, dropout=dropout)
-        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal, missing=missing)
         if nodes == "pooled":  # the base class then passes each modality as one token
             self.stage = "pooled"
         self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})

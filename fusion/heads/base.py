@@ -4,11 +4,12 @@ import importlib
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from torch import Tensor, nn
 
 from fusion.features import Features, as_one_token, promote, zero_masked
+from fusion.heads.missing_tokens import Missing, MissingTokens
 
 Stage = Literal["embeddings", "levels", "tokens", "pooled"]
 Family = Literal["early", "intermediate", "late", "cross-attention", "none"]
@@ -33,7 +34,8 @@ class FusionHead(nn.Module):
     promotes plain tensors, orders the modalities as in `dims`, zeroes masked values and projects to `out_dim`.
 
     dims maps a modality's name to the width of its features, in order. With `unimodal=True` each modality also gets a
-    linear prediction of its own from its pooled features, for auxiliary losses and for analysis.
+    linear prediction of its own from its pooled features, for auxiliary losses and for analysis. With `missing="learned"`, an option of
+    the heads that read tokens, `fuse` gets one learned token in the place of a missing modality (MissingTokens).
 
     `init_args` holds the constructor's arguments other than dims and out_dim: `type(head)(dims, out_dim, **head.init_args)` builds an equal
     head, so that a checkpoint does not depend on the function that built it.
@@ -57,16 +59,21 @@ class FusionHead(nn.Module):
         head.__dict__["init_args"] = {name: value for name, value in arguments.items() if name not in (*names[:2], "dims", "out_dim")}
         return head
 
-    def __init__(self, dims: Mapping[str, int], out_dim: int, *, width: int | None, unimodal: bool = False) -> None:
+    def __init__(
+        self, dims: Mapping[str, int], out_dim: int, *, width: int | None, unimodal: bool = False, missing: Missing = "masked"
+    ) -> None:
         super().__init__()
         check_dims(type(self).__name__, dims, self.fewest_modalities, self.most_modalities, self.narrowest)
         if out_dim < self.fewest_outputs:
             raise ValueError(f"{type(self).__name__}: out_dim is {out_dim}; expected at least {self.fewest_outputs}")
+        if missing not in get_args(Missing):
+            raise ValueError(f"{type(self).__name__}: missing is '{missing}'; expected {' or '.join(get_args(Missing))}")
         self.dims = dict(dims)
         self.out_dim = out_dim
         self.level_dims: dict[str, list[int]] = {}  # by modality, the widths of the levels that the head reads, if any
         self.classifier = None if width is None else nn.Linear(width, out_dim)
         self.unimodal = nn.ModuleDict({name: nn.Linear(dim, out_dim) for name, dim in dims.items()}) if unimodal else None
+        self.missing_tokens = MissingTokens(type(self).__name__, dims) if missing == "learned" else None
         self.detached = False  # whether the unimodal predictions are probes, which pass no gradient to the features
 
     def forward(self, features: Mapping[str, Features | Tensor]) -> FusionOutput:
@@ -86,8 +93,11 @@ class FusionHead(nn.Module):
             self.check_width(name, promoted[name], dim)
         self.check_sizes(promoted)
         if self.stage == "pooled":  # the unused tokens then cost nothing
-            return {name: as_one_token(f) for name, f in promoted.items()}
-        return {name: zero_masked(f if self.reads_shared else f.unshared()) for name, f in promoted.items()}
+            clean = {name: as_one_token(f) for name, f in promoted.items()}
+        else:
+            shared = self.reads_shared and self.missing_tokens is None
+            clean = {name: zero_masked(f if shared else f.unshared()) for name, f in promoted.items()}
+        return clean if self.missing_tokens is None else self.missing_tokens(clean)
 
     def output_layers(self) -> list[nn.Module]:
         """The last linear layers, which produce `output` and `by_modality`."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fusion.features import Features, presence
 from fusion.heads.attention import Projection, SelfAttentionLayer
 from fusion.heads.base import FusionHead, check_options
+from fusion.heads.missing_tokens import Missing
 
 
 class Bottleneck(FusionHead):
@@ -33,6 +34,7 @@ class Bottleneck(FusionHead):
         mlp_ratio: hidden width of the feed-forward layers, as a multiple of dim; above 0.
         dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+        missing: a modality that a sample lacks is "masked", or replaced by a "learned" token of its own for each pattern of present ones.
 
     >>> head = Bottleneck({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
@@ -55,6 +57,7 @@ class Bottleneck(FusionHead):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         unimodal: bool = False,
+        missing: Missing = "masked",
     ) -> None:
         # With fewer than two layers that include z, no class token ever depends on another modality.
         if not 0 <= fusion_layer <= depth - 2:
@@ -63,7 +66,7 @@ class Bottleneck(FusionHead):
                 "(one writes them, one reads them)"
             )
         check_options(type(self).__name__, dim=dim, num_heads=num_heads, bottlenecks=bottlenecks, mlp_ratio=mlp_ratio, dropout=dropout)
-        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal, missing=missing)
         self.fusion_layer = fusion_layer
         self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})
         self.class_tokens = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(dim)) for name in dims})

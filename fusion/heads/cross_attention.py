@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fusion.features import Features, keep, masked_mean
 from fusion.heads.attention import CrossAttentionLayer, Projection
 from fusion.heads.base import FusionHead, check_options
+from fusion.heads.missing_tokens import Missing
 
 
 class CrossAttention(FusionHead):
@@ -36,6 +37,7 @@ class CrossAttention(FusionHead):
         mlp_ratio: hidden width of the feed-forward layers, as a multiple of dim; above 0.
         dropout: dropout probability on the outputs of attention (not on its weights), in the feed-forward layers and on the fused features.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+        missing: a modality that a sample lacks is "masked", or replaced by a "learned" token of its own for each pattern of present ones.
 
     >>> head = CrossAttention({"text": 8, "image": 16}, 3, dim=32, direction="text_to_image")
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
@@ -60,9 +62,10 @@ class CrossAttention(FusionHead):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         unimodal: bool = False,
+        missing: Missing = "masked",
     ) -> None:
         check_options(type(self).__name__, dim=dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout)
-        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal, missing=missing)
         self.reads = context_modalities(direction, list(dims))
         self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})
         self.layers = nn.ModuleList(

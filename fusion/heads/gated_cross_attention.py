@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fusion.features import Features
 from fusion.heads.attention import CrossAttentionLayer, Projection, SelfAttentionLayer
 from fusion.heads.base import FusionHead, check_options, stream_and_other
+from fusion.heads.missing_tokens import Missing
 
 
 class GatedCrossAttention(FusionHead):
@@ -33,6 +34,7 @@ class GatedCrossAttention(FusionHead):
         mlp_ratio: hidden width of the feed-forward layers, as a multiple of dim; above 0.
         dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+        missing: a modality that a sample lacks is "masked", or replaced by a "learned" token of its own for each pattern of present ones.
 
     >>> head = GatedCrossAttention({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
@@ -56,9 +58,10 @@ class GatedCrossAttention(FusionHead):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         unimodal: bool = False,
+        missing: Missing = "masked",
     ) -> None:
         check_options(type(self).__name__, dim=dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout)
-        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal, missing=missing)
         self.stream, self.condition = stream_and_other("GatedCrossAttention", dims, stream, usual="text")
         options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "dropout": dropout}
         self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fusion.features import Features, joint_mask
 from fusion.heads.attention import Projection, SelfAttentionLayer
 from fusion.heads.base import FusionHead, check_options
+from fusion.heads.missing_tokens import Missing
 
 
 class JointTransformer(FusionHead):
@@ -31,6 +32,7 @@ class JointTransformer(FusionHead):
         dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
         positions: add sinusoidal positions to the tokens; False if the tokens already contain positions.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+        missing: a modality that a sample lacks is "masked", or replaced by a "learned" token of its own for each pattern of present ones.
 
     >>> head = JointTransformer({"text": 8, "image": 16}, 3, dim=32, depth=2)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
@@ -52,9 +54,10 @@ class JointTransformer(FusionHead):
         dropout: float = 0.0,
         positions: bool = True,
         unimodal: bool = False,
+        missing: Missing = "masked",
     ) -> None:
         check_options(type(self).__name__, dim=dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout)
-        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal, missing=missing)
         self.positions = positions
         self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})
         self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(dim)) for name in dims})

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fusion.features import Features, joint_mask
 from fusion.heads.attention import CrossAttentionLayer, Projection, SelfAttentionLayer
 from fusion.heads.base import FusionHead, check_options
+from fusion.heads.missing_tokens import Missing
 
 
 class Perceiver(FusionHead):
@@ -34,6 +35,7 @@ class Perceiver(FusionHead):
         mlp_ratio: hidden width of the feed-forward layers, as a multiple of dim; above 0.
         dropout: dropout probability on the outputs of attention (not on its weights) and in the feed-forward layers; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+        missing: a modality that a sample lacks is "masked", or replaced by a "learned" token of its own for each pattern of present ones.
 
     >>> head = Perceiver({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
@@ -55,9 +57,10 @@ class Perceiver(FusionHead):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         unimodal: bool = False,
+        missing: Missing = "masked",
     ) -> None:
         check_options(type(self).__name__, dim=dim, depth=depth, latents=latents, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout)
-        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal, missing=missing)
         self.project = nn.ModuleDict({name: Projection(width, dim) for name, width in dims.items()})
         self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(dim)) for name in dims})
         self.latents = nn.Parameter(torch.randn(latents, dim))

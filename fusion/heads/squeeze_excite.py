@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fusion.features import Features, keep, masked_mean, masked_softmax
 from fusion.heads.base import FusionHead, check_options, default_modality
+from fusion.heads.missing_tokens import Missing
 
 
 class SqueezeExcite(FusionHead):
@@ -32,6 +33,7 @@ class SqueezeExcite(FusionHead):
         spatial: modalities pooled by spatial attention; the others by their mean. None: the image, or else the last modality.
         dropout: dropout probability on the fused features; from 0 to below 1.
         unimodal: also predict from each modality alone, by a linear layer on its pooled features (by_modality); model.balance turns it on.
+        missing: a modality that a sample lacks is "masked", or replaced by a "learned" token of its own for each pattern of present ones.
 
     >>> head = SqueezeExcite({"text": 8, "image": 16}, 3, dim=32)
     >>> head({"text": torch.randn(4, 7, 8), "image": torch.randn(4, 49, 16)}).output.shape
@@ -52,9 +54,10 @@ class SqueezeExcite(FusionHead):
         spatial: list[str] | None = None,
         dropout: float = 0.0,
         unimodal: bool = False,
+        missing: Missing = "masked",
     ) -> None:
         check_options(type(self).__name__, dim=dim, squeeze=squeeze, attend=attend, dropout=dropout)
-        super().__init__(dims, out_dim, width=dim, unimodal=unimodal)
+        super().__init__(dims, out_dim, width=dim, unimodal=unimodal, missing=missing)
         if isinstance(spatial, str):
             raise ValueError(f"SqueezeExcite: spatial is '{spatial}'; expected a list of modalities, such as ['{spatial}']")
         attended = [default_modality("image", dims)] if spatial is None else spatial
