@@ -8,7 +8,7 @@ import torch
 
 from fusion.encoders import Columns, Encoder, Images, TableColumns, Texts, TimmImage, TransformersText
 from fusion.errors import UserError
-from fusion.heads import Concat, FusionHead, Gated, LevelWeighted, Unimodal, attention_maps
+from fusion.heads import Concat, FusionHead, Gated, InteractionExperts, LevelWeighted, Unimodal, attention_maps
 from fusion.heads.registry import HEADS as EVERY_HEAD
 from fusion.model import FusionModel, factory_parts, head_class, head_spec
 
@@ -118,7 +118,7 @@ def test_beside_frozen_encoders_the_head_alone_learns(name: str) -> None:
 
 def test_one_modality_makes_a_model_without_fusion() -> None:
     model = FusionModel.build({"text": encoders()["text"]}, partial(Unimodal, dim=8), 3)
-    output, by_modality = model({"text": inputs()["text"]})
+    output, by_modality, _ = model({"text": inputs()["text"]})
     assert output.shape == (3, 3)
     assert torch.equal(by_modality["text"], output)
 
@@ -239,3 +239,15 @@ def test_forward_is_encode_and_fuse(head):
     assert torch.equal(model.fuse(features).output, model(inputs).output)
     kept = {name: torch.tensor([name != "one", True]) for name in encoders}
     assert not torch.equal(model.fuse(model.encode(inputs, kept)).output[0], model(inputs).output[0])
+
+
+@pytest.mark.parametrize("expert", ["JointTransformer", "LevelWeighted", "CrossAttention", "ProductOfExperts"])
+def test_experts_of_every_stage_get_the_widths_that_they_read_and_are_saved_as_plain_data(expert: str) -> None:
+    model = FusionModel.build(encoders("test_vit"), partial(InteractionExperts, dim=8, expert=expert), 3).train()
+    assert model.head.stage == EVERY_HEAD[expert].stage
+    assert [*model.head.level_dims] == (["text", "image"] if expert == "LevelWeighted" else [])
+    output, _, losses = model(inputs(4))
+    (output.square().sum() + losses.sum()).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    spec = head_spec(model)
+    assert spec == {"class": "fusion.heads.interaction_experts.InteractionExperts", "init": {"dim": 8, "expert": expert}}

@@ -235,6 +235,33 @@ def adaptive_graph(head: Any, given: Given) -> Tensor:
     return head.classifier(head.mix(torch.cat([mean(part, real) for part, real in parts], dim=-1)))
 
 
+def interaction_experts(head: Any, given: Given) -> Tensor:
+    logits = torch.stack([plain_output(expert, given) for expert in head.experts.values()], dim=1)
+    weights = head.reweight(torch.cat([head.norm[name](f.pooled) * there(f) for name, f in given.items()], dim=-1)).softmax(dim=-1)
+    if head.training:  # the head then computes these losses as well, whatever is done with them
+        interaction_losses(head, given, logits)
+    return (weights[..., None] * logits).sum(dim=1)
+
+
+def interaction_losses(head: Any, given: Given, logits: Tensor) -> Tensor:
+    present = presence(given)[..., 0]
+    lacking = [given | {name: f._replace(mask=torch.zeros_like(f.mask))} for name, f in given.items()]
+    losses = []
+    for k, expert in enumerate(head.experts.values()):
+        anchor = logits[:, k, None]
+        others = torch.stack([plain_output(expert, one) for one in lacking], dim=1)
+        if k < len(given):
+            distance = (anchor - others + 1e-6).norm(dim=-1)
+            weight = present * present[:, k, None]
+            weight = torch.cat([weight[:, :k], torch.zeros_like(weight[:, :1]), weight[:, k + 1 :]], dim=1)
+            values = torch.relu(distance - distance[:, k, None] + 1)
+        else:
+            cosine = nn.functional.cosine_similarity(anchor, others, dim=-1)
+            values, weight = (cosine if k == len(given) else 1 - cosine), present
+        losses.append((values * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1))
+    return head.weight * torch.stack(losses).mean(dim=0) * (present.sum(dim=1) > 1)
+
+
 def decisions(head: Any, given: Given) -> Tensor:
     return torch.stack([head.decide[name](f.pooled) for name, f in given.items()], dim=1)
 
@@ -320,6 +347,7 @@ PLAIN: dict[str, Callable[[Any, Any], Tensor]] = {
         bottleneck,
         perceiver,
         adaptive_graph,
+        interaction_experts,
         logit_mean,
         weighted_logits,
         product_of_experts,

@@ -17,6 +17,7 @@ from fusion.heads.squeeze_excite import SqueezeExcite as SqueezeExcite
 from fusion.heads.bottleneck import Bottleneck as Bottleneck
 from fusion.heads.perceiver import Perceiver as Perceiver
 from fusion.heads.adaptive_graph import AdaptiveGraph as AdaptiveGraph
+from fusion.heads.interaction_experts import InteractionExperts as InteractionExperts
 from fusion.heads.logit_mean import LogitMean as LogitMean
 from fusion.heads.weighted_logits import WeightedLogits as WeightedLogits
 from fusion.heads.product_of_experts import ProductOfExperts as ProductOfExperts

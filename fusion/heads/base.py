@@ -19,11 +19,13 @@ class FusionOutput(NamedTuple):
     """Output of a fusion head.
 
     output (B, out_dim); by_modality: each modality's own prediction (B, out_dim), if the head makes one.
-    The row of a sample without the modality is meaningless there.
+    The row of a sample without the modality is meaningless there. auxiliary (B,): in training, each sample's weighted auxiliary loss, to be
+    added to the loss of the output; None if the head has none.
     """
 
     output: Tensor
     by_modality: dict[str, Tensor]
+    auxiliary: Tensor | None = None
 
 
 class FusionHead(nn.Module):
@@ -50,7 +52,7 @@ class FusionHead(nn.Module):
     most_modalities: ClassVar[int | None] = None  # 2 where the method is defined for two modalities only
     narrowest: ClassVar[int] = 2  # layer normalisation of a single number is always 0
     fewest_outputs: ClassVar[int] = 1
-    one_of_classes: ClassVar[bool] = False  # whether its formula assumes mutually exclusive classes
+    one_of_classes: bool = False  # whether its formula assumes mutually exclusive classes
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         head = super().__new__(cls)  # copies and pickles call it without arguments, and restore the attribute themselves

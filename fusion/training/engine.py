@@ -235,6 +235,8 @@ class Engine(LightningModule):
             scores = {name: confidence(one.detach())[present[name]] for name, one in output.by_modality.items()}
             self.balance.observe(self, alone, scores)
             loss = self.balance.total(loss, alone)
+        if output.auxiliary is not None:
+            loss = loss + output.auxiliary.mean()
         return output.output, loss
 
     def forward_with_dropout(self, inputs: dict[str, Any]) -> tuple[FusionOutput, dict[str, Tensor] | None]:

@@ -32,6 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "SqueezeExcite": {"squeeze": 6, "attend": 4},
     "Bottleneck": {"num_heads": 2, "bottlenecks": 2},
     "Perceiver": {"depth": 1, "num_heads": 2, "latents": 3},
+    "InteractionExperts": {"expert": "Gated"},
     "Stacking": {"hidden": 7},
     "CrossAttention": {"depth": 2, "num_heads": 2},
     "CoAttention": {"depth": 1, "num_heads": 2},
@@ -45,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Bottleneck missing": {"missing": "learned"},
     "CrossAttention missing": {"depth": 1, "missing": "learned"},
     "AdaptiveGraph missing": {"nodes": "pooled", "missing": "learned"},
+    "InteractionExperts tokens": {"expert": "Perceiver", "expert_args": {"depth": 1, "num_heads": 2, "latents": 3, "missing": "learned"}},
     "FiLM stream": {"stream": "a"},
     "GatedCrossAttention stream": {"stream": "b"},
     "Bottleneck late": {"depth": 3, "fusion_layer": 1},
@@ -124,7 +126,7 @@ def run(head: FusionHead, features: dict[str, Features]) -> tuple[Tensor, dict[s
         for name, f in features.items()
     }
     head.zero_grad()
-    output, by_modality = head(leaves)
+    output, by_modality, _ = head(leaves)
     loss = output.sin().sum()
     for name, alone in by_modality.items():
         loss = loss + alone[leaves[name].present].cos().sum()

@@ -52,6 +52,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "CoAttention": {"dim": 16, "depth": 1, "num_heads": 2},
     "GatedCrossAttention": {"dim": 16, "num_heads": 2},
     "JointTransformer": {"dim": 16, "depth": 2, "num_heads": 2},
+    "InteractionExperts tokens": {"dim": 16, "expert": "CrossAttention", "expert_args": {"depth": 1, "num_heads": 2}},
     "AdaptiveGraph top_k": {"top_k": 3},
     "AdaptiveGraph mlp": {"adjacency": "mlp"},
     "AdaptiveGraph pooled": {"nodes": "pooled"},

@@ -119,7 +119,7 @@ def test_logit_mean_is_the_mean_of_the_decisions_of_the_modalities_that_are_ther
     head = LogitMean(DIMS, 3, dim=0).double().eval()
     x = pooled(4)
     present = {"a": [True, False, True, False], "b": [True, True, False, False]}
-    output, by_modality = head(as_features(x, present))
+    output, by_modality, _ = head(as_features(x, present))
     logits = {name: linear(head.decide[name][-1], normalised(x[name])) for name in DIMS}  # LayerNorm, then linear
     expected = [(logits["a"][0] + logits["b"][0]) / 2, logits["b"][1], logits["a"][2], np.zeros(3)]
     np.testing.assert_allclose(output.detach().numpy(), np.stack(expected), atol=1e-12)
