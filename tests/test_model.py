@@ -118,7 +118,7 @@ def test_beside_frozen_encoders_the_head_alone_learns(name: str) -> None:
 
 def test_one_modality_makes_a_model_without_fusion() -> None:
     model = FusionModel.build({"text": encoders()["text"]}, partial(Unimodal, dim=8), 3)
-    output, by_modality, _ = model({"text": inputs()["text"]})
+    output, by_modality, *_ = model({"text": inputs()["text"]})
     assert output.shape == (3, 3)
     assert torch.equal(by_modality["text"], output)
 
@@ -246,7 +246,7 @@ def test_experts_of_every_stage_get_the_widths_that_they_read_and_are_saved_as_p
     model = FusionModel.build(encoders("test_vit"), partial(InteractionExperts, dim=8, expert=expert), 3).train()
     assert model.head.stage == EVERY_HEAD[expert].stage
     assert [*model.head.level_dims] == (["text", "image"] if expert == "LevelWeighted" else [])
-    output, _, losses = model(inputs(4))
+    output, _, losses, *_ = model(inputs(4))
     (output.square().sum() + losses.sum()).backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
     spec = head_spec(model)

@@ -287,6 +287,17 @@ def confidence_weighted(head: Any, given: Given) -> Tensor:
     return (softmax(head.log_sharpness.exp() * confidence[..., None], presence(given) > 0, dim=1) * logits).sum(dim=1)
 
 
+def predicted_confidence(head: Any, given: Given) -> Tensor:
+    logits, present = decisions(head, given), presence(given)[..., 0]
+    c = torch.cat([head.predict_confidence[name](f.pooled) for name, f in given.items()], dim=-1).sigmoid()
+    losses = -c.log() * present
+    total = losses.sum(dim=1, keepdim=True)
+    holo = (total - losses) / total / (present.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+    distance = (logits.detach().softmax(dim=-1) - 1 / logits.shape[-1]).abs().mean(dim=-1) * present
+    weights = softmax((c + holo) * distance / distance.amax(dim=1, keepdim=True), present > 0, dim=1)
+    return (weights[..., None] * logits).sum(dim=1)
+
+
 def stacking(head: Any, given: Given) -> Tensor:
     present = presence(given)
     log_p = decisions(head, given).softmax(dim=-1).log() * present
@@ -352,6 +363,7 @@ PLAIN: dict[str, Callable[[Any, Any], Tensor]] = {
         weighted_logits,
         product_of_experts,
         confidence_weighted,
+        predicted_confidence,
         stacking,
         cross_attention,
         co_attention,

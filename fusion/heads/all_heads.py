@@ -22,6 +22,7 @@ from fusion.heads.logit_mean import LogitMean as LogitMean
 from fusion.heads.weighted_logits import WeightedLogits as WeightedLogits
 from fusion.heads.product_of_experts import ProductOfExperts as ProductOfExperts
 from fusion.heads.confidence_weighted import ConfidenceWeighted as ConfidenceWeighted
+from fusion.heads.predicted_confidence import PredictedConfidence as PredictedConfidence
 from fusion.heads.stacking import Stacking as Stacking
 from fusion.heads.cross_attention import CrossAttention as CrossAttention
 from fusion.heads.co_attention import CoAttention as CoAttention

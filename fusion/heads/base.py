@@ -20,12 +20,14 @@ class FusionOutput(NamedTuple):
 
     output (B, out_dim); by_modality: each modality's own prediction (B, out_dim), if the head makes one.
     The row of a sample without the modality is meaningless there. auxiliary (B,): in training, each sample's weighted auxiliary loss, to be
-    added to the loss of the output; None if the head has none.
+    added to the loss of the output; None if the head has none. confidence: by modality (B,), the head's prediction of the probability that
+    the modality gives to the true class; None if it makes none.
     """
 
     output: Tensor
     by_modality: dict[str, Tensor]
     auxiliary: Tensor | None = None
+    confidence: dict[str, Tensor] | None = None
 
 
 class FusionHead(nn.Module):

@@ -2,6 +2,7 @@
 
 from fusion.training.balance import OGMGE, Balance, GradientBlending, MMPareto, UnimodalLosses
 from fusion.training.callbacks.early_stopping import StopEarly
+from fusion.training.confidence_losses import PDF, QMF
 from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP
 from fusion.training.engine import Engine
@@ -28,6 +29,8 @@ __all__ = [
     "EMA",
     "FSDP",
     "OGMGE",
+    "PDF",
+    "QMF",
     "SWA",
     "Balance",
     "Bf16OnCpu",

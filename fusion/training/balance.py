@@ -7,7 +7,7 @@ identically.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,21 @@ class Training(Protocol):
     def sample_losses(self, split: str, most: int | None = None) -> dict[str, Tensor]: ...
 
 
+class Predictions(NamedTuple):
+    """Each modality's own predictions for a training batch, by modality.
+
+    sample (B,): number of the sample in train. by_modality (B, out_dim). losses (B,), 0 for samples without the modality. scores (B,): the
+    probability that it gave to the true class. present (B,) bool. confidence (B,): the head's prediction of the scores, if it makes one.
+    """
+
+    sample: Tensor
+    by_modality: dict[str, Tensor]
+    losses: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    present: dict[str, Tensor]
+    confidence: dict[str, Tensor] | None
+
+
 class Balance:
     """Base class of the methods; it doesn't change gradients.
 
@@ -48,6 +63,10 @@ class Balance:
     def total(self, fused: Tensor, alone: Mapping[str, Tensor]) -> Tensor:
         """The loss to minimise, from the fused loss and each modality's own loss, all scalars."""
         return fused + sum(alone.values())
+
+    def regularisation(self, predictions: Predictions) -> Tensor | float:
+        """A further loss of a batch, which is added to the total: a mean over its samples."""
+        return 0.0
 
     def observe(self, engine: Training, alone: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
         """Called before the backward pass of each batch, with each modality's own loss and (n,) the probability that it gave to the true

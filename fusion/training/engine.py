@@ -26,7 +26,7 @@ from fusion.lightning_private import batches_that_stepped, logs_now
 from fusion.model import FusionModel, check_part, factory_parts, head_spec, predicts_alone, with_unimodal
 from fusion.runs.bundle import FORMAT
 from fusion.tasks import Classification, MultiTask, Task
-from fusion.training.balance import Balance
+from fusion.training.balance import Balance, Predictions
 from fusion.training.contrast import Contrast
 from fusion.training.distributed.collectives import summed
 from fusion.training.distributed.ddp import DDP
@@ -64,7 +64,8 @@ class Engine(LightningModule):
         adapters: by modality, a peft configuration: the encoder is frozen, and small low-rank matrices in it are trained.
         checkpoint_activations: parts whose activations are recomputed in the backward pass instead of being stored.
         compile: compile the whole model by torch.compile.
-        balance: balances how fast the modalities learn: OGMGE, MMPareto, GradientBlending or UnimodalLosses.
+        balance: balances how fast the modalities learn: OGMGE, MMPareto, GradientBlending or UnimodalLosses; or trains
+            the confidences of late heads: QMF, PDF.
         modality_dropout: probability of removing each modality of a training sample, keeping at least one.
         mixing: mixup and CutMix of training samples, all inputs and the target together; none at the default.
         allow_unused: continue with a warning where parameters get no gradient at the first update.
@@ -230,11 +231,15 @@ class Engine(LightningModule):
             loss = self.loss(output.output, batch.target, batch.update_target, batch.mixture)
         if self.balance is not None:
             present = retained or presence(batch.inputs)
-            alone = self.unimodal_losses(output.by_modality, batch, present)
+            each = self.unimodal_losses(output.by_modality, batch, present)
+            alone = {name: losses.mean() for name, losses in each.items()}
             confidence = partial(self.task.of_mixture, self.task.confidence, target=batch.target, mixture=batch.mixture)
-            scores = {name: confidence(one.detach())[present[name]] for name, one in output.by_modality.items()}
-            self.balance.observe(self, alone, scores)
+            scores = {name: confidence(one.detach()) for name, one in output.by_modality.items()}
+            self.balance.observe(self, alone, {name: score[present[name]] for name, score in scores.items()})
             loss = self.balance.total(loss, alone)
+            loss = loss + self.balance.regularisation(
+                Predictions(batch.sample, output.by_modality, each, scores, present, output.confidence)
+            )
         if output.auxiliary is not None:
             loss = loss + output.auxiliary.mean()
         return output.output, loss
@@ -250,12 +255,12 @@ class Engine(LightningModule):
         return self.task.update_loss(output, target, update_target, mixture).mean()
 
     def unimodal_losses(self, by_modality: dict[str, Tensor], batch: Batch, present: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each modality's own mean loss over the whole batch, 0 for samples without it; the mean over ranks and accumulated batches is then
-        the loss of the whole update.
+        """Each modality's own loss (B,), 0 for samples without it, so that the mean over ranks and accumulated batches is the loss of the
+        whole update.
         """
         targets = batch.target, batch.update_target, batch.mixture
         each = {name: self.task.update_loss(output, *targets) for name, output in by_modality.items()}
-        return {name: torch.where(present[name], loss, 0.0).mean() for name, loss in each.items()}
+        return {name: torch.where(present[name], loss, 0.0) for name, loss in each.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.task_gradients is not None:

@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "CrossAttention missing": {"depth": 1, "missing": "learned"},
     "AdaptiveGraph missing": {"nodes": "pooled", "missing": "learned"},
     "InteractionExperts tokens": {"expert": "Perceiver", "expert_args": {"depth": 1, "num_heads": 2, "latents": 3, "missing": "learned"}},
+    "ConfidenceWeighted energy": {"score": "energy"},
     "FiLM stream": {"stream": "a"},
     "GatedCrossAttention stream": {"stream": "b"},
     "Bottleneck late": {"depth": 3, "fusion_layer": 1},
@@ -62,7 +63,7 @@ def small(name: str) -> Build:
     return partial(HEADS[kind], dim=8, **SMALL.get(kind, {}) | VARIANTS.get(name, {}))
 
 
-LATE = {name: small(name) for name in available(family="late")} | {
+LATE = {name: small(name) for name in [*available(family="late"), "ConfidenceWeighted energy"]} | {
     "WeightedLogits given": lambda dims, out_dim, **more: WeightedLogits(
         dims, out_dim, dim=8, weights={name: 1.0 + place for place, name in enumerate(dims)}, **more
     ),
@@ -126,7 +127,7 @@ def run(head: FusionHead, features: dict[str, Features]) -> tuple[Tensor, dict[s
         for name, f in features.items()
     }
     head.zero_grad()
-    output, by_modality, _ = head(leaves)
+    output, by_modality, *_ = head(leaves)
     loss = output.sin().sum()
     for name, alone in by_modality.items():
         loss = loss + alone[leaves[name].present].cos().sum()

@@ -348,7 +348,7 @@ def test_late_heads_always_give_the_prediction_of_each_modality(name: str) -> No
 @pytest.mark.parametrize("name", [name for name in LATE if name != "Stacking"])
 def test_a_late_head_scores_a_sample_with_one_modality_as_that_modality_alone(name: str) -> None:
     features = batch_of(DIMS)  # sample 0 lacks a, sample 1 lacks b
-    output, by_modality, _ = make(name)(features)
+    output, by_modality, *_ = make(name)(features)
     torch.testing.assert_close(output[0].softmax(dim=0), by_modality["b"][0].softmax(dim=0))
     torch.testing.assert_close(output[1].softmax(dim=0), by_modality["a"][1].softmax(dim=0))
 

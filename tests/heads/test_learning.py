@@ -53,12 +53,21 @@ SMALL: dict[str, dict[str, Any]] = {
     "GatedCrossAttention": {"dim": 16, "num_heads": 2},
     "JointTransformer": {"dim": 16, "depth": 2, "num_heads": 2},
     "InteractionExperts tokens": {"dim": 16, "expert": "CrossAttention", "expert_args": {"depth": 1, "num_heads": 2}},
+    "ConfidenceWeighted energy": {"score": "energy"},
+    "PredictedConfidence detach": {"detach": True},
     "AdaptiveGraph top_k": {"top_k": 3},
     "AdaptiveGraph mlp": {"adjacency": "mlp"},
     "AdaptiveGraph pooled": {"nodes": "pooled"},
 }
-ADDITIVE = ["LogitMean", "WeightedLogits", "ProductOfExperts", "ConfidenceWeighted"]
-MIXING = sorted({*available(), *SMALL} - {*ADDITIVE})
+ADDITIVE = [
+    "LogitMean",
+    "WeightedLogits",
+    "ProductOfExperts",
+    "ConfidenceWeighted",
+    "ConfidenceWeighted energy",
+    "PredictedConfidence detach",
+]
+MIXING = sorted({*available(), *SMALL} - {*ADDITIVE, "PredictedConfidence"})
 
 
 def make(name: str) -> FusionHead:
@@ -80,7 +89,12 @@ def test_additive_heads_stay_at_chance_on_xor_of_two_modalities_and_say_so(name:
     assert 0.40 <= sum(accuracies) / len(accuracies) <= 0.65
     assert max(accuracies) <= 0.80
     assert min(losses) >= math.log(2) - 0.02
-    assert "XOR stays at chance" in one_line(HEADS[name].__doc__ or "")
+    assert "XOR stays at chance" in one_line(HEADS[name.split()[0]].__doc__ or "")
+
+
+def test_weights_learned_with_the_decisions_come_to_tell_xor() -> None:
+    accuracy, _ = after_training(make("PredictedConfidence"), 600, lr=1e-2)
+    assert accuracy >= 0.99
 
 
 def test_stacking_tells_many_classes_apart_within_few_updates() -> None:

@@ -25,7 +25,7 @@ def test_a_modality_too_narrow_to_be_normalised_is_refused_or_heard(name: str) -
     assert not torch.allclose(head(features).output, head(features | {"a": louder}).output)
 
 
-@pytest.mark.parametrize("name", ["ProductOfExperts", "Stacking"])
+@pytest.mark.parametrize("name", ["ProductOfExperts", "PredictedConfidence", "Stacking"])
 def test_a_probability_over_one_class_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: out_dim is 1; expected at least 2"):
         HEADS[name](DIMS, 1)
@@ -92,7 +92,9 @@ def test_a_mean_over_thousands_of_tokens_does_not_overflow_fp16() -> None:
     assert masked_mean(tokens, torch.ones(1, 8192, dtype=torch.bool)).tolist() == [[9.0] * 4]
 
 
-@pytest.mark.parametrize("name", ["LogitMean", "WeightedLogits", "ProductOfExperts", "ConfidenceWeighted", "Stacking", "Unimodal"])
+@pytest.mark.parametrize(
+    "name", ["LogitMean", "WeightedLogits", "ProductOfExperts", "ConfidenceWeighted", "PredictedConfidence", "Stacking", "Unimodal"]
+)
 @pytest.mark.parametrize(("options", "words"), [({"dim": -1}, "dim is -1"), ({"dropout": 1.0}, "dropout is 1.0")])
 def test_classifiers_of_single_modalities_reject_what_can_t_be(name: str, options: dict, words: str) -> None:
     dims = {"text": 8} if name == "Unimodal" else {"text": 8, "image": 8}

@@ -108,7 +108,7 @@ def test_every_level_has_its_say_and_no_masked_value_of_any_level_is_heard() -> 
 
 def test_every_parameter_of_a_head_of_levels_gets_a_finite_gradient() -> None:
     head = levels_head()
-    output, by_modality, _ = head({m: [smudged({m: f}, float("inf"))[m] for f in found] for m, found in levels_of().items()})
+    output, by_modality, *_ = head({m: [smudged({m: f}, float("inf"))[m] for f in found] for m, found in levels_of().items()})
     (output.sin().sum() + sum(alone.sin().sum() for alone in by_modality.values())).backward()
     for name, p in head.named_parameters():
         assert p.grad is not None, name

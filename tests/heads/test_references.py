@@ -1,5 +1,6 @@
 """Heads against the published formulas, in float64 NumPy."""
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +17,7 @@ from fusion.heads import (
     FusionHead,
     Gated,
     LogitMean,
+    PredictedConfidence,
     ProductOfExperts,
     ResidualMLP,
     Stacking,
@@ -23,7 +25,6 @@ from fusion.heads import (
 )
 from fusion.heads.attention import Attention
 from fusion.heads.joint_transformer import sinusoid
-from fusion.heads.late import LateHead
 
 DIMS = {"a": 4, "b": 6}
 
@@ -119,7 +120,7 @@ def test_logit_mean_is_the_mean_of_the_decisions_of_the_modalities_that_are_ther
     head = LogitMean(DIMS, 3, dim=0).double().eval()
     x = pooled(4)
     present = {"a": [True, False, True, False], "b": [True, True, False, False]}
-    output, by_modality, _ = head(as_features(x, present))
+    output, by_modality, *_ = head(as_features(x, present))
     logits = {name: linear(head.decide[name][-1], normalised(x[name])) for name in DIMS}  # LayerNorm, then linear
     expected = [(logits["a"][0] + logits["b"][0]) / 2, logits["b"][1], logits["a"][2], np.zeros(3)]
     np.testing.assert_allclose(output.detach().numpy(), np.stack(expected), atol=1e-12)
@@ -185,7 +186,7 @@ def test_attention_begins_by_picking() -> None:
     assert float(logits.softmax(dim=-1).amax(dim=-1).mean()) > 0.3  # 1/30 if it averaged
 
 
-def decisions(head: LateHead, sample: Sample) -> dict[str, Array]:
+def decisions(head: FusionHead, sample: Sample) -> dict[str, Array]:
     """The logits of each modality that the sample has."""
     found = {}
     for name, f in sample.items():
@@ -221,6 +222,47 @@ def test_confidence_is_one_less_the_share_of_the_entropy_that_a_guess_would_have
         return softmax(np.exp(head.log_sharpness.item()) * sure) @ logits
 
     rows(head, reference)
+
+
+def test_an_energy_is_a_tenth_of_the_log_sum_of_exponentials_and_no_gradient_passes_through_it() -> None:
+    head = ready(ConfidenceWeighted(DIMS, 3, dim=5, score="energy"))
+
+    def reference(sample: Sample) -> Array:
+        logits = np.stack(list(decisions(head, sample).values()))
+        return softmax(np.exp(head.log_sharpness.item()) * np.log(np.exp(logits).sum(axis=1)) / 10) @ logits
+
+    rows(head, reference)
+    shifted = copy.deepcopy(head)
+    with torch.no_grad():
+        shifted.decide["a"][-1].bias += 3  # which changes no decision of a alone, but its weight
+    features = batch(DIMS, {"a": 2, "b": 3})
+    assert not torch.allclose(head(features).output[2:].softmax(dim=1), shifted(features).output[2:].softmax(dim=1))
+    weighted, alone, *_ = head(features)
+    found = torch.autograd.grad(weighted[2:].softmax(dim=1)[:, 0].sum(), alone["a"])[0]
+    assert torch.allclose(found.sum(dim=1), torch.zeros(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dims", [DIMS, DIMS | {"c": 2}])
+def test_predicted_confidences_weight_by_mono_and_holo_confidence_and_relative_calibration(dims: dict[str, int]) -> None:
+    head = ready(PredictedConfidence(dims, 3, dim=5))
+
+    def reference(sample: Sample) -> Array:
+        logits, c = decisions(head, sample), {}
+        for name in logits:
+            predict, found = head.predict_confidence[name], sample[name]
+            assert found is not None
+            c[name] = sigmoid(linear(predict[4], gelu(linear(predict[1], norm(predict[0], found[1])))))[0]
+        losses = {name: -np.log(value) for name, value in c.items()}
+        distance = {name: np.abs(softmax(x) - 1 / 3).mean() for name, x in logits.items()}
+        scores = []
+        for name in logits:
+            others = [losses[other] / sum(losses.values()) for other in logits if other != name]
+            scores.append((c[name] + (np.mean(others) if others else 0)) * distance[name] / max(distance.values()))
+        return softmax(np.array(scores)) @ np.stack(list(logits.values()))
+
+    features = batch(dims, {"a": 2, "b": 3, "c": 2})
+    expected = np.stack([reference(sample) for sample in samples(features)])
+    np.testing.assert_allclose(array(head(features).output), expected, atol=1e-8)
 
 
 def test_stacking_decides_over_log_probabilities_and_presence() -> None:

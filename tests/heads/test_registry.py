@@ -10,7 +10,7 @@ from fusion.heads import FusionHead, available, describe
 from fusion.heads.registry import HEADS
 
 ROOT = Path(__file__).parents[2]
-LATE = ["LogitMean", "WeightedLogits", "ProductOfExperts", "ConfidenceWeighted", "Stacking"]
+LATE = ["LogitMean", "WeightedLogits", "ProductOfExperts", "ConfidenceWeighted", "PredictedConfidence", "Stacking"]
 
 
 def test_every_head_of_the_package_is_listed_once_and_exported() -> None:
@@ -25,7 +25,7 @@ def test_heads_are_found_by_pattern_and_by_family() -> None:
     assert available("Low*") == ["LowRankTensor"]
     assert available("*Attention") == ["CrossAttention", "CoAttention", "GatedCrossAttention"]
     assert available(family="late") == LATE
-    assert available("P*", family="late") == ["ProductOfExperts"]
+    assert available("P*", family="late") == ["ProductOfExperts", "PredictedConfidence"]
     assert available("Nothing*") == []
     families = [available(family=family) for family in ("early", "intermediate", "late", "cross-attention")]
     assert sorted(name for names in families for name in names) == sorted(available())
