@@ -42,11 +42,10 @@ class MissingTokens(nn.Module):
     def filled(self, name: str, f: Features, row: Tensor) -> Features:
         # Also where all samples have the modality: parameters that get no gradient at some update are an error under DDP.
         token = self.tokens[name](row).to(f.tokens.dtype)
-        absent = ~f.present
-        first = torch.where(absent[:, None], token, f.tokens[:, 0])
-        tokens = torch.cat([first[:, None], f.tokens[:, 1:]], dim=1)
-        mask = f.mask if f.full else torch.cat([f.mask[:, :1] | absent[:, None], f.mask[:, 1:]], dim=1)
-        return f._replace(tokens=tokens, mask=mask)
+        first = torch.arange(f.mask.shape[1], device=f.mask.device) == 0
+        place = first & ~f.present[:, None]  # (B, N)
+        tokens = torch.where(place.unsqueeze(-1), token[:, None], f.tokens)
+        return f._replace(tokens=tokens, mask=f.mask if f.full else f.mask | place)
 
 
 def pattern_rows(present: Tensor) -> list[Tensor]:
