@@ -33,6 +33,11 @@ def message_of(error: UserError) -> str:
     return text.rpartition(f"\n{UserError.__module__}.{UserError.__name__}: ")[2] if text.startswith("Caught ") else text
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     """A sentence with the known names closest to `name`, or if none is close, with the first 20 of them.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fusion.cli.options import Options
 from fusion.cli.ray_worker import Channel, Job, last_run, work
-from fusion.errors import UserError, nearest
+from fusion.errors import UserError, first_line, nearest
 from fusion.session import FIT_COMMAND, command, parse_settings, silence_harmless_warnings
 from fusion.settings.parser import words
 from fusion.training.callbacks.signals import SIGNALS
@@ -167,7 +167,3 @@ def wait_for(trainer: Any, channel: Any) -> int:
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return int(outcome[0])
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,12 +1,12 @@
 """Image encoders: any timm model that gives a feature map or tokens."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -16,9 +16,10 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from fusion.encoders.base import Encoder, drop_unused, fill_absent
-from fusion.errors import UserError, nearest
-from fusion.features import Features, masked_mean
+from fusion.encoders.base import drop_unused
+from fusion.encoders.image_encoder import Encoded, ImageEncoder, check_data_config, height_and_width
+from fusion.errors import UserError, first_line, nearest
+from fusion.features import Features
 from fusion.inputs import Images
 
 # Modules before the first block, by their names in timm's model families; the first tuple whose first member the model has is used.
@@ -27,18 +28,7 @@ LARGEST_GRID = 14
 CONSTANTS = ("mean", "std", "interpolation")
 
 
-class Encoded(NamedTuple):
-    """Tokens (U, N, D) and pooled (U, D) of the distinct images."""
-
-    tokens: Tensor
-    pooled: Tensor
-
-    def zeros(self, count: int) -> "Encoded":
-        """From an encoding of no image, zeros for `count` images, still connected to its graph, whose backward pass must run too."""
-        return Encoded(*(x.new_zeros(count, *x.shape[1:]) + x.sum() for x in self))
-
-
-class TimmImage(Encoder):
+class TimmImage(ImageEncoder):
     """Encode images with a timm model, by name or from a local folder.
 
     Takes Images with pixels (B, 3, H, W), normalises them itself, and returns tokens (B, N, dim): the patches of a transformer with
@@ -57,10 +47,7 @@ class TimmImage(Encoder):
     Whether a model has embeddings before its first block, and levels, is checked only when they are used.
     """
 
-    mean: Tensor
-    std: Tensor
-
-    takes = Images
+    library = "timm's "
 
     def __init__(
         self,
@@ -74,22 +61,18 @@ class TimmImage(Encoder):
     ) -> None:
         super().__init__()
         self.name = name
-        for key in data_config or {}:
-            if key not in CONSTANTS:
-                raise UserError(f"image encoder: data_config has no '{key}'. {nearest(key, CONSTANTS)}")
+        overrides = check_data_config(data_config, CONSTANTS)
         size = None if image_size is None else height_and_width(image_size)
         self.body = cast(Any, load_timm(name, pretrained, size, options or {}))
         self.memory_format = fastest_format(self.body)
         self.body.to(memory_format=self.memory_format)
-        config = resolve_model_data_config(self.body) | (data_config or {})
+        config = resolve_model_data_config(self.body) | overrides
         self.image_size: tuple[int, int] = size or tuple(config["input_size"][1:])
         channels = self.body._model_args.get("in_chans") or config["input_size"][0]
         if channels not in (1, 3):
             raise UserError(f"image encoder: '{name}' has in_chans {channels}; expected 3 (RGB) or 1 (greyscale, converted from RGB)")
-        mean, std = (of_channels(key, config[key], channels) for key in ("mean", "std"))
+        mean, std = self.set_constants(config["mean"], config["std"], channels)
         self.data_config = {"mean": mean, "std": std, "interpolation": config["interpolation"]}
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
         self.has_batch_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.body.modules())
         self.known_levels: list[int] | None = None  # computed on first use
@@ -172,29 +155,6 @@ class TimmImage(Encoder):
             "data_config": self.data_config,
         }
 
-    def example(self) -> Images:
-        present = torch.ones(1, dtype=torch.bool, device=self.mean.device)
-        return Images(torch.zeros(1, 3, *self.image_size, device=present.device), present, any_present=True, all_present=True)
-
-    def encode(self, x: Images | Tensor, run: Callable[[Tensor], list[Encoded]]) -> list[Features]:
-        """Applies `run` to the normalised pixels and returns the samples' Features."""
-        images = x
-        if not isinstance(images, Images):
-            images = Images(images, torch.ones(images.shape[0], dtype=torch.bool, device=images.device), any_present=True, all_present=True)
-        pixels = images.pixels if images.image_index is not None else fill_absent(images.pixels, images.present)
-        empty = self.training and images.any_present is False and self.has_synced_statistics
-        count = pixels.shape[0]
-        if empty:
-            pixels = pixels[:0]  # other ranks wait for this one's batch statistics, here those of an empty batch
-        pixels = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
-        if len(self.mean) == 1:
-            pixels = grey(pixels)
-        pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=self.memory_format)
-        # In float32 like the other ranks' statistics; torch would send those of an empty batch in the autocast dtype.
-        full_precision = torch.autocast(pixels.device.type, enabled=False) if empty else nullcontext()
-        with torch.no_grad() if self.frozen else nullcontext(), self.statistics_guard(images), full_precision:
-            return [features_of(encoded.zeros(count) if empty else encoded, images) for encoded in run(pixels)]
-
     def tokens_of(self, y: Tensor) -> Encoded:
         """Converts the body's output: a map (U, D, H, W) or (U, H, W, D), or tokens (U, N, D)."""
         if not isinstance(y, Tensor) or y.dim() not in (3, 4):
@@ -227,50 +187,6 @@ class TimmImage(Encoder):
             if hasattr(self.body, names[0]):
                 return [name for name in names if hasattr(self.body, name)]
         return []
-
-    def statistics_guard(self, images: Images) -> Any:
-        """Freezes batch normalisation's running statistics for a training batch in which no sample has an image."""
-        if not (self.training and self.has_batch_statistics) or torch.compiler.is_compiling():
-            return nullcontext()
-        anyone = bool(images.present.any()) if images.any_present is None else images.any_present
-        return nullcontext() if anyone or self.has_synced_statistics else frozen_statistics(self.body)
-
-    @property
-    def has_synced_statistics(self) -> bool:
-        """Whether trainer.sync_batchnorm computes its batch statistics over all ranks."""
-        return self.has_batch_statistics and any(isinstance(m, nn.SyncBatchNorm) for m in self.body.modules())
-
-    @torch.no_grad()
-    def probe(self, run: Callable[[Images], Features | list[Features]]) -> list[Features]:
-        """Returns the features of the smallest input, in eval mode."""
-        training = self.training
-        self.eval()
-        features = run(self.example())
-        self.train(training)
-        return [features] if isinstance(features, Features) else features
-
-    @contextmanager
-    def explained(self, what: str) -> Iterator[None]:
-        """Raises any exception of a timm model's own code as a UserError."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"timm's '{self.name}' {what} ({type(error).__name__}: {shorten(first_line(error), 160)})") from error
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Context with batch normalisation in eval mode."""
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    for m in layers:
-        m.eval()
-    try:
-        yield
-    finally:
-        for m in layers:
-            m.train()
 
 
 def grid_tokens(y: Tensor) -> Encoded:
@@ -322,65 +238,6 @@ def as_map(y: Tensor, pixels: Tensor, channels_last: bool) -> Tensor:
         abs(rows * width - columns * height) <= max(height, width) for rows, columns in (y.shape[2:], y.shape[1:3])
     )
     return y.permute(0, 3, 1, 2) if last_layout and (channels_last or not first_layout) else y
-
-
-def grey(pixels: Tensor) -> Tensor:
-    """The luma (B, 1, H, W) of RGB pixels, by ITU-R BT.601."""
-    red, green, blue = pixels.unbind(dim=1)
-    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
-
-
-def of_channels(key: str, values: Any, channels: int) -> list[float]:
-    """One constant per channel: as given, one for all, or for greyscale the mean of those of RGB."""
-    given = list(values) if isinstance(values, list | tuple) else [values]
-    if not all(type(value) in (int, float) for value in given):
-        raise UserError(f"image encoder: data_config.{key} is {values!r}; expected a number for each of {channels} channels")
-    if len(given) not in (1, 3):
-        raise UserError(f"image encoder: data_config.{key} has {len(given)} values; expected one for each of {channels} channels")
-    return given if len(given) == channels else given * channels if len(given) == 1 else [sum(given) / len(given)]
-
-
-def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
-    """
-    >>> height_and_width(64), height_and_width([64, 256])
-    ((64, 64), (64, 256))
-    """
-    sides = [size, size] if isinstance(size, int) else list(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"image encoder: image_size is {size}; expected a side in pixels, or [height, width]")
-    return sides[0], sides[1]
-
-
-def features_of(encoded: Encoded, images: Images) -> Features:
-    """Features of the samples from encoded distinct images; images of several samples stay shared, unless a sample has several images."""
-    if images.image_mask is not None:
-        return features_of_several(encoded, images)
-    mask = images.present[:, None].expand(-1, encoded.tokens.shape[1])
-    return Features(encoded.tokens, mask, encoded.pooled, images.image_index, images.all_present)
-
-
-def features_of_several(encoded: Encoded, images: Images) -> Features:
-    """Concatenates the tokens of each sample's images to (B, P * N, D), after adding the image's position, and averages their pooled
-    features."""
-    shown, picture = images.image_mask, images.image_index
-    assert shown is not None
-    assert picture is not None
-    (count, positions), (_, patches, dim) = shown.shape, encoded.tokens.shape
-    tokens = encoded.tokens.index_select(0, picture.flatten()).view(count, positions, patches, dim)
-    tokens = tokens + image_positions(positions, dim, tokens.device).to(tokens.dtype)[:, None]
-    pooled = masked_mean(encoded.pooled.index_select(0, picture.flatten()).view(count, positions, -1), shown)
-    mask = shown[:, :, None].expand(-1, -1, patches).flatten(1)
-    return Features(tokens.flatten(1, 2), mask, pooled, full=images.all_present)
-
-
-def image_positions(count: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Cosine position embeddings (P, D) that distinguish the tokens of a sample's first image from the second's; zero for the first.
-
-    >>> image_positions(2, 4)[0].tolist()
-    [0.0, 0.0, 0.0, 0.0]
-    """
-    frequencies = torch.logspace(0, -2, dim, device=device)
-    return torch.cos(torch.arange(count, device=device)[:, None] * frequencies) - 1
 
 
 def positions_2d(y: Tensor) -> Tensor:
@@ -463,7 +320,3 @@ def reject_missing_weights() -> Iterator[None]:
     finally:
         logger.removeFilter(reject)
         logger.setLevel(level)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,8 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from fusion.encoders.base import Encoder, Reading, drop_unused, mixed_tokens
-from fusion.encoders.timm_image import first_line
-from fusion.errors import UserError, nearest
+from fusion.errors import UserError, first_line, nearest
 from fusion.features import Features, masked_mean
 from fusion.inputs import Mixture, Texts
 
