@@ -132,10 +132,7 @@ def resize(
     if how == "squash":
         fitted = image if image.size == (width, height) else image.resize((width, height), kernel)
     elif how == "crop":
-        scale = max(width / image_width, height / image_height)
-        # The centre in the image's own pixels, so that only the cropped part is resized.
-        left, top = max(image_width - width / scale, 0) / 2, max(image_height - height / scale, 0) / 2
-        fitted = image.resize((width, height), kernel, box=(left, top, image_width - left, image_height - top))
+        fitted = image.resize((width, height), kernel, box=centre(image.size, (width, height)))
     elif how == "pad":
         scale = min(width / image_width, height / image_height)
         inner = max(round(image_width * scale), 1), max(round(image_height * scale), 1)
@@ -145,6 +142,24 @@ def resize(
         raise UserError(f"resize '{how}' is unknown. {nearest(how, ('squash', 'crop', 'pad'))}")
     # A copy, because Pillow's memory is read-only, and torch warns about tensors that share it.
     return np.array(np.asarray(fitted).transpose(2, 0, 1), order="C", copy=True)
+
+
+def centre(image: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The box of an image that a centre crop shows, in the image's own pixels, so that only this part is resized. As in torchvision and
+    transformers, the crop begins at a whole pixel of the resized image, whose longer side is rounded down.
+
+    image, target: (width, height).
+
+    >>> centre((20, 10), (5, 5))  # resized to 10 x 5 pixels, of which it shows the third to the seventh
+    (4.0, 0.0, 14.0, 10.0)
+    """
+    (image_width, image_height), (width, height) = image, target
+    wide = image_width * height >= image_height * width
+    whole_width, whole_height = (image_width * height // image_height, height) if wide else (width, image_height * width // image_width)
+    left, top = (whole_width - width) // 2, (whole_height - height) // 2
+    across, down = image_width / whole_width, image_height / whole_height
+    right, bottom = min((left + width) * across, image_width), min((top + height) * down, image_height)
+    return left * across, top * down, right, bottom
 
 
 # Decoding files

@@ -68,7 +68,8 @@ class FusionData(LightningDataModule):
             share of the batch.
         eval_batch_size: samples per evaluation step, over all devices.
         max_length: maximum number of tokens of a text; longer texts are truncated, counted and reported.
-        resize: "squash" images to the encoder's size, "crop" their centre, or "pad" them.
+        resize: "squash" images to the encoder's size, "crop" their centre, or "pad" them. None: as the encoder was pretrained where it says
+            so (CLIP, SigLIP), else "squash".
         augment: transforms of training images, uint8 (3, H, W), such as torchvision.transforms.v2's.
         max_megapixels: larger images are rejected without decoding.
         memory_gib: decoded images are held in memory up to this size, shared by all processes of a machine.
@@ -101,7 +102,7 @@ class FusionData(LightningDataModule):
         device_batch_size: int | None = None,
         eval_batch_size: int = 256,
         max_length: int = 64,
-        resize: Resize = "squash",
+        resize: Resize | None = None,
         augment: list[nn.Module] | None = None,
         max_megapixels: float = 100.0,
         memory_gib: float = 1.0,

@@ -505,6 +505,16 @@ def test_crop_is_the_shorter_side_to_size_and_then_the_middle(shape, shorter):
     assert np.abs(resize(Image.fromarray(pixels), (20, 20), "crop") - expected).max() <= TWICE_ROUNDED
 
 
+@pytest.mark.parametrize("shape", [(61, 47), (45, 100), (33, 33), (20, 999), (19, 20)])
+def test_crop_begins_at_a_whole_pixel_of_the_resized_image_as_in_torchvision(shape):
+    image = Image.fromarray(noise(*shape))
+    longer = int(20 * max(shape) / min(shape))  # rounded down, as by torchvision's Resize and by transformers
+    height, width = (longer, 20) if shape[0] > shape[1] else (20, longer)
+    whole = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    top, left = (height - 20) // 2, (width - 20) // 2
+    assert np.abs(resize(image, (20, 20), "crop").astype(int) - whole[:, top : top + 20, left : left + 20]).max() <= 1
+
+
 def test_crop_to_an_oblong_takes_the_middle_too():
     pixels = faint_noise(60, 60)
     expected = reference(pixels, (40, 40), "bilinear")[:, 10:30]

@@ -122,8 +122,9 @@ class ImageInput(Kind):
 
     def check(self, cells: Sequence[Any], encoder: Encoder, checking: Checking) -> dict[int, str]:
         size = getattr(encoder, "image_size", (224, 224))
-        interpolation = getattr(encoder, "data_config", {}).get("interpolation", "bicubic")
-        self.spec = ImageSpec(size, self.resize or "squash", interpolation, self.max_megapixels or 100.0)
+        own = getattr(encoder, "data_config", {})
+        resize, interpolation = self.resize or own.get("resize", "squash"), own.get("interpolation", "bicubic")
+        self.spec = ImageSpec(size, resize, interpolation, self.max_megapixels or 100.0)
         self.max_images = max((len(images_in(cell)) for cell in cells), default=1) or 1
         self.sources = sorted({one for cell in cells for one in images_in(cell)}, key=lambda one: (isinstance(one, bytes), one))
         self.pixels, bad, self.digests = check_images(
