@@ -6,11 +6,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
 from transformers.models.auto.modeling_auto import (
@@ -19,9 +17,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 )
-from transformers.utils import logging
 
 from fusion.encoders.base import Encoder, Reading, drop_unused, mixed_tokens
+from fusion.encoders.pretrained import Source, recompute_blocks
 from fusion.errors import UserError, first_line, nearest
 from fusion.features import Features, masked_mean
 from fusion.inputs import Mixture, Texts
@@ -224,12 +222,7 @@ class TransformersText(Encoder):
         return Features(tokens, mask, pooled, full=full)
 
     def checkpoint_activations(self) -> None:
-        # transformers before 5.2 has only the older name.
-        enable = getattr(self.body, "activation_checkpointing_enable", None) or self.body.gradient_checkpointing_enable
-        try:
-            enable({"use_reentrant": False})
-        except ValueError as error:
-            raise UserError(f"text encoder: a {self.body.config.model_type} does not support activation checkpointing") from error
+        recompute_blocks(self.body, "text encoder")
 
     def layers_of_parameters(self) -> dict[str, int]:
         matches = {name: re.search(r"\.(\d+)\.", name) for name, _ in self.named_parameters()}
@@ -350,39 +343,20 @@ def reject_unknown_settings(config: dict[str, Any], built: Any) -> None:
             raise UserError(f"text encoder: {kind} has no setting '{key}'. {nearest(key, usual.to_dict())}")
 
 
-def from_name(name: str, pretrained: bool, dtype: torch.dtype) -> torch.nn.Module:
+def text_source(name: str) -> Source:
     alternatives = (
         "Use --model.text.name_or_path=FOLDER with config.json, model.safetensors and tokenizer.json, "
         'or train from scratch with --model.text.config=\'{"model_type": "bert", "hidden_size": 128, ...}\''
     )
-    folder = Path(name).expanduser()
-    where = f"folder {folder}" if folder.is_dir() else f"hub name or folder {name}"
-    logging.set_verbosity_error()
-    try:
-        config = text_part(AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name))
-        model_class = class_for(config)
-        if not pretrained:
-            return build(config, dtype)
-        source = str(folder) if folder.is_dir() else name
-        # Weights of another shape are then reported, with the missing ones, and rejected below.
-        options = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        try:
-            model, report = model_class.from_pretrained(source, **options, add_pooling_layer=False)
-        except TypeError:
-            model, report = model_class.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"text encoder: could not load (tried {where}: {first_line(error)}). {alternatives}") from error
-    missing = sorted(report["missing_keys"]) + sorted(
-        f"{key}: {tuple(shape)} where {tuple(expected)} is expected" for key, shape, expected in report["mismatched_keys"]
-    )
-    if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(
-            f"text encoder: {where} is missing {len(missing)} of the model's weights ({shown}), which would be random. {alternatives}"
-        )
-    return model
+    return Source(name, "text encoder", alternatives)
+
+
+def from_name(name: str, pretrained: bool, dtype: torch.dtype) -> torch.nn.Module:
+    source = text_source(name)
+    with source.loading():
+        config = text_part(AutoConfig.from_pretrained(source.path))
+    model_class = class_for(config)
+    return source.weights(model_class, config, dtype, add_pooling_layer=False) if pretrained else build(config, dtype)
 
 
 def build(config: Any, dtype: torch.dtype) -> torch.nn.Module:
