@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusion.encoders.base import Encoder
 from fusion.errors import UserError, construction, nearest
-from fusion.features import Features
+from fusion.features import Features, promote
 from fusion.heads.base import FusionHead, FusionOutput, Stage
 
 HeadFactory = Callable[[Mapping[str, Any], int], FusionHead]
@@ -29,8 +29,9 @@ class FusionModel(nn.Module):
         super().__init__()
         if list(encoders) != list(head.dims):
             raise ValueError(f"the head was built for {', '.join(head.dims)}; the encoders are {', '.join(encoders)}")
+        pooled = not any(encoder.has_pooler for encoder in encoders.values()) or reads_pooled(head)
         for name, encoder in encoders.items():
-            encoder.trim(head.stage, depths_of(head, name))
+            encoder.trim(head.stage, depths_of(head, name), pooled=pooled)
         self.encoders = nn.ModuleDict(encoders)
         self.head = head
         self.recompute_head = False
@@ -121,6 +122,22 @@ def widths(encoder: Encoder, stage: Stage) -> int | list[int]:
 def depths_of(head: FusionHead, name: str) -> list[int]:
     """The depths of an encoder that the head reads, counted from the last: -2, -1; none unless it reads levels."""
     return list(range(-len(head.level_dims.get(name, [])), 0))
+
+
+def reads_pooled(head: FusionHead) -> bool:
+    """Whether the head reads pooled features, as heads of tokens do for unimodal predictions alone: found by their gradient."""
+    if head.stage != "tokens":
+        return True
+    training, weight = head.training, next(head.parameters())
+    features = {name: promote(torch.ones(1, 4, dim, device=weight.device, dtype=weight.dtype)) for name, dim in head.dims.items()}
+    pooled = [f.pooled.requires_grad_() for f in features.values()]
+    head.eval()
+    with torch.enable_grad():
+        found = head(features)
+        total = torch.stack([y.float().sum() for y in (found.output, *found.by_modality.values())]).sum()
+        gradients = torch.autograd.grad(total, pooled, allow_unused=True)
+    head.train(training)
+    return any(gradient is not None for gradient in gradients)
 
 
 def make_head(encoders: Mapping[str, Encoder], factory: HeadFactory, out_dim: int) -> FusionHead:

@@ -14,6 +14,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from fusion.data.column import take
 from fusion.encoders import Texts
+from fusion.encoders.pretrained import load_tokenizer
 from fusion.errors import UserError
 
 # Ids 0 to 3; text encoders made from a config expect padding at 0.
@@ -85,11 +86,9 @@ class Tokenizer:
     @classmethod
     def pretrained(cls, name_or_path: str, *, max_length: int) -> "Tokenizer":
         """The tokenizer that belongs to a transformers model. Raises UserError if it can't be loaded or is not a fast one."""
-        from transformers import AutoTokenizer
-
         source = os.path.expanduser(name_or_path)
         try:
-            loaded = AutoTokenizer.from_pretrained(source if os.path.isdir(source) else name_or_path)
+            loaded = load_tokenizer(source if os.path.isdir(source) else name_or_path)
         except Exception as error:  # tokenizers raises plain Exception, transformers KeyError, for a file that isn't a tokenizer
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(

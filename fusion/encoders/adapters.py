@@ -29,6 +29,7 @@ def add_adapters(encoders: Mapping[str, nn.Module] | nn.ModuleDict, adapters: Ma
         kind = str(settings.get("peft_type", "LORA")).upper()
         if kind not in kinds:
             raise UserError(f"model.adapters.{modality}: unknown peft_type '{kind}'. {nearest(kind, kinds)}")
+        encoders[modality].requires_grad_(False)  # also what is outside its body, as the projection of a pair
         body: Any = encoders[modality].body
         try:
             config = kinds[kind](**{key: value for key, value in settings.items() if key != "peft_type"})

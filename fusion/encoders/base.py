@@ -28,6 +28,7 @@ class Encoder(nn.Module, ABC):
     dim: int
     embed_dim: int
     frozen: bool = False
+    has_pooler: bool = False  # whether modules of its own make the pooled features, of which the tokens know nothing
 
     @abstractmethod
     def embed(self, x: Any) -> Features:
@@ -72,10 +73,15 @@ class Encoder(nn.Module, ABC):
             return self.levels(x, depths)
         return self.embed(x) if what == "embeddings" else self(x)
 
-    def trim(self, what: Reading, depths: Sequence[int] = ()) -> None:
-        """Remove every module that reading `what` doesn't use: early fusion has no unused layers, and DDP finds no unused parameters."""
+    def trim(self, what: Reading, depths: Sequence[int] = (), *, pooled: bool = True) -> None:
+        """Remove every module that reading `what` doesn't use: early fusion has no unused layers, and DDP finds no unused parameters.
+
+        pooled: whether pooled features are read beside tokens. If not, an encoder that pools by modules of its own loses them, and its
+        pooled features are then others.
+        """
         frozen, self.frozen = self.frozen, False  # the used modules are found by their gradient, which a frozen encoder has none of
-        drop_unused(self, lambda: self.read(self.example(), what, depths), keep_if_reaches="pooled" if what == "pooled" else "all")
+        reach: Literal["all", "tokens", "pooled"] = "pooled" if what == "pooled" else "all" if pooled else "tokens"
+        drop_unused(self, lambda: self.read(self.example(), what, depths), keep_if_reaches=reach)
         self.frozen = frozen
 
     def check_mixing(self, what: Reading, depths: Sequence[int] = ()) -> None:
@@ -94,9 +100,10 @@ class Encoder(nn.Module, ABC):
 
 
 def drop_unused(
-    module: nn.Module, run: Callable[[], Features | list[Features]], *, keep_if_reaches: Literal["all", "pooled"] = "all"
+    module: nn.Module, run: Callable[[], Features | list[Features]], *, keep_if_reaches: Literal["all", "tokens", "pooled"] = "all"
 ) -> None:
-    """Replace with Identity each module of which no parameter gets a gradient from the features that `run` returns."""
+    """Replace with Identity each module of which no parameter gets a gradient from the features that `run` returns: from tokens and pooled,
+    or from one of these."""
     training = module.training
     module.eval()
     named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
@@ -106,7 +113,8 @@ def drop_unused(
     with torch.enable_grad():
         features = run()
         levels = [features] if isinstance(features, Features) else features
-        total = torch.stack([f.pooled.sum() + (f.tokens.sum() if keep_if_reaches == "all" else 0) for f in levels]).sum()
+        parts = [(f.tokens, f.pooled) if keep_if_reaches == "all" else (getattr(f, keep_if_reaches),) for f in levels]
+        total = torch.stack([x.sum() for xs in parts for x in xs]).sum()
         gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     for p, trainable in zip(named.values(), was_trainable.values(), strict=True):
         p.requires_grad_(trainable)

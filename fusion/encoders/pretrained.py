@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file, logging
 
 from fusion.errors import UserError, first_line
@@ -72,6 +73,18 @@ class Source:
         except (OSError, ValueError):  # not a name that a hub could have
             return None
         return None if path is None else Path(path)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a hub name or folder, the fast one where it has both: SigLIP's own class is slow and needs further packages.
+
+    Raises transformers' errors, of any type, for a missing or corrupt tokenizer.
+    """
+    try:
+        loaded = AutoTokenizer.from_pretrained(path)
+    except ImportError:  # sentencepiece
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    return loaded if hasattr(loaded, "backend_tokenizer") else PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def recompute_blocks(body: Any, what: str) -> None:

@@ -3,7 +3,7 @@
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -19,11 +19,14 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fusion.encoders.base import Encoder, Reading, drop_unused, mixed_tokens
+from fusion.encoders.pooling import Pooling, pool
 from fusion.encoders.pretrained import Source, recompute_blocks
 from fusion.errors import UserError, first_line, nearest
-from fusion.features import Features, masked_mean
+from fusion.features import Features
 from fusion.inputs import Mixture, Texts
 
+# Ids of the tokenizer that will be trained for a model from scratch; those of the published vocabulary don't exist there.
+SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,7 +62,7 @@ class TransformersText(Encoder):
         *,
         config: dict[str, Any] | None = None,
         pretrained: bool = True,
-        pooling: Literal["mean", "first", "last"] | None = None,
+        pooling: Pooling | None = None,
         frozen: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         resize_embeddings: bool = False,
@@ -68,27 +71,28 @@ class TransformersText(Encoder):
         super().__init__()
         if (name_or_path is None) == (config is None):
             raise UserError("text encoder: give exactly one of name_or_path (hub name or folder) and config (from scratch)")
-        if dtype not in DTYPES:
-            raise UserError(f"text encoder: dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-        self.name_or_path = name_or_path
-        self.from_scratch = config is not None
-        self.dtype, self.resize_embeddings = DTYPES[dtype], resize_embeddings
-        made = from_config(config, self.dtype) if config is not None else from_name(str(name_or_path), pretrained, self.dtype)
-        self.body = cast(Any, made)
-        self.body.config.use_cache = False  # decoders' keys and values for the next token
-        self.pooling = pooling or ("last" if is_causal(self.body.config) else "mean")
+        self.name_or_path, self.from_scratch = name_or_path, config is not None
+        self.dtype, self.resize_embeddings = dtype_of(dtype), resize_embeddings
+        body = from_config(config, self.dtype) if config is not None else from_name(str(name_or_path), pretrained, self.dtype)
+        self.set_body(body, pooling, attention, frozen)
+
+    def set_body(self, body: Any, pooling: Pooling | None, attention: str, frozen: bool) -> None:
+        """Make this model the encoder's, without modules that it doesn't use. Raises UserError if it can't be run on texts."""
+        self.body = body
+        body.config.use_cache = False  # decoders' keys and values for the next token
+        self.pooling = pooling or ("last" if is_causal(body.config) else "mean")
         try:
             drop_unused(self, lambda: self(self.example()))
             with torch.no_grad():
                 self.broadcasts_mask  # noqa: B018 (computed now, and not within a compiled forward pass)
                 self.dim = self(self.example()).dim
-                if hasattr(self.body, "embeddings"):
+                if hasattr(body, "embeddings"):
                     self.embed(self.example())
         except UserError:
             raise
         except Exception as error:  # of any type, from within the model's own code
             raise UserError(
-                f"text encoder: '{self.body.config.model_type}' can't be run on token ids and a mask alone, as a BERT-like model can "
+                f"text encoder: '{body.config.model_type}' can't be run on token ids and a mask alone, as a BERT-like model can "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
         if attention != "sdpa":
@@ -209,17 +213,12 @@ class TransformersText(Encoder):
     def level_dims(self, depths: Sequence[int]) -> list[int]:
         return [self.dim for _ in depths]
 
-    def features(self, tokens: Tensor, x: Texts) -> Features:
-        mask, full = x.mask, x.full
-        if self.dtype != torch.float32:
-            tokens = tokens.to(torch.get_default_dtype())
-        if self.pooling == "mean":
-            return Features(tokens, mask, masked_mean(tokens, mask), full=full)
-        if self.pooling == "first":
-            return Features(tokens, mask, tokens[:, 0], full=full)
-        last = (mask.sum(dim=1) - 1).clamp(min=0)
-        pooled = tokens.gather(1, last[:, None, None].expand(-1, 1, tokens.shape[-1]))[:, 0]
-        return Features(tokens, mask, pooled, full=full)
+    def features(self, tokens: Tensor, x: Texts, pooled: Tensor | None = None) -> Features:
+        """pooled: by the model itself; None: by `pooling`."""
+        dtype = tokens.dtype if self.dtype == torch.float32 else torch.get_default_dtype()
+        tokens = tokens.to(dtype)
+        pooled = pool(tokens, x.mask, self.pooling) if pooled is None else pooled.to(dtype)
+        return Features(tokens, x.mask, pooled, full=x.full)
 
     def checkpoint_activations(self) -> None:
         recompute_blocks(self.body, "text encoder")
@@ -233,8 +232,11 @@ class TransformersText(Encoder):
         return {name: int(match[1]) + 1 if match else outside[name] for name, match in matches.items()}
 
     def spec(self) -> dict[str, Any]:
-        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        return {"config": self.body.config.to_dict(), "pooling": self.pooling, "frozen": self.frozen, "dtype": dtype}
+        return {"config": self.body.config.to_dict(), "pooling": self.pooling, "frozen": self.frozen, "dtype": self.dtype_name}
+
+    @property
+    def dtype_name(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def example(self) -> Texts:
         ids = torch.full((1, 2), self.vocab_size - 1, device=self.embedding.weight.device)
@@ -301,6 +303,12 @@ def embeddings_argument(module: torch.nn.Module) -> str:
     return name
 
 
+def dtype_of(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"text encoder: dtype is {name!r}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 def never_empty(mask: Tensor) -> Tensor:
     """The mask, but a sample without a text attends to its first (padding) token, since softmax over nothing is NaN."""
     first = torch.zeros_like(mask)
@@ -308,39 +316,51 @@ def never_empty(mask: Tensor) -> Tensor:
     return mask | (first & ~mask.any(dim=1, keepdim=True))
 
 
-def from_config(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
-    options = dict(config)
+def from_config(
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    *,
+    build: Callable[[Any, torch.dtype], Any] | None = None,
+    what: str = "text encoder",
+    defaults: Mapping[str, int] = SPECIAL_IDS,
+) -> torch.nn.Module:
+    """The model of a config, with random weights.
+
+    build: makes it from transformers' config; by default the class that AutoModel makes. what: of the errors. defaults: settings where the
+    config has none.
+
+    Raises UserError for an unknown model_type or setting, and for a config of which no model can be built.
+    """
+    options = {**defaults, **config}
     kind = options.pop("model_type", None)
     if kind is None:
-        raise UserError("text encoder: config needs a model_type, such as bert, roberta, distilbert or deberta-v2")
+        raise UserError(f"{what}: config needs a model_type, such as bert, roberta, distilbert or deberta-v2")
     if kind not in CONFIG_MAPPING:
-        raise UserError(f"text encoder: unknown model_type '{kind}'. {nearest(kind, MODEL_FOR_MASKED_LM_MAPPING_NAMES)}")
-    # Special token ids of the tokenizer that will be trained for it; those of the published vocabulary don't exist there.
-    options = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3} | options
+        raise UserError(f"{what}: unknown model_type '{kind}'. {nearest(kind, MODEL_FOR_MASKED_LM_MAPPING_NAMES)}")
     try:
+        usual = AutoConfig.for_model(kind)
         built = AutoConfig.for_model(kind, **options)
-        reject_unknown_settings(config, built)
-        return build(text_part(built), dtype)
+        reject_unknown_settings(config, usual, built, what)
+        return (build or build_model)(text_part(built), dtype)
     except UserError:
         raise
     except Exception as error:  # of any type, from within the model's own code
         reason = " ".join(str(error).split())
-        raise UserError(f"text encoder: no {kind} can be built with this config ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{what}: no {kind} can be built with this config ({type(error).__name__}: {reason})") from error
 
 
-def reject_unknown_settings(config: dict[str, Any], built: Any) -> None:
+def reject_unknown_settings(config: dict[str, Any], usual: Any, built: Any, what: str) -> None:
     """Raises UserError for unknown settings, which transformers accepts silently. A config with transformers_version was written by
     transformers itself, and is not checked."""
-    kind = built.model_type
-    usual = AutoConfig.for_model(kind)
     unknown = [key for key in config if not hasattr(usual, key)]
     if not unknown or "transformers_version" in config:
         return
     # Some settings (DeBERTa's position_buckets) have no default and occur only in the model's code.
-    code = inspect.getsource(sys.modules[MODEL_MAPPING[type(text_part(built))].__module__])
+    model_class = MODEL_MAPPING.get(type(text_part(built)), None)
+    code = inspect.getsource(sys.modules[model_class.__module__]) if model_class else ""
     for key in unknown:
         if f'"{key}"' not in code:
-            raise UserError(f"text encoder: {kind} has no setting '{key}'. {nearest(key, usual.to_dict())}")
+            raise UserError(f"{what}: {built.model_type} has no setting '{key}'. {nearest(key, usual.to_dict())}")
 
 
 def text_source(name: str) -> Source:
@@ -356,10 +376,10 @@ def from_name(name: str, pretrained: bool, dtype: torch.dtype) -> torch.nn.Modul
     with source.loading():
         config = text_part(AutoConfig.from_pretrained(source.path))
     model_class = class_for(config)
-    return source.weights(model_class, config, dtype, add_pooling_layer=False) if pretrained else build(config, dtype)
+    return source.weights(model_class, config, dtype, add_pooling_layer=False) if pretrained else build_model(config, dtype)
 
 
-def build(config: Any, dtype: torch.dtype) -> torch.nn.Module:
+def build_model(config: Any, dtype: torch.dtype) -> torch.nn.Module:
     model_class = class_for(config)
     try:
         return model_class.from_config(config, dtype=dtype, add_pooling_layer=False)
@@ -384,7 +404,8 @@ def class_for(config: Any) -> Any:
             "roberta, t5"
         )
     if type(config) not in MODEL_MAPPING:
-        raise UserError(f"text encoder: '{kind}' is not a model that AutoModel makes; use an encoder such as bert or roberta")
+        other = "its encoder is --model.text=PairText" if kind.startswith("siglip") else "use an encoder such as bert or roberta"
+        raise UserError(f"text encoder: '{kind}' is not a model that AutoModel makes; {other}")
     return AutoModel
 
 

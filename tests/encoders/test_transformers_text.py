@@ -477,7 +477,7 @@ def test_an_encoder_decoder_without_an_encoder_of_its_own_is_rejected(kind: str)
 
 
 def test_a_tower_of_a_pair_that_transformers_does_not_make_alone_is_rejected_in_a_line() -> None:
-    with pytest.raises(UserError, match="'siglip_text_model' is not a model that AutoModel makes; use an encoder such as"):
+    with pytest.raises(UserError, match=r"'siglip_text_model' is not a model that AutoModel makes; its encoder is --model\.text=PairText"):
         TransformersText(config={"model_type": "siglip_text_model"})
 
 
