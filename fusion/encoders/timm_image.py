@@ -292,7 +292,8 @@ def load_timm(name: str, pretrained: bool, size: tuple[int, int] | None, options
     except UserError:
         raise
     except Exception as error:  # of any type, from within the model's own code
-        if pretrained and isinstance(error, OSError | RuntimeError | ValueError | LookupError | SafetensorError):
+        unavailable = OSError | RuntimeError | ValueError | LookupError | SafetensorError if pretrained else OSError
+        if isinstance(error, unavailable):
             tried = str(folder) if is_folder else f"hub weights of {name}"
             raise UserError(
                 f"image encoder: pretrained weights could not be loaded (tried {tried}: {first_line(error)}). Use "

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -19,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fusion.encoders.base import Encoder, Reading, drop_unused, mixed_tokens
-from fusion.encoders.pooling import Pooling, pool
+from fusion.encoders.pooling import Pooling, check_pooling, pool, sentence_pooling
 from fusion.encoders.pretrained import Source, recompute_blocks
 from fusion.errors import UserError, first_line, nearest
 from fusion.features import Features
@@ -41,8 +42,10 @@ class TransformersText(Encoder):
         config: a model from scratch instead: {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, ...}; its
             `vocab_size` is then the maximum vocabulary size of the tokenizer trained on the texts.
         pretrained: load the weights of name_or_path; False uses only its architecture and tokenizer.
-        pooling: "mean" of the real tokens, "first" ([CLS]) or "last" (end of text); by default "last" for decoders and CLIP's causal tower,
-            else "mean".
+        pooling: "mean" of the real tokens, "first" ([CLS]), "last" (end of text), "max", "mean_sqrt_len" (sum over the root of the
+            number) or "weighted_mean" (by position). None: as a sentence-transformers model says (modules.json); else "last" for decoders
+            and CLIP's causal tower, "mean" for others.
+        normalize: divide the pooled vector by its length. None: as a sentence-transformers model says where pooling is None too, else no.
         frozen: no gradient, eval mode.
         dtype: dtype of the weights, regardless of that in the file; features of half-precision weights have torch's default dtype.
         resize_embeddings: enlarge the word embeddings for a tokenizer that has more tokens, which is rejected otherwise; the new ones start
@@ -63,6 +66,7 @@ class TransformersText(Encoder):
         config: dict[str, Any] | None = None,
         pretrained: bool = True,
         pooling: Pooling | None = None,
+        normalize: bool | None = None,
         frozen: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         resize_embeddings: bool = False,
@@ -73,12 +77,19 @@ class TransformersText(Encoder):
             raise UserError("text encoder: give exactly one of name_or_path (hub name or folder) and config (from scratch)")
         self.name_or_path, self.from_scratch = name_or_path, config is not None
         self.dtype, self.resize_embeddings = dtype_of(dtype), resize_embeddings
-        body = from_config(config, self.dtype) if config is not None else from_name(str(name_or_path), pretrained, self.dtype)
-        self.set_body(body, pooling, attention, frozen)
+        check_pooling(pooling)
+        if config is not None:
+            body = from_config(config, self.dtype)
+        else:
+            source = text_source(str(name_or_path))
+            if pooling is None and (own := sentence_pooling(source)) is not None:
+                pooling, normalize = own.pooling, own.normalize if normalize is None else normalize
+            body = from_name(source, pretrained, self.dtype)
+        self.set_body(body, pooling, attention, frozen, normalize=bool(normalize))
 
-    def set_body(self, body: Any, pooling: Pooling | None, attention: str, frozen: bool) -> None:
+    def set_body(self, body: Any, pooling: Pooling | None, attention: str, frozen: bool, *, normalize: bool = False) -> None:
         """Make this model the encoder's, without modules that it doesn't use. Raises UserError if it can't be run on texts."""
-        self.body = body
+        self.body, self.normalize = body, normalize
         body.config.use_cache = False  # decoders' keys and values for the next token
         self.pooling = pooling or ("last" if is_causal(body.config) else "mean")
         try:
@@ -120,7 +131,8 @@ class TransformersText(Encoder):
     def forward(self, x: Texts) -> Features:
         with torch.no_grad() if self.frozen else nullcontext():
             words, x = self.words(x, self.body)
-            return self.features(self.body(**words, attention_mask=self.attention_mask(x)).last_hidden_state, x)
+            features = self.features(self.body(**words, attention_mask=self.attention_mask(x)).last_hidden_state, x)
+            return features._replace(pooled=normalize(features.pooled, dim=-1)) if self.normalize else features
 
     def embed(self, x: Texts) -> Features:
         assert self.embed_dim  # raises UserError if there are no embeddings
@@ -232,7 +244,13 @@ class TransformersText(Encoder):
         return {name: int(match[1]) + 1 if match else outside[name] for name, match in matches.items()}
 
     def spec(self) -> dict[str, Any]:
-        return {"config": self.body.config.to_dict(), "pooling": self.pooling, "frozen": self.frozen, "dtype": self.dtype_name}
+        return {
+            "config": self.body.config.to_dict(),
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "frozen": self.frozen,
+            "dtype": self.dtype_name,
+        }
 
     @property
     def dtype_name(self) -> str:
@@ -371,8 +389,7 @@ def text_source(name: str) -> Source:
     return Source(name, "text encoder", alternatives)
 
 
-def from_name(name: str, pretrained: bool, dtype: torch.dtype) -> torch.nn.Module:
-    source = text_source(name)
+def from_name(source: Source, pretrained: bool, dtype: torch.dtype) -> torch.nn.Module:
     with source.loading():
         config = text_part(AutoConfig.from_pretrained(source.path))
     model_class = class_for(config)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_hub import go_offline, into_cache
 from tiny_pairs import KINDS, save_pair
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -504,3 +505,14 @@ def test_weights_in_shards_are_those_in_one_file(folder: str, kind: str, tmp_pat
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     for one, other, batch in zip(encoders(folder), encoders(sharded), (pixels(), texts(folder)), strict=True):
         assert torch.equal(one(batch).pooled, other(batch).pooled)
+
+
+@every
+@torch.no_grad()
+def test_a_hub_name_is_loaded_from_the_cache_offline(folder: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    into_cache(Path(folder), tmp_path, "nobody/tiny")
+    go_offline(tmp_path, monkeypatch)
+    for one, other, batch in zip(encoders("nobody/tiny"), encoders(folder), (pixels(), texts("nobody/tiny")), strict=True):
+        assert torch.equal(one(batch).pooled, other(batch).pooled)
+    with pytest.raises(UserError, match=r"image encoder: could not load .*nobody/none"):
+        PairImage("nobody/none")

@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
+from tiny_hub import go_offline, into_cache
 from torch import Tensor
 
 from fusion.encoders import Images, TimmImage
@@ -451,11 +451,34 @@ def test_an_unknown_name_is_refused_naming_the_nearest() -> None:
 
 
 def test_weights_that_cannot_be_had_are_refused_naming_them_and_the_two_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    go_offline(tmp_path, monkeypatch)
     with pytest.raises(UserError) as refused:
         TimmImage("test_resnet.r160_in1k")
     assert_names_ways_out(refused.value, "test_resnet.r160_in1k")
+
+
+@pytest.mark.parametrize("name", ["hf-hub:nobody/tiny", "hf_hub:nobody/tiny"])
+def test_a_hub_name_is_loaded_from_the_cache_offline(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    hub = tmp_path.with_name(f"{tmp_path.name}-hub")
+    into_cache(folder, hub, "nobody/tiny")
+    go_offline(hub, monkeypatch)
+    encoder, local = TimmImage(name, image_size=64).eval(), TimmImage(str(folder), image_size=64).eval()
+    assert_same(encoder(pixels(2)), local(pixels(2)))
+    assert encoder.data_config["mean"] == [0.1, 0.2, 0.3]
+    rebuilt = TimmImage(**json.loads(json.dumps(encoder.spec()))).eval()
+    rebuilt.load_state_dict(encoder.state_dict())
+    assert encoder.spec()["name"] == "test_resnet"
+    assert_same(rebuilt(pixels(2)), encoder(pixels(2)))
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_hub_name_that_is_not_in_the_cache_is_rejected_naming_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: bool
+) -> None:
+    go_offline(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="hf-hub:nobody/tiny") as rejected:
+        TimmImage("hf-hub:nobody/tiny", pretrained=pretrained)
+    assert_names_ways_out(rejected.value, "hf-hub:nobody/tiny")
 
 
 def assert_names_ways_out(error: UserError, tried: str) -> None:

@@ -5,10 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_hub import go_offline, into_cache
 from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPConfig, CLIPModel, GPT2Config, GPT2Model, T5Config, T5EncoderModel
 
 from fusion.encoders import TableColumns, Texts, TransformersText
@@ -422,8 +423,7 @@ def test_a_folder_without_weights_is_refused_naming_it_and_the_two_ways_out(fold
 
 
 def test_a_hub_name_that_cannot_be_had_is_refused_naming_it_and_the_two_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    go_offline(tmp_path, monkeypatch)
     with pytest.raises(UserError) as refused:
         TransformersText("nobody/no-such-text-encoder")
     assert_names_ways_out(refused.value, "nobody/no-such-text-encoder")
@@ -514,6 +514,115 @@ def test_a_model_that_reads_no_plain_texts_is_refused_in_one_line(kind: str) -> 
     with pytest.raises(UserError, match=f"'{kind}' can't be run on token ids and a mask alone") as caught:
         TransformersText(config={"model_type": kind, **small})
     assert "\n" not in str(caught.value)
+
+
+# Sentence-transformers, and weights in shards.
+
+FLAGS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+
+
+def make_sentence_model(folder: Path, pooling: dict[str, Any], normalize: bool = True, more: tuple[str, ...] = (), path: str = "") -> str:
+    """Adds to a transformers folder what sentence-transformers writes beside it."""
+    kinds = ["Transformer", "Pooling", *more, *(["Normalize"] if normalize else [])]
+    paths = [path, *(f"{i}_{kind}" for i, kind in enumerate(kinds[1:], start=1))]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16, **pooling}))
+    return str(folder)
+
+
+def sentence_formula(flag: str, tokens: np.ndarray) -> np.ndarray:
+    """The documented formulas of sentence-transformers' Pooling, for the tokens (n, D) of one text, in float64."""
+    weights = np.arange(1, len(tokens) + 1)[:, None]
+    return {
+        "cls_token": tokens[0],
+        "mean_tokens": tokens.sum(axis=0) / len(tokens),
+        "max_tokens": tokens.max(axis=0),
+        "mean_sqrt_len_tokens": tokens.sum(axis=0) / np.sqrt(len(tokens)),
+        "weightedmean_tokens": (weights * tokens).sum(axis=0) / weights.sum(),
+        "lasttoken": tokens[-1],
+    }[flag]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("flag", FLAGS)
+@torch.no_grad()
+def test_a_sentence_transformers_folder_pools_and_normalises_by_its_own_formulas(flag: str, normalize: bool, folder: Path) -> None:
+    torch.manual_seed(7)
+    model, lengths = BertModel(BertConfig(**CONFIGS["bert"])).eval(), (7, 3, 1, 0)
+    name = make_sentence_model(folder, {f"pooling_mode_{other}": other == flag for other in FLAGS}, normalize)
+    encoder = TransformersText(name).eval()
+    batch = texts(list(lengths))
+    features = encoder(batch)
+    for i, length in enumerate(lengths[:3]):
+        tokens = model(input_ids=batch.ids[i : i + 1, :length]).last_hidden_state[0].double().numpy()
+        expected = sentence_formula(flag, tokens)
+        expected = expected / np.linalg.norm(expected) if normalize else expected
+        assert np.allclose(features.pooled[i].numpy(), expected, atol=1e-5), (flag, length)
+    assert features.pooled.isfinite().all()
+    rebuilt = TransformersText(**json.loads(json.dumps(encoder.spec()))).eval()
+    rebuilt.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(rebuilt(batch).pooled, features.pooled)
+
+
+@torch.no_grad()
+def test_a_sentence_transformers_hub_name_is_loaded_from_the_cache_offline(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path.with_name(f"{tmp_path.name}-hub")
+    name = make_sentence_model(folder, {"pooling_mode_max_tokens": True})
+    into_cache(folder, hub, "nobody/tiny")
+    go_offline(hub, monkeypatch)
+    encoder, local = TransformersText("nobody/tiny").eval(), TransformersText(name).eval()
+    assert (encoder.pooling, encoder.normalize) == ("max", True)
+    assert torch.equal(encoder(texts([7, 3])).pooled, local(texts([7, 3])).pooled)
+
+
+def test_an_explicit_pooling_overrides_that_of_a_sentence_transformers_folder(folder: Path) -> None:
+    name = make_sentence_model(folder, {"pooling_mode": "cls"})
+    made = [TransformersText(name, **options) for options in ({}, {"pooling": "mean"}, {"normalize": False}, {"normalize": True})]
+    assert [(one.pooling, one.normalize) for one in made] == [("first", True), ("mean", False), ("first", False), ("first", True)]
+    with pytest.raises(UserError, match="pooling is 'median'; expected one of mean, first, last, max"):
+        TransformersText(name, pooling="median")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"more": ("Dense",)}, r"consists of Transformer, Pooling, Dense, Normalize; .*--model\.text\.pooling=mean"),
+        (
+            {"pooling": {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}},
+            "pools by cls_token and max_tokens",
+        ),
+        ({"pooling": {}}, "pools by nothing"),
+        ({"pooling": {"pooling_mode": "attention"}}, "pools by attention; expected one of mean_tokens"),
+        ({"path": "0_Transformer"}, "has its transformer in '0_Transformer', expected in the folder itself"),
+    ],
+)
+def test_what_a_sentence_transformers_folder_has_beyond_that_is_rejected_unless_a_pooling_is_chosen(
+    options: dict[str, Any], reason: str, folder: Path
+) -> None:
+    name = make_sentence_model(folder, **{"pooling": {"pooling_mode_mean_tokens": True}} | options)
+    with pytest.raises(UserError, match=reason):
+        TransformersText(name)
+    assert not TransformersText(name, pooling="mean").normalize
+
+
+@torch.no_grad()
+def test_weights_in_shards_are_those_in_one_file(folder: Path, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    BertModel.from_pretrained(folder).save_pretrained(sharded, max_shard_size="5KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 2
+    one, other = (TransformersText(str(path)).eval() for path in (folder, sharded))
+    assert torch.equal(one(texts([7, 3])).pooled, other(texts([7, 3])).pooled)
+    next(iter(sorted(sharded.glob("model-*.safetensors")))).unlink()
+    with pytest.raises(UserError) as refused:
+        TransformersText(str(sharded))
+    assert_names_ways_out(refused.value, str(sharded))
 
 
 # Attention without padding.
