@@ -6,7 +6,8 @@ from torch import Tensor
 
 
 class Images(NamedTuple):
-    """A batch of RGB images: pixels (B, 3, H, W), uint8 in 0..255 or float in 0..1; present (B,) bool, False for a sample without image.
+    """A batch of images: pixels (B, 3, H, W) in RGB, or of as many channels as the encoder reads, uint8 in 0..255 or float in 0..1; present
+    (B,) bool, False for a sample without image.
 
     With `image_index` (B,) int64, pixels (U, 3, H, W) holds only the distinct images, and sample b has the one at image_index[b]: an
     image that several samples share is encoded once.

@@ -24,7 +24,7 @@ from fusion.console import Heartbeat, print_rank_zero
 from fusion.data.images import FileOrBytes, ImageError, ImageSpec, cores, load_image
 from fusion.errors import UserError
 
-VERSION = 2  # of what `images` accepts: raise it when the same file would get a different verdict
+VERSION = 3  # of what `images` accepts: raise it when the same file would get a different verdict
 A_DAY_S = 86_400
 
 Verdict = tuple[str, str]  # the reason why an image can't be used, "" if readable; the digest of its file, "" if unreadable
@@ -32,7 +32,7 @@ Stamp = tuple[str, int, int]  # a file's path, size and modification time in ns;
 
 
 class Checked(NamedTuple):
-    """The result of checking images. pixels: uint8 (U, 3, H, W), None where they don't fit into memory. bad: path (or bytes) -> reason.
+    """The result of checking images. pixels: uint8 (U, C, H, W), None where they don't fit into memory. bad: path (or bytes) -> reason.
     digests: of the bytes of every readable image."""
 
     pixels: Tensor | None
@@ -49,10 +49,10 @@ def check_images(paths: Sequence[FileOrBytes], spec: ImageSpec, *, memory_gib: f
     Verdicts on images that don't fit into memory, or are shared, are stored in `cache`, by path, size and modification time of the file,
     and by everything else that decides them, so that the next run (and the other processes of this one) need not decode them again.
     """
-    fits = len(paths) * 3 * spec.size[0] * spec.size[1] <= memory_gib * 2**30
+    fits = len(paths) * spec.channels * spec.size[0] * spec.size[1] <= memory_gib * 2**30
     pixels: Tensor | None = None
     if fits and not (shared and paths):
-        pixels = decoded = torch.zeros(len(paths), 3, *spec.size, dtype=torch.uint8)
+        pixels = decoded = torch.zeros(len(paths), spec.channels, *spec.size, dtype=torch.uint8)
         verdicts = dict(zip(paths, in_threads(lambda i: verdict(paths[i], spec, decoded[i]), range(len(paths))), strict=True))
     else:
         try:
@@ -68,20 +68,20 @@ def check_images(paths: Sequence[FileOrBytes], spec: ImageSpec, *, memory_gib: f
 
 
 def check_shared(paths: Sequence[FileOrBytes], spec: ImageSpec, stored: Path) -> tuple[dict[FileOrBytes, Verdict], Tensor]:
-    """Verdicts, and the pixels (U, 3, H, W) mapped from a file that the first process makes. The mapping is private (copy on write)."""
+    """Verdicts, and the pixels (U, C, H, W) mapped from a file that the first process makes. The mapping is private (copy on write)."""
     file = shared_file(paths, spec, stored.parent)
     if not file.is_file():
         for older in stored.parent.glob(f"pixels-{platform.node()}-*"):  # of runs that were killed
             if time.time() - older.stat().st_mtime > A_DAY_S:
                 older.unlink(missing_ok=True)
-        shape, written = (len(paths), 3, *spec.size), file.with_suffix(".tmp")
+        shape, written = (len(paths), spec.channels, *spec.size), file.with_suffix(".tmp")
         with open(written, "wb") as room:  # a full disk is reported now, and not by a signal while pixels are written
             os.posix_fallocate(room.fileno(), 0, prod(shape)) if hasattr(os, "posix_fallocate") else room.truncate(prod(shape))
         decoded = torch.from_file(str(written), shared=True, size=prod(shape), dtype=torch.uint8).view(shape)
         store_verdicts(paths, in_threads(lambda i: verdict(paths[i], spec, decoded[i]), range(len(paths))), stored)
         os.replace(written, file)
-    pixels = torch.from_file(str(file), shared=False, size=len(paths) * 3 * prod(spec.size), dtype=torch.uint8)
-    return check_with_stored(paths, spec, stored), pixels.view(len(paths), 3, *spec.size)
+    pixels = torch.from_file(str(file), shared=False, size=len(paths) * spec.channels * prod(spec.size), dtype=torch.uint8)
+    return check_with_stored(paths, spec, stored), pixels.view(len(paths), spec.channels, *spec.size)
 
 
 def shared_file(paths: Sequence[FileOrBytes], spec: ImageSpec, cache: Path) -> Path:

@@ -3,7 +3,7 @@
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Literal, TypeAlias
 
 import numpy as np
+from numpy.lib import format as npy
 from PIL import Image, ImageFile
 
 from fusion.errors import UserError, nearest
@@ -31,7 +32,9 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-EXPECTED_ARRAY = "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, or floats in 0..1"
+NUMBERS = "uint8, uint16, or floats in 0..1"
+RGB_ARRAY = "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+NUMPY = b"\x93NUMPY"  # how a .npy file begins
 
 
 def cores() -> int:
@@ -45,22 +48,28 @@ class ImageError(UserError):
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How images are resized to one size (height, width)."""
+    """How images are resized to one size (height, width). channels: 3 for RGB, 1 for greyscale, others as they are stored."""
 
     size: tuple[int, int]
     resize: Resize = "squash"
     interpolation: Interpolation = "bicubic"
     max_megapixels: float = 100.0
+    channels: int = 3
 
 
 def load_image(source: Source, spec: ImageSpec) -> np.ndarray:
-    """One image as uint8 (3, H, W). Raises ImageError with the reason."""
+    """One image as uint8 (C, H, W). Raises ImageError with the reason."""
+    if spec.channels != 3:
+        from fusion.data.bands import decode_bands  # which is built on this module
+
+        bands = decode_bands(source, spec.channels, max_megapixels=spec.max_megapixels)
+        return np.concatenate([resize(band, spec.size, spec.resize, interpolation=spec.interpolation) for band in bands])
     image = decode(source, max_megapixels=spec.max_megapixels, at_least=spec.size)
     return resize(image, spec.size, spec.resize, interpolation=spec.interpolation)
 
 
 def decoded(sources: Sequence[Source | None], spec: ImageSpec) -> list[np.ndarray | ImageError | None]:
-    """Each image as uint8 (3, H, W), or the error; files are decoded on all cores, since Pillow releases the GIL."""
+    """Each image as uint8 (C, H, W), or the error; files are decoded on all cores, since Pillow releases the GIL."""
 
     def one(source: Source | None) -> np.ndarray | ImageError | None:
         try:
@@ -78,7 +87,8 @@ def decoded(sources: Sequence[Source | None], spec: ImageSpec) -> list[np.ndarra
 def decode(source: Source, *, max_megapixels: float = 100, at_least: tuple[int, int] | None = None) -> Image.Image:
     """The image in RGB, as a viewer shows it: upright by its EXIF orientation, transparency over white, the first of several frames.
 
-    source: a file, its bytes, a Pillow image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, or floats in 0..1.
+    source: a file (of an image, or a .npy with an array), its bytes, a Pillow image, or an array (H, W), (H, W, 1), (H, W, 3) or
+    (H, W, 4) of uint8, uint16, or floats in 0..1.
     max_megapixels: a larger image is rejected by its header, before it is decoded. at_least: (height, width) that is needed; a large JPEG
     is then decoded at 1/2, 1/4 or 1/8 of its size, which is faster, but never below this size.
 
@@ -117,7 +127,7 @@ def resize(
     interpolation: Interpolation = "bicubic",
     fill: int = 128,
 ) -> np.ndarray:
-    """An RGB image at `size` (height, width), as uint8 (3, H, W).
+    """An RGB image at `size` (height, width), as uint8 (3, H, W); one of mode L as (1, H, W).
 
     how: "squash" both sides to the size; "crop" the centre of the image with its shorter side at the size; "pad" the image, centred, with
     its longer side at the size and the grey `fill` around it. "bicubic" and "bilinear" are antialiased.
@@ -136,12 +146,12 @@ def resize(
     elif how == "pad":
         scale = min(width / image_width, height / image_height)
         inner = max(round(image_width * scale), 1), max(round(image_height * scale), 1)
-        fitted = Image.new("RGB", (width, height), (fill, fill, fill))
+        fitted = Image.new(image.mode, (width, height), fill if image.mode == "L" else (fill, fill, fill))
         fitted.paste(image.resize(inner, kernel), ((width - inner[0]) // 2, (height - inner[1]) // 2))
     else:
         raise UserError(f"resize '{how}' is unknown. {nearest(how, ('squash', 'crop', 'pad'))}")
     # A copy, because Pillow's memory is read-only, and torch warns about tensors that share it.
-    return np.array(np.asarray(fitted).transpose(2, 0, 1), order="C", copy=True)
+    return np.array(np.atleast_3d(np.asarray(fitted)).transpose(2, 0, 1), order="C", copy=True)
 
 
 def centre(image: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -180,6 +190,8 @@ def opened_file(path: str | Path) -> IO[bytes]:
 
 
 def from_file(file: IO[bytes], max_megapixels: float, at_least: tuple[int, int] | None) -> Image.Image:
+    if is_array(file):
+        return in_rgb(from_array(read_array(file, max_megapixels, (1, 3, 4), RGB_ARRAY)))
     image = opened_image(file)
     reject_size(image.size, max_megapixels)
     if at_least is not None:
@@ -293,12 +305,44 @@ def in_8_bits(numbers: np.ndarray, black: float, white: float) -> np.ndarray:
 
 
 def from_array(array: np.ndarray) -> Image.Image:
-    is_float = array.dtype.kind == "f"
-    if not array.size or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ImageError(f"an array {array.shape}, {EXPECTED_ARRAY}")
-    if not (is_float or array.dtype in (np.uint8, np.uint16)):
-        raise ImageError(f"an array of {array.dtype}, {EXPECTED_ARRAY}")
-    if is_float and not (array.min() >= 0 and array.max() <= 1):  # not (NaN >= 0)
-        raise ImageError(f"an array of floats from {array.min():g} to {array.max():g}, {EXPECTED_ARRAY}")
-    pixels = array if array.dtype == np.uint8 else in_8_bits(array, 0, 1 if is_float else 65535)
+    check_shape(array.shape, (1, 3, 4), RGB_ARRAY)
+    pixels = as_bytes(array, RGB_ARRAY)
     return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+
+
+def check_shape(shape: tuple[int, ...], channels: Collection[int], expected: str) -> None:
+    if not prod(shape) or len(shape) not in (2, 3) or (shape[2] if len(shape) == 3 else 1) not in channels:
+        raise ImageError(f"an array {shape}, {expected} of {NUMBERS}")
+
+
+def as_bytes(array: np.ndarray, expected: str) -> np.ndarray:
+    """An array of any accepted numbers as uint8. expected: its shapes, for the error."""
+    is_float = array.dtype.kind == "f"
+    if not (is_float or array.dtype in (np.uint8, np.uint16)):
+        raise ImageError(f"an array of {array.dtype}, {expected} of {NUMBERS}")
+    if is_float and not (array.min() >= 0 and array.max() <= 1):  # not (NaN >= 0)
+        raise ImageError(f"an array of floats from {array.min():g} to {array.max():g}, {expected} of {NUMBERS}")
+    return array if array.dtype == np.uint8 else in_8_bits(array, 0, 1 if is_float else 65535)
+
+
+def is_array(file: IO[bytes]) -> bool:
+    """Whether a file has an array, as numpy.save writes it."""
+    file.seek(0)
+    prefix = file.read(len(NUMPY))
+    file.seek(0)
+    return prefix == NUMPY
+
+
+def read_array(file: IO[bytes], max_megapixels: float, channels: Collection[int], expected: str) -> np.ndarray:
+    """The array of a file; its header is checked before it is read."""
+    try:
+        read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+        shape = read_header(file)[0]
+        reject_size(shape[1::-1], max_megapixels)
+        check_shape(shape, channels, expected)
+        file.seek(0)
+        return np.load(file, allow_pickle=False)
+    except ImageError:
+        raise
+    except (ValueError, OSError, EOFError) as error:
+        raise ImageError(reason_of(error)) from error

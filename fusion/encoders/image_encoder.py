@@ -53,9 +53,15 @@ class ImageEncoder(Encoder):
             self.register_buffer(key, torch.tensor(values).view(-1, 1, 1), persistent=False)
         return constants
 
+    @property
+    def readable_channels(self) -> tuple[int, ...]:
+        """Numbers of channels that images may have; a model of one channel also converts RGB to greyscale."""
+        return (3, 1) if len(self.mean) == 1 else (len(self.mean),)
+
     def example(self) -> Images:
         present = torch.ones(1, dtype=torch.bool, device=self.mean.device)
-        return Images(torch.zeros(1, 3, *self.image_size, device=present.device), present, any_present=True, all_present=True)
+        pixels = torch.zeros(1, self.readable_channels[0], *self.image_size, device=present.device)
+        return Images(pixels, present, any_present=True, all_present=True)
 
     def encode(self, x: Images | Tensor, run: Callable[[Tensor], list[Encoded]]) -> list[Features]:
         """Applies `run` to the normalised pixels and returns the samples' Features."""
@@ -68,7 +74,10 @@ class ImageEncoder(Encoder):
         if empty:
             pixels = pixels[:0]  # other ranks wait for this one's batch statistics, here those of an empty batch
         pixels = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
-        if len(self.mean) == 1:
+        if pixels.shape[1] not in self.readable_channels:
+            expected = " or ".join(map(str, self.readable_channels))
+            raise UserError(f"image encoder: '{self.name}' reads images of {expected} channels, got {pixels.shape[1]}")
+        if len(self.mean) < pixels.shape[1]:
             pixels = grey(pixels)
         pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=self.memory_format)
         # In float32 like the other ranks' statistics; torch would send those of an empty batch in the autocast dtype.
@@ -140,7 +149,7 @@ def of_channels(key: str, values: Any, channels: int) -> list[float]:
     given = list(values) if isinstance(values, list | tuple) else [values]
     if not all(type(value) in (int, float) for value in given):
         raise UserError(f"image encoder: data_config.{key} is {values!r}; expected a number for each of {channels} channels")
-    if len(given) not in (1, 3):
+    if len(given) not in (1, channels, 3 if channels == 1 else 1):
         raise UserError(f"image encoder: data_config.{key} has {len(given)} values; expected one for each of {channels} channels")
     return given if len(given) == channels else given * channels if len(given) == 1 else [sum(given) / len(given)]
 

@@ -31,7 +31,7 @@ CONSTANTS = ("mean", "std", "interpolation")
 class TimmImage(ImageEncoder):
     """Encode images with a timm model, by name or from a local folder.
 
-    Takes Images with pixels (B, 3, H, W), normalises them itself, and returns tokens (B, N, dim): the patches of a transformer with
+    Takes Images with pixels (B, C, H, W), normalises them itself, and returns tokens (B, N, dim): the patches of a transformer with
     its class token, or the positions of a feature map, row by row, layer-normalised and with cosine position embeddings added (which a
     convolutional model has none of). pooled (B, dim) is the class token if there is one, else the mean.
 
@@ -40,8 +40,9 @@ class TimmImage(ImageEncoder):
         pretrained: load its pretrained weights; False trains from scratch.
         image_size: side in pixels, or [height, width]; the model's own if None.
         frozen: no gradient, eval mode.
-        options: further arguments of the timm model (drop_path_rate, channels, ...); in_chans: 1 converts the images to greyscale.
-        data_config: overrides of the model's own mean, std and interpolation.
+        options: further arguments of the timm model (drop_path_rate, channels, ...); in_chans: 1 converts the images to greyscale, other
+            numbers read images of as many channels (ImageInput's channels), to which timm adapts pretrained weights.
+        data_config: overrides of the model's own mean, std and interpolation. Mean and std of other than 1 or 3 channels are 0.5.
 
     Raises UserError for an unknown name, weights that are not available, and a model that can't be built or run with these settings.
     Whether a model has embeddings before its first block, and levels, is checked only when they are used.
@@ -69,9 +70,9 @@ class TimmImage(ImageEncoder):
         config = resolve_model_data_config(self.body) | overrides
         self.image_size: tuple[int, int] = size or tuple(config["input_size"][1:])
         channels = self.body._model_args.get("in_chans") or config["input_size"][0]
-        if channels not in (1, 3):
-            raise UserError(f"image encoder: '{name}' has in_chans {channels}; expected 3 (RGB) or 1 (greyscale, converted from RGB)")
-        mean, std = self.set_constants(config["mean"], config["std"], channels)
+        # The model's own constants are those of RGB.
+        mean, std = (config[key] if channels in (1, 3) or key in overrides else 0.5 for key in ("mean", "std"))
+        mean, std = self.set_constants(mean, std, channels)
         self.data_config = {"mean": mean, "std": std, "interpolation": config["interpolation"]}
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
         self.has_batch_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.body.modules())

@@ -301,11 +301,39 @@ def test_a_model_of_one_channel_reads_the_luma_of_the_picture(name: str) -> None
     assert_same(rebuilt(pixels(2)), encoder(pixels(2)))
 
 
-def test_other_numbers_of_channels_are_refused() -> None:
-    with pytest.raises(UserError, match=r"'test_vit' has in_chans 4; expected 3 \(RGB\) or 1 \(greyscale, converted from RGB\)"):
-        make("test_vit", options={"in_chans": 4})
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_model_of_more_channels_reads_as_many(name: str) -> None:
+    encoder = make(name, options={"in_chans": 5}).eval()
+    raw = torch.rand(2, 5, 64, 64, generator=torch.Generator().manual_seed(1))
+    seen: list[Tensor] = []
+    run = encoder.body.forward_features
+    encoder.body.forward_features = lambda x: seen.append(x) or run(x)
+    features = encoder(raw)
+    torch.testing.assert_close(seen[0], (raw - 0.5) / 0.5)
+    changed = torch.cat([raw[:, :4], 1 - raw[:, 4:]], dim=1)
+    assert not torch.allclose(encoder(changed).pooled, features.pooled)
+    own = {"mean": [0.1, 0.2, 0.3, 0.4, 0.5], "std": [0.5, 0.4, 0.3, 0.2, 0.1]}
+    again = make(name, options={"in_chans": 5}, data_config=own)
+    assert again.data_config | own == again.data_config
+    for one in (encoder, again.eval()):
+        rebuilt = TimmImage(**json.loads(json.dumps(one.spec()))).eval()
+        rebuilt.load_state_dict(one.state_dict())
+        assert_same(rebuilt(raw), one(raw))
+    with pytest.raises(UserError, match="reads images of 5 channels, got 3"):
+        encoder(pixels(2))
+
+
+def test_pretrained_weights_are_adapted_to_more_channels(folder: Path) -> None:
+    three, six = (TimmImage(str(folder), image_size=64, options={"in_chans": n}).eval() for n in (3, 6))
+    first, second = (next(iter(one.body.parameters())) for one in (three, six))
+    torch.testing.assert_close(second, torch.cat([first, first], dim=1) / 2)  # timm's rule: repeated, and scaled to the same sum
+
+
+def test_constants_of_another_number_of_channels_are_rejected() -> None:
     with pytest.raises(UserError, match=r"data_config\.mean has 2 values; expected one for each of 3 channels"):
         make("test_vit", data_config={"mean": [0.1, 0.2]})
+    with pytest.raises(UserError, match=r"data_config\.std has 3 values; expected one for each of 4 channels"):
+        make("test_vit", data_config={"std": [0.1, 0.2, 0.3]}, options={"in_chans": 4})
     with pytest.raises(UserError, match=r"data_config has no 'means'\. Did you mean mean"):
         make("test_vit", data_config={"means": [0.1, 0.2, 0.3]})
 

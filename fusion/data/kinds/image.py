@@ -29,7 +29,7 @@ MAX_SHOWN = 5
 
 
 class Augment(Protocol):
-    """An augmentation of a training image: maps uint8 (3, H, W) to uint8 (3, H, W)."""
+    """An augmentation of a training image: maps uint8 (C, H, W) to uint8 (C, H, W); C is 3 unless the input has other channels."""
 
     def __call__(self, pixels: Tensor) -> Tensor: ...
 
@@ -45,6 +45,8 @@ class ImageInput(Kind):
         column: name of the manifest's column.
         resize: "squash" images to the encoder's size, "crop" their centre, or "pad" them. None: data.resize.
         max_megapixels: larger images are rejected without decoding. None: data.max_megapixels.
+        channels: 3 is RGB, with transparency over white; 1 greyscale; 4 RGBA, of files that have alpha; any number is that of arrays
+            (H, W, C) in .npy files. Other than 3 and 1, a file of another number of channels is unusable. The encoder must read as many.
     """
 
     noun = "image"
@@ -52,8 +54,10 @@ class ImageInput(Kind):
     spec: ImageSpec
     augment: Augment | None = None  # set from the data's settings
 
-    def __init__(self, column: str = "image", resize: Resize | None = None, max_megapixels: float | None = None) -> None:
-        self.column, self.resize, self.max_megapixels = column, resize, max_megapixels
+    def __init__(self, column: str = "image", resize: Resize | None = None, max_megapixels: float | None = None, channels: int = 3) -> None:
+        if channels < 1:
+            raise UserError(f"ImageInput: channels is {channels}; expected at least 1")
+        self.column, self.resize, self.max_megapixels, self.channels = column, resize, max_megapixels, channels
         self.max_images = 1  # largest number of images of a sample
         self.sources: list[FileOrBytes] = []  # the distinct images
         self.pixels: Tensor | None = None  # of the distinct images, if they fit into memory
@@ -124,7 +128,13 @@ class ImageInput(Kind):
         size = getattr(encoder, "image_size", (224, 224))
         own = getattr(encoder, "data_config", {})
         resize, interpolation = self.resize or own.get("resize", "squash"), own.get("interpolation", "bicubic")
-        self.spec = ImageSpec(size, resize, interpolation, self.max_megapixels or 100.0)
+        self.spec = ImageSpec(size, resize, interpolation, self.max_megapixels or 100.0, self.channels)
+        readable = getattr(encoder, "readable_channels", (3,))
+        if self.channels not in readable:
+            raise UserError(
+                f"{self.option}: images of {self.channels} channels, but their encoder reads {' or '.join(map(str, readable))}; set the "
+                f"input's channels={readable[0]}, or a timm encoder's options={{in_chans: {self.channels}}}"
+            )
         self.max_images = max((len(images_in(cell)) for cell in cells), default=1) or 1
         self.sources = sorted({one for cell in cells for one in images_in(cell)}, key=lambda one: (isinstance(one, bytes), one))
         self.pixels, bad, self.digests = check_images(
@@ -177,7 +187,7 @@ class ImageInput(Kind):
 
     def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Images:
         flat = [(i, one) for i, cell in enumerate(cells) for one in (cell if isinstance(cell, tuple) else (cell,))]
-        pixels = torch.zeros(max(len(flat), 1), 3, *self.spec.size, dtype=torch.uint8)
+        pixels = torch.zeros(max(len(flat), 1), self.spec.channels, *self.spec.size, dtype=torch.uint8)
         for position, image in enumerate(decoded([one for _, one in flat], self.spec)):
             if isinstance(image, np.ndarray):
                 pixels[position] = torch.from_numpy(image)
@@ -204,12 +214,12 @@ class ImageInput(Kind):
 
     def differences(self, then: dict[str, Any]) -> Iterator[str]:
         now = self.learnt()["spec"]
-        if then["spec"] != now:
+        if {"channels": 3} | then["spec"] != now:
             yield f"images are preprocessed by {now}, were by {then['spec']}"
 
 
 class ImageStore:
-    """Distinct images, decoded and resized: held in memory as uint8 (U, 3, H, W), or read from their files for each batch.
+    """Distinct images, decoded and resized: held in memory as uint8 (U, C, H, W), or read from their files for each batch.
 
     sources: their files or bytes. pixels: their decoded pixels, or None if they don't fit into memory.
     """
@@ -223,7 +233,7 @@ class ImageStore:
         distinct, inverse = np.unique(index[index >= 0], return_inverse=True)
         which = np.zeros(index.shape, dtype=np.int64)
         which[index >= 0] = inverse
-        pixels = torch.zeros(max(len(distinct), 1), 3, *self.spec.size, dtype=torch.uint8)
+        pixels = torch.zeros(max(len(distinct), 1), self.spec.channels, *self.spec.size, dtype=torch.uint8)
         if self.pixels is not None and len(distinct):
             pixels = self.pixels[torch.from_numpy(distinct)]
         elif len(distinct):
