@@ -100,6 +100,8 @@ class PairText(TransformersText):
         """The texts (B, longest) as the pair was trained on them: with its padding, which attention doesn't mask."""
         assert self.longest is not None
         more = (0, self.longest - x.ids.shape[1])
+        if more[1] < 0:
+            raise UserError(f"text encoder: texts of {x.ids.shape[1]} tokens, but the model has {self.longest} positions; truncate them")
         return Texts(pad(torch.where(x.mask, x.ids, self.pad_id), more, value=self.pad_id), pad(x.mask, more), full=True)
 
     def end_of_text(self, x: Texts) -> Tensor:

@@ -120,6 +120,11 @@ def test_what_stands_in_the_padding_changes_nothing(folder: str, kind: str) -> N
         torch.testing.assert_close(one.pooled[:3], other.pooled[:3])
 
 
+def test_texts_longer_than_the_positions_are_rejected(folders: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="texts of 13 tokens, but the model has 12 positions"):
+        PairText(folders["siglip"])(Texts(torch.ones(1, 13, dtype=torch.int64), torch.ones(1, 13, dtype=torch.bool)))
+
+
 def test_padding_is_that_of_the_tokenizer_and_not_of_the_config(folders: dict[str, str], tmp_path: Path) -> None:
     _, text = encoders(folders["siglip"])
     assert (text.pad_id, text.body.config.pad_token_id) == (0, 1)
@@ -402,6 +407,21 @@ def test_heads_of_every_stage_read_a_pair(folder: str, kind: str, head: Any) -> 
     assert output.shape == (4, 3)
     output.sin().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+class WithPooled(CrossAttention):
+    """A head of tokens that also reads pooled features, which nothing says but its code."""
+
+    def fuse(self, features: dict[str, Features]) -> Tensor:
+        return super().fuse(features) + features["image"].pooled[:, :1]
+
+
+@every
+def test_a_head_of_tokens_that_reads_pooled_features_in_its_own_way_gets_the_pairs(folder: str, kind: str) -> None:
+    image, text = encoders(folder)
+    before = image(pixels()).pooled
+    FusionModel.build({"image": image, "text": text}, partial(WithPooled, dim=16), 3)
+    assert torch.equal(image(pixels()).pooled, before)
 
 
 @every
