@@ -168,6 +168,14 @@ class Predictor:
         values = self.processor.task.values(self.model(ordered).output).cpu()
         return values, {name: x.present for name, x in inputs.items()}
 
+    @torch.inference_mode()
+    def match(self, columns: Mapping[str, Sequence[Any]]) -> Tensor:
+        """Returns the matching logits (B,) of pairs, by cells of the inputs; of a run of Retrieval whose head has a matcher."""
+        inputs = {name: on_device(kind.batch(columns[name], {}), self.device) for name, kind in self.processor.inputs.items()}
+        ordered = {name: inputs[name] for name in self.modalities}
+        head: Any = self.model.head
+        return head.match(self.model.encode(ordered)).float().cpu()
+
     def gather(self, outputs: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Predictions:
         """Combines the outputs of several batches."""
         batches, task = list(outputs), self.processor.task

@@ -22,6 +22,7 @@ from fusion.evaluation import scores_by_group
 from fusion.predictor import Predictor, model_of
 from fusion.settings.reading import data_of, inputs_for, reading_of
 from fusion.tasks import Task
+from fusion.tasks.metrics import Pairs, retrieval_ranks, retrieval_scores
 
 Outputs = list[tuple[Tensor, dict[str, Tensor]]]
 
@@ -49,11 +50,13 @@ def evaluate_run(
     batch_size: int = 256,
     reading: Sequence[str] = (),
     by_class: bool = False,
+    rerank: int = 0,
 ) -> Evaluation:
     """Score a run on one of its splits, or on another manifest with labels.
 
     by: column by which samples are grouped. reading: options of fit that describe the manifest. by_class: whether each class is scored by
-    itself, too. Raises UserError if split, column or checkpoint doesn't exist, or the task has no classes to score.
+    itself, too. rerank: number of first candidates that the matcher of a retrieval run orders anew, the scores of which are added as a
+    group, 0 for none. Raises UserError if split, column or checkpoint doesn't exist, or the task has no classes, or no matcher.
     """
     data = data_of(run)
     data.issues = issues = DataIssues("drop")  # printed at the end; the run's on_bad_sample concerns training only
@@ -61,6 +64,8 @@ def evaluate_run(
     task = predictor.processor.task
     if by_class and type(task).class_scores is Task.class_scores:
         raise UserError(f"{type(task).__name__} has no classes to be scored by themselves; leave out --classes")
+    if rerank:
+        reject_unmatched(predictor)
     data.columns, data.format = reading_of(run, reading)
     inputs = inputs_for(predictor, data.columns, run)
     of_run = manifest is None
@@ -71,6 +76,8 @@ def evaluate_run(
     groups = column(table, data.columns, by) if by else None
     values = torch.cat([values for values, _ in outputs])
     scores = scores_by_group(task, values, table.labels, groups)
+    if rerank:
+        scores[f"first {rerank} re-ranked"] = reranked_scores(predictor, table, values, rerank) | {"samples": len(table)}
     classes = task.class_scores(values, torch.from_numpy(task.encode(table.labels))) if by_class else {}
     return Evaluation(scores, task, classes, len(table), task.unseen(table.labels), issues)
 
@@ -113,6 +120,51 @@ def predict_rows(predictor: Predictor, table: Table, issues: DataIssues, batch_s
             f"none of the {len(table)} samples can be read; the first: {issues.dropped[0].reason if issues.dropped else 'no rows'}"
         )
     return table.take(readable_rows), outputs
+
+
+def reject_unmatched(predictor: Predictor) -> None:
+    """Raises UserError for a model without a matcher."""
+    if getattr(predictor.model.head, "matcher", None) is None:
+        raise UserError("this run has no matcher to re-rank with; train one by --model.head.matcher=CrossAttention")
+
+
+def reranked_scores(predictor: Predictor, table: Table, values: Tensor, first: int) -> dict[str, float]:
+    """The scores of a retrieval run after its matcher has ordered the first candidates of every query anew."""
+    task: Any = predictor.processor.task
+    target = torch.from_numpy(task.encode(table.labels))
+    left, right = values.chunk(2, dim=1)
+    pairs = Pairs.of(left, right, target)
+    head: Any = predictor.model.head
+    sides = list(head.sides.values())
+    ranks = []
+    for query, rank in enumerate(retrieval_ranks(pairs)):
+        (own, others), (of_own, of_others) = (
+            (one, other) if query == 0 else (other, one) for one, other in ((pairs.lefts, pairs.rights), (pairs.left, pairs.right))
+        )
+        rows = [first_of_each(target[:, side]) for side in (query, 1 - query)]
+        right_ones: dict[int, set[int]] = {}
+        for one, other in zip(of_own.tolist(), of_others.tolist(), strict=True):
+            right_ones.setdefault(one, set()).add(other)
+        found = rank.clone()
+        for q in range(len(own)):
+            best = (own[q] @ others.T).topk(min(first, len(others))).indices.tolist()
+            if not right_ones[q] & set(best):
+                continue
+            columns = {name: [table.inputs[name][rows[0][q]]] * len(best) for name in sides[query]}
+            columns |= {name: [table.inputs[name][rows[1][other]] for other in best] for name in sides[1 - query]}
+            logits = predictor.match(columns)
+            is_right = torch.tensor([other in right_ones[q] for other in best])
+            found[q] = 1 + int((logits[~is_right] >= logits[is_right].max()).sum())
+        ranks.append(found)
+    return {name: float(score) for name, score in retrieval_scores((ranks[0], ranks[1]), task.sides).items()}
+
+
+def first_of_each(items: Tensor) -> list[int]:
+    """The first row of each distinct item, in the order of the items."""
+    first: dict[int, int] = {}
+    for row, item in enumerate(items.tolist()):
+        first.setdefault(item, row)
+    return [first[item] for item in sorted(first)]
 
 
 def print_issues(issues: DataIssues, path: Path) -> None:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from fusion.data.table import Table
 from fusion.errors import UserError
 from fusion.predictor import Predictor, model_of
 from fusion.runs.bundle import WEIGHTS
-from fusion.scoring import load_for, predict_rows, rows_of
+from fusion.scoring import load_for, predict_rows, reject_unmatched, rows_of
 from fusion.settings.reading import inputs_for, reading_of
 from fusion.tasks import Retrieval
 
@@ -30,12 +32,14 @@ CHUNK_VALUES = 2**24  # scores computed at once
 
 
 class Match(NamedTuple):
-    """An item found: its cosine similarity with the query, its row and id in the manifest, and its cells by input."""
+    """An item found: its cosine similarity with the query, its row and id in the manifest, its cells by input; and the probability that it
+    matches, if it was re-ranked."""
 
     score: float
     row: int
     id: str
     cells: dict[str, str]
+    match: float | None = None
 
 
 class Index:
@@ -123,7 +127,7 @@ class Index:
         return cls(load_for(Path(run).expanduser(), checkpoint, DataIssues("drop")), embeddings, items, about["model"])
 
     def search(
-        self, images: Iterable[Any] | None = None, texts: Iterable[Any] | None = None, *, k: int = 10, **inputs: Any
+        self, images: Iterable[Any] | None = None, texts: Iterable[Any] | None = None, *, k: int = 10, rerank: int = 0, **inputs: Any
     ) -> list[list[Match]]:
         """The nearest items of the other side for each query, best first.
 
@@ -131,6 +135,7 @@ class Index:
             images: queries, as for `Predictor.predict`; all queries are of one side.
             texts: likewise.
             k: number of items for each query.
+            rerank: number of nearest items that the run's matcher orders anew, of which the first k are returned; 0 for none.
             inputs: other inputs by name.
 
         Raises UserError for queries of both sides, and where the other side has no item.
@@ -146,7 +151,26 @@ class Index:
         other = SIDES[1 - SIDES.index(given[0])]
         if not len(self.embeddings[other]):
             raise UserError(f"the index has no {'+'.join(names_of(self.predictor, other))} to be found")
-        return self.matches(other, *nearest_rows(sides[given[0]], self.embeddings[other], k))
+        if rerank:
+            reject_unmatched(self.predictor)
+        found = self.matches(other, *nearest_rows(sides[given[0]], self.embeddings[other], max(k, rerank)))
+        if not rerank:
+            return found
+        named = {"image": images, "text": texts} | inputs
+        kinds = self.predictor.processor.inputs
+        queries = {name: kinds[name].raw(named[name], name) for name in self.inputs_of(given[0]) if named.get(name) is not None}
+        return [
+            self.reranked({name: cells[i] for name, cells in queries.items()}, of_query, rerank)[:k] for i, of_query in enumerate(found)
+        ]
+
+    def reranked(self, query: dict[str, Any], found: list[Match], first: int) -> list[Match]:
+        """The items with the first ones in the order of the matcher."""
+        columns: dict[str, list[Any]] = {name: [query.get(name)] * min(first, len(found)) for name in self.predictor.modalities}
+        for name in found[0].cells:
+            columns[name] = [cell_of_text(match.cells[name]) for match in found[:first]]
+        probability = self.predictor.match(columns).sigmoid().tolist()
+        matched = [match._replace(match=p) for match, p in zip(found[:first], probability, strict=True)]
+        return [*sorted(matched, key=lambda match: -(match.match or 0.0)), *found[first:]]
 
     def inputs_of(self, side: str) -> list[str]:
         """The names of a side's inputs."""
@@ -224,6 +248,23 @@ def cell_as_text(cell: Any) -> str | None:
     if isinstance(cell, bytes):
         return f"{len(cell)} bytes"
     return json.dumps([cell_as_text(one) for one in cell]) if isinstance(cell, tuple) else cell if cell is None else str(cell)
+
+
+def cell_of_text(text: str | None) -> Any:
+    """The cell whose text `cell_as_text` gave. Raises UserError for bytes.
+
+    >>> cell_of_text("a.png"), cell_of_text('["a.png", "b.png"]')
+    ('a.png', ('a.png', 'b.png'))
+    """
+    if text is not None and re.fullmatch(r"\d+ bytes", text):
+        raise UserError(
+            "the index doesn't keep images that were bytes in a Parquet file, so that they can't be re-ranked; index image files"
+        )
+    if text is not None and text.startswith("["):
+        with suppress(ValueError):
+            cells = json.loads(text)
+            return tuple(cells) if isinstance(cells, list) else text
+    return text
 
 
 def digest_of(run: Path, checkpoint: str) -> str:

@@ -22,6 +22,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--manifest", help="another manifest with labels, scored instead of a split")
     parser.add_argument("--by", help="column of the manifest by which samples are grouped")
     parser.add_argument("--classes", action="store_true", help="also the scores of each class or label by itself")
+    parser.add_argument("--rerank", type=above_zero, help="number of first candidates that a retrieval run's matcher orders anew")
     parser.add_argument("--checkpoint", default="best", help="best or last")
     parser.add_argument("--batch_size", type=above_zero, default=256)
     own, reading = reading_options(arguments)
@@ -35,6 +36,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         "by": options.by or "",
         "checkpoint": options.checkpoint,
         "by_class": options.classes,
+        "rerank": options.rerank or 0,
     }
     evaluation = evaluate_run(run, **selection, batch_size=options.batch_size, reading=reading)
     task = evaluation.task

@@ -23,6 +23,7 @@ def search(arguments: Sequence[str]) -> int:
     parser.add_argument("--inputs", type=json.loads, default={}, help='a query of other inputs, by name, as JSON: {"title": "red shoes"}')
     parser.add_argument("--index", help="folder of the index; index in the run folder if not given")
     parser.add_argument("--k", type=above_zero, default=10, help="number of items")
+    parser.add_argument("--rerank", type=above_zero, default=None, help="number of nearest items that the run's matcher orders anew")
     parser.add_argument("--checkpoint", default="best", help="best or last")
     parser.add_argument("--json", action="store_true", help="print one JSON object per item")
     options = parser.parse_args(list(arguments))
@@ -31,13 +32,17 @@ def search(arguments: Sequence[str]) -> int:
     if not query:
         raise UserError('fusion search: no query is given; expected --text "...", --image FILE, or --inputs for others')
     run = Path(options.run).expanduser()
-    found = Index.load(options.index or run / INDEX, run, checkpoint=options.checkpoint).search(**query, k=options.k)[0]
+    index = Index.load(options.index or run / INDEX, run, checkpoint=options.checkpoint)
+    found = index.search(**query, k=options.k, rerank=options.rerank or 0)[0]
     if options.json:
         for match in found:
             print(json.dumps(match._asdict(), ensure_ascii=False))
         return 0
     names = list(found[0].cells)
-    lines = [["", "cosine", "row", "id", *names]]
-    lines += [[str(i), f"{m.score:.4f}", str(m.row), m.id, *(str(m.cells[name] or "") for name in names)] for i, m in enumerate(found, 1)]
+    matched = ["match"] if options.rerank else []
+    lines = [["", "cosine", *matched, "row", "id", *names]]
+    for i, one in enumerate(found, 1):
+        probability = [] if not options.rerank else ["" if one.match is None else f"{one.match:.4f}"]
+        lines.append([str(i), f"{one.score:.4f}", *probability, str(one.row), one.id, *(str(one.cells[name] or "") for name in names)])
     print(aligned(lines))
     return 0

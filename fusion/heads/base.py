@@ -1,6 +1,5 @@
 """The contract of all fusion heads."""
 
-import importlib
 import inspect
 import math
 from collections.abc import Mapping
@@ -174,15 +173,3 @@ def stream_and_other(head: str, dims: Mapping[str, int], chosen: str | None, *, 
 def default_modality(usual: str, dims: Mapping[str, int]) -> str:
     """The modality named "text" or "image"; if there is none of that name, the first for "text", the last for "image"."""
     return usual if usual in dims else list(dims)[0 if usual == "text" else -1]
-
-
-def head_named(name: str) -> type[FusionHead]:
-    """The class of a head by its name in fusion.heads, or by a dotted name. Raises ValueError for another name."""
-    module, _, attribute = (name if "." in name else f"fusion.heads.{name}").rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError):
-        found = None
-    if not (isinstance(found, type) and issubclass(found, FusionHead)):
-        raise ValueError(f"there is no head '{name}'; expected a class of fusion.heads, such as Concat, or a dotted name")
-    return found

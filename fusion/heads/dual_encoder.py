@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
-from fusion.features import Features
-from fusion.heads.base import FusionHead, FusionOutput, head_named
+from fusion.features import Features, masked_softmax
+from fusion.heads.base import FusionHead, FusionOutput
+from fusion.heads.by_name import head_named
 
 LARGEST_SCALE = 100.0  # of the logits, as in CLIP
 
@@ -23,9 +24,15 @@ class DualEncoder(FusionHead):
     The output (B, 2 (D + 1)) holds left, then right; a side whose inputs are all absent is 0. The scale s = 1 / temperature is learned, and
     clamped to at most 100; the bias b is learned if given, else 0. A side of several inputs is fused by another head.
 
+    A matcher is a fusion head that reads both sides of a pair and decides whether they belong together, more precisely than embeddings
+    made apart can: it re-ranks the first candidates of a search (`match`). Its loss is the binary cross entropy of each pair of the batch
+    and of two hard negatives, drawn by softmax of the logits from the batch's other right, and other left, items; it is added as
+    `auxiliary`.
+
     Source: Radford et al. (2021), "Learning Transferable Visual Models From Natural Language Supervision" (CLIP); bias: Zhai et al. (2023),
-    "Sigmoid Loss for Language Image Pre-Training" (SigLIP). Reads pooled features (B, D), or what the heads of its sides read. Cost:
-    D * dim parameters for each side.
+    "Sigmoid Loss for Language Image Pre-Training" (SigLIP); matcher: Li et al. (2021), "Align before Fuse" (ALBEF).
+    Reads: pooled features (B, D), or what its other heads read.
+    Cost: D * dim parameters for each side; in training with a matcher, three times its cost.
 
     Args:
         left: inputs of the first side; the first input at the default.
@@ -36,6 +43,9 @@ class DualEncoder(FusionHead):
         fuse_args: its arguments.
         temperature: initial temperature; at least 0.01. CLIP's trained models have 0.01, SigLIP's training starts from 0.1.
         bias: initial bias of the logits, for the sigmoid loss, as -10 in SigLIP. None: none.
+        matcher: the head that matches pairs, a class of fusion.heads or a dotted name. None: none.
+        matcher_args: its arguments.
+        matching_weight: factor of the matching loss; above 0.
 
     >>> head = DualEncoder({"image": 8, "text": 16}, 2 * (4 + 1))
     >>> head({"image": torch.randn(3, 8), "text": torch.randn(3, 16)}).output.shape
@@ -57,6 +67,9 @@ class DualEncoder(FusionHead):
         fuse_args: dict[str, Any] | None = None,
         temperature: float = 0.07,
         bias: float | None = None,
+        matcher: str | None = None,
+        matcher_args: dict[str, Any] | None = None,
+        matching_weight: float = 1.0,
     ) -> None:
         super().__init__(dims, out_dim, width=None)
         if out_dim < 4 or out_dim % 2:
@@ -73,7 +86,7 @@ class DualEncoder(FusionHead):
         for side, names in self.sides.items():
             if len(names) > 1:
                 own = {name: dims[name] for name in names}
-                fusing = head_named(fuse)(own, self.dim, **fuse_args or {})
+                fusing = head_named(fuse, "DualEncoder: unknown head")(own, self.dim, **fuse_args or {})
                 if fusing.stage not in ("tokens", "pooled"):
                     raise ValueError(
                         f"DualEncoder: fuse is {fuse}, which reads {fusing.stage}; expected a head that reads tokens or pooled"
@@ -88,7 +101,15 @@ class DualEncoder(FusionHead):
                     f"DualEncoder: without projection the embedding has the width of '{names[0]}', {dims[names[0]]}, but the task asks "
                     f"for {self.dim}; set the task's dim to {dims[names[0]]}, or projection to linear"
                 )
-        if any(isinstance(m, FusionHead) and m.stage == "tokens" for m in self.embedders.values()):
+        self.matcher = None if matcher is None else head_named(matcher, "DualEncoder: unknown head")(dims, 1, **matcher_args or {})
+        if self.matcher is not None and self.matcher.stage not in ("tokens", "pooled"):
+            raise ValueError(
+                f"DualEncoder: matcher is {matcher}, which reads {self.matcher.stage}; expected a head that reads tokens or pooled"
+            )
+        if not 0 < matching_weight < math.inf:
+            raise ValueError(f"DualEncoder: matching_weight is {matching_weight}; expected a number above 0")
+        self.matching_weight = matching_weight
+        if any(isinstance(m, FusionHead) and m.stage == "tokens" for m in (*self.embedders.values(), self.matcher)):
             self.stage = "tokens"  # type: ignore[assignment]
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
@@ -117,7 +138,35 @@ class DualEncoder(FusionHead):
                 last = last * (0.0 if self.bias is None else self.bias.float())
             present = torch.stack([clean[name].present for name in self.sides[side]], dim=1).any(dim=1)
             outputs.append(torch.where(present[:, None], torch.cat([embedding, last], dim=1), 0.0))
-        return FusionOutput(torch.cat(outputs, dim=1), {})
+        auxiliary = self.matching_loss(clean, *outputs) if self.training and self.matcher is not None else None
+        return FusionOutput(torch.cat(outputs, dim=1), {}, auxiliary)
+
+    def match(self, features: Mapping[str, Features | Tensor]) -> Tensor:
+        """The matcher's logits (B,) of pairs, as `forward` takes them."""
+        assert self.matcher is not None
+        return self.matcher(features).output[:, 0]
+
+    def matching_loss(self, features: dict[str, Features], left: Tensor, right: Tensor) -> Tensor:
+        """The weighted matching loss (B,) of pairs, from their features and outputs (B, D + 1); 0 for a pair that lacks a side."""
+        complete = (left.detach() != 0).any(dim=1) & (right.detach() != 0).any(dim=1)
+        logits = left.detach().float() @ right.detach().float().T
+        possible = complete[:, None] & complete & ~torch.eye(len(left), dtype=torch.bool, device=left.device)
+        own = torch.arange(len(left), device=left.device)
+        pairs, counted = [(own, own)], [complete]
+        for scores, negatives in ((logits, "right"), (logits.T, "left")):
+            chances = masked_softmax(scores, possible, dim=1)
+            has_any = possible.any(dim=1)
+            drawn = torch.multinomial(torch.where(has_any[:, None], chances, 1.0), 1)[:, 0]
+            pairs.append((own, drawn) if negatives == "right" else (drawn, own))
+            counted.append(has_any)
+        index = {side: torch.cat([pair[i] for pair in pairs]) for i, side in enumerate(("left", "right"))}
+        chosen = {name: rows_of(features[name], index[side]) for side, names in self.sides.items() for name in names}
+        found = self.match({name: chosen[name] for name in self.dims}).float()
+        target = torch.zeros_like(found)
+        target[: len(own)] = 1
+        losses = binary_cross_entropy_with_logits(found, target, reduction="none").view(3, -1)
+        counts = torch.stack(counted)
+        return self.matching_weight * torch.where(counts, losses, 0.0).sum(dim=0) / counts.sum(dim=0).clamp(min=1)
 
     def embed(self, side: str, features: dict[str, Features]) -> Tensor:
         """(B, dim) a side's embedding before normalisation."""
@@ -125,6 +174,13 @@ class DualEncoder(FusionHead):
         if isinstance(embedder, FusionHead):
             return embedder({name: features[name] for name in names}).output
         return embedder(features[names[0]].unshared().pooled)
+
+
+def rows_of(features: Features, index: Tensor) -> Features:
+    """The features of these samples."""
+    own = features.unshared()
+    tokens, mask, pooled = (x.index_select(0, index) for x in (own.tokens, own.mask, own.pooled))
+    return Features(tokens, mask, pooled, full=own.full)
 
 
 class Limited(torch.autograd.Function):

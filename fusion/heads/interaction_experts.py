@@ -1,10 +1,8 @@
 """Intermediate fusion: a mixture of experts, each any fusion head, for what is unique, synergistic and redundant in the modalities."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch.nn.functional import cosine_similarity, pairwise_distance
 
 from fusion.features import Features, as_one_token, keep, presence, promote
 from fusion.heads.base import FusionHead, FusionOutput, Stage, check_options
+from fusion.heads.by_name import head_named, nearest_name
 
 MARGIN = 1.0  # of the triplet loss, as in the paper
 
@@ -67,7 +66,7 @@ class InteractionExperts(FusionHead):
         check_options(type(self).__name__, dim=dim, dropout=dropout)
         if not 0 <= weight < math.inf:
             raise ValueError(f"InteractionExperts: weight is {weight}; expected a number of at least 0")
-        cls = expert_class(expert)
+        cls = head_named(expert, "InteractionExperts: unknown expert")
         options = expert_options(cls, {"dim": dim, "dropout": dropout}, expert_args or {})
         experts = {name: cls(dims, out_dim, **options) for name in [*(f"unique_{m}" for m in dims), "synergy", "redundancy"]}
         first = experts["synergy"]
@@ -152,19 +151,6 @@ def without(x: Features | list[Features]) -> Features | list[Features]:
     return x._replace(mask=torch.zeros_like(x.mask), full=None)
 
 
-def expert_class(name: str) -> type[FusionHead]:
-    """The class of a head's name or class path. Raises ValueError for one that is unknown, or no fusion head."""
-    module, _, cls = (name if "." in name else f"fusion.heads.{name}").rpartition(".")
-    try:
-        found = getattr(import_module(module), cls)
-    except (ImportError, AttributeError):
-        found = None
-    if not (isinstance(found, type) and issubclass(found, FusionHead)):
-        heads = import_module("fusion.heads").available()  # not imported above, since it imports this module
-        raise ValueError(f"InteractionExperts: unknown expert '{name}'; {nearest(name, heads)}; or the class path of a fusion head")
-    return found
-
-
 def expert_options(cls: type[FusionHead], common: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the experts: those given, and the common ones that the class takes. Raises ValueError for those given that it
     doesn't take."""
@@ -174,11 +160,6 @@ def expert_options(cls: type[FusionHead], common: dict[str, Any], given: dict[st
         accepted += given
     if unknown := next((name for name in given if name not in accepted), None):
         raise ValueError(
-            f"InteractionExperts: expert_args has '{unknown}', which {cls.__name__} doesn't take; {nearest(unknown, accepted)}"
+            f"InteractionExperts: expert_args has '{unknown}', which {cls.__name__} doesn't take; {nearest_name(unknown, accepted)}"
         )
     return {name: value for name, value in common.items() if name in accepted} | given
-
-
-def nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"nearest: {', '.join(near)}" if near else f"expected one of {', '.join(known)}"

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fusion.features import Features
-from fusion.heads.base import FusionHead, FusionOutput, head_named
+from fusion.heads.base import FusionHead, FusionOutput
+from fusion.heads.by_name import head_named
 
 
 class PerTask(FusionHead):
@@ -33,7 +34,7 @@ class PerTask(FusionHead):
     def __init__(self, dims: Mapping[str, Any], out_dim: int, *, heads: Sequence[Mapping[str, Any]], log_variances: bool = False) -> None:
         nn.Module.__init__(self)  # the heads check the widths
         self.heads = nn.ModuleList()
-        classes = [head_named(one["head"]) for one in heads]
+        classes = [head_named(one["head"], "PerTask: unknown head") for one in heads]
         for one, cls in zip(heads, classes, strict=True):
             self.heads.append(cls(dims, one["out_dim"], **one["args"]))
         stages: set[Any] = {head.stage for head in self.heads}
@@ -52,11 +53,15 @@ class PerTask(FusionHead):
             raise ValueError(f"PerTask: out_dim is {out_dim}; the heads have {expected} outputs")
 
     def forward(self, features: Mapping[str, Features | Tensor]) -> FusionOutput:
-        outputs = [head(features).output for head in self.heads]
+        results: list[FusionOutput] = [head(features) for head in self.heads]
+        outputs = [one.output for one in results]
+        auxiliary = [one.auxiliary for one in results if one.auxiliary is not None]
         if self.log_variance is not None:
             outputs.append(self.log_variance.expand(len(outputs[0]), -1))
         widest = max(outputs, key=lambda output: torch.finfo(output.dtype).bits)
-        return FusionOutput(torch.cat([output.to(widest.dtype) for output in outputs], dim=1), {})
+        return FusionOutput(
+            torch.cat([output.to(widest.dtype) for output in outputs], dim=1), {}, torch.stack(auxiliary).sum(dim=0) if auxiliary else None
+        )
 
     def output_layers(self) -> list[nn.Module]:
         layers: list[nn.Module] = []

@@ -1,6 +1,5 @@
 """Registry of the heads, with descriptions taken from their docstrings."""
 
-import difflib
 import inspect
 import re
 from fnmatch import fnmatchcase
@@ -8,6 +7,7 @@ from typing import NamedTuple, get_args
 
 from fusion.heads import all_heads
 from fusion.heads.base import Family, FusionHead
+from fusion.heads.by_name import nearest_name
 
 HEADS: dict[str, type[FusionHead]] = {name: head for name, head in vars(all_heads).items() if isinstance(head, type)}
 
@@ -48,9 +48,7 @@ def describe(name: str) -> HeadInfo:
     'Liu et al. (2018), "Efficient Low-rank Multimodal Fusion with Modality-Specific Factors" (LMF).'
     """
     if name not in HEADS:
-        near = difflib.get_close_matches(name, HEADS, n=3, cutoff=0.4)
-        hint = f"nearest: {', '.join(near)}" if near else f"expected one of {', '.join(HEADS)}"
-        raise ValueError(f"unknown head '{name}'; {hint}")
+        raise ValueError(f"unknown head '{name}'; {nearest_name(name, HEADS)}")
     head = HEADS[name]
     text = inspect.getdoc(head) or ""  # there are no docstrings under python -OO
     return HeadInfo(

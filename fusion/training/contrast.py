@@ -52,11 +52,12 @@ class Contrast:
             if number == 0:
                 self.look_ahead(engine, batch)
             set_random_state(engine.device, self.random_states[number])
-        output = engine.forward_with_dropout(batch.inputs)[0].output
+        found = engine.forward_with_dropout(batch.inputs)[0]
         if accumulated == 1:
-            self.differentiate(engine, [output.detach()], [batch.target])
-        product = (output * self.gradients[number]).sum() * accumulated  # since the mean is taken over the accumulated batches
-        return output, product - product.detach() + self.losses[number].mean()
+            self.differentiate(engine, [found.output.detach()], [batch.target])
+        product = (found.output * self.gradients[number]).sum() * accumulated  # since the mean is taken over the accumulated batches
+        loss = product - product.detach() + self.losses[number].mean()
+        return found.output, loss if found.auxiliary is None else loss + found.auxiliary.mean()
 
     def look_ahead(self, engine: Contrasting, batch: Batch) -> None:
         """Compute the outputs of all batches of the update, and the gradient of its loss by them."""

@@ -117,7 +117,9 @@ def test_options_that_cannot_be_are_rejected(options, out_dim, message):
         DualEncoder(DIMS, out_dim, **options)
 
 
-@pytest.mark.parametrize(("fuse", "message"), [("Conact", "there is no head 'Conact'"), ("JointTransformer", "which reads embeddings")])
+@pytest.mark.parametrize(
+    ("fuse", "message"), [("Conact", "unknown head 'Conact'; nearest: Concat"), ("JointTransformer", "which reads embeddings")]
+)
 def test_a_head_that_cannot_fuse_a_side_is_rejected(fuse, message):
     with pytest.raises(ValueError, match=message):
         DualEncoder(DIMS | {"facts": 4}, 10, fuse=fuse)
@@ -129,3 +131,35 @@ def test_it_is_used_alone_as_any_head():
     made = only(features(), *DIMS)
     assert probe(made).output.shape == (3, 3)
     assert head(made).by_modality == {}
+
+
+def test_the_matching_loss_is_that_of_pairs_and_of_the_hardest_negatives_of_the_batch():
+    head = DualEncoder(DIMS, 10, matcher="Concat", matcher_args={"dim": 8}, matching_weight=2.0)
+    made = only(features(batch=4), *DIMS)
+    output = head(made)
+    with torch.no_grad():
+        # Logits of which the chance is all at one negative: the next sample.
+        left, right = torch.eye(4) * 50, torch.eye(4).roll(1, dims=0) * 50
+        auxiliary = head.matching_loss(head.read(made), left, right)
+        expected = []
+        for i in range(4):
+            to_right = next(j for j in range(4) if j != i and (left @ right.T)[i, j] > 0)
+            to_left = next(j for j in range(4) if j != i and (left @ right.T)[j, i] > 0)
+            pairs = [(i, i, 1.0), (i, to_right, 0.0), (to_left, i, 0.0)]
+            image, text = made["image"].pooled, made["text"].pooled
+            logits = [head.matcher({"image": image[[a]], "text": text[[b]]}).output.item() for a, b, _ in pairs]
+            p = [1 / (1 + np.exp(-x)) for x in logits]
+            expected.append(2 * np.mean([-np.log(q if y else 1 - q) for q, (_, _, y) in zip(p, pairs, strict=True)]))
+    np.testing.assert_allclose(auxiliary.numpy(), expected, rtol=1e-4)
+    output.auxiliary.mean().backward()
+    assert all(p.grad is not None for p in head.matcher.parameters())
+    assert head.eval()(made).auxiliary is None
+
+
+def test_pairs_that_lack_a_side_are_neither_matched_nor_negatives():
+    head = DualEncoder(DIMS, 10, matcher="Concat", matcher_args={"dim": 8})
+    made = only(features("text", batch=2), *DIMS)  # one pair is left, for which there is no negative
+    auxiliary = head(made).auxiliary
+    assert auxiliary[0] == 0
+    assert float(auxiliary[1].detach()) > 0
+    assert (head(only(features("text", "image", batch=1), *DIMS)).auxiliary == 0).all()

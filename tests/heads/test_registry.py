@@ -14,7 +14,19 @@ LATE = ["LogitMean", "WeightedLogits", "ProductOfExperts", "ConfidenceWeighted",
 
 
 def test_every_head_of_the_package_is_listed_once_and_exported() -> None:
-    bases = {"base", "late", "registry", "all_heads", "attention", "missing_tokens", "unimodal", "__init__"}
+    bases = {
+        "base",
+        "late",
+        "registry",
+        "all_heads",
+        "attention",
+        "missing_tokens",
+        "unimodal",
+        "dual_encoder",
+        "per_task",
+        "by_name",
+        "__init__",
+    }
     files = {path.stem for path in (ROOT / "fusion" / "heads").glob("*.py")} - bases
     assert {head.__module__.removeprefix("fusion.heads.") for head in HEADS.values()} == files
     assert len(HEADS) == len(files)

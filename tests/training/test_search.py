@@ -12,6 +12,7 @@ from test_retrieval_runs import PAIRS, pairs  # noqa: F401 (a fixture)
 
 import fusion
 from fusion.api import Run
+from fusion.cli.evaluate import evaluate
 from fusion.cli.index import index
 from fusion.cli.search import search
 from fusion.errors import UserError
@@ -98,3 +99,44 @@ def test_the_nearest_rows_are_those_of_a_sort(monkeypatch, chunk):
     assert np.allclose(scores, np.take_along_axis(products, rows, axis=1))
     assert nearest_rows(queries, embeddings, 100)[0].shape == (6, 40)
     assert math.isfinite(scores.sum())
+
+
+MATCHER = ["--model.head.matcher=Concat", "--model.head.matcher_args={dim: 16}"]
+
+
+def test_the_matcher_orders_the_first_candidates_anew(pairs, fit_here, tmp_path, capsys):  # noqa: F811
+    run = fit_here("--recipe", pairs(), *PAIRS, *MATCHER, "--trainer.max_epochs=1").folder
+    rows = rows_of(tmp_path)
+    made = Run(run).index(tmp_path / "manifest.csv", run / "index")
+    plain, ranked = (made.search(texts=[rows[0]["text"]], k=6, rerank=rerank)[0] for rerank in (0, 4))
+    assert {m.cells["image"] for m in ranked[:4]} == {m.cells["image"] for m in plain[:4]}
+    assert [m._replace(match=None) for m in ranked[4:]] == plain[4:]
+    probabilities = [m.match for m in ranked[:4]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    predictor = fusion.load(str(run))
+    given = {"image": [m.cells["image"] for m in ranked[:4]], "text": [rows[0]["text"]] * 4}
+    assert predictor.match(given).sigmoid().tolist() == pytest.approx(probabilities, abs=1e-5)
+    assert search(["--run", str(run), "--image", rows[0]["image"], "--rerank", "3", "--k", "2"]) == 0
+    assert "match" in capsys.readouterr().out
+    assert evaluate(["--run", str(run), "--rerank", "5"]) == 0
+    scores = json.loads((run / "evaluation-test.json").read_text())
+    ranked_scores = scores["first 5 re-ranked"]
+    assert ranked_scores["recall_5"] == pytest.approx(scores["all"]["recall_5"])  # the same five
+    tested = [row for row in rows if row["split"] == "test"]
+    images = list(dict.fromkeys(row["image"] for row in tested))
+    places = []
+    for row in tested:
+        given = {"image": images, "text": [row["text"]] * len(images)}
+        cosines, matches = predictor.predict(images=images, texts=given["text"]).values[:, 0], predictor.match(given).numpy()
+        first = set(np.argsort(-cosines)[:5].tolist())
+        order = sorted(range(len(images)), key=lambda i: (i not in first, -(matches if i in first else cosines)[i]))
+        places.append(1 + order.index(images.index(row["image"])))
+    assert ranked_scores["text_to_image_mean_rank"] == pytest.approx(np.mean(places))
+    assert ranked_scores["text_to_image_recall_1"] == pytest.approx(np.mean([place == 1 for place in places]))
+
+
+def test_a_run_without_matcher_is_not_re_ranked(run, tmp_path):
+    with pytest.raises(UserError, match=r"this run has no matcher to re-rank with; train one by"):
+        evaluate(["--run", str(run), "--rerank", "5"])
+    with pytest.raises(UserError, match="this run has no matcher"):
+        Run(run).index({"image": [rows_of(tmp_path)[0]["image"]]}).search(texts=["a"], rerank=2)
