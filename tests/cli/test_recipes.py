@@ -132,7 +132,7 @@ def test_small_pretrained_gives_encoders_a_twentieth_of_the_heads_rate_and_holds
 
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+    lines = [line.split("  #")[0] for block in blocks for line in block.replace("\\\n", "").splitlines()]
     table = re.findall(r"`(python scripts/fit\.py [^`]*)`", README)
     return [part.strip() for line in [*lines, *table] for part in line.split("&&") if re.search(r"fit(\.py)? --recipe", part)]
 
