@@ -190,8 +190,8 @@ def nearest_rows(queries: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[n
     than k where n is smaller.
 
     >>> rows, scores = nearest_rows(np.eye(2, dtype=np.float32), np.array([[0.0, 1.0], [1.0, 0.0], [0.6, 0.8]], dtype=np.float32), 2)
-    >>> rows.tolist(), scores.round(1).tolist()
-    ([[1, 2], [0, 2]], [[1.0, 0.6], [1.0, 0.8]])
+    >>> rows.tolist(), (10 * scores).round().astype(int).tolist()
+    ([[1, 2], [0, 2]], [[10, 6], [10, 8]])
     """
     k = min(k, len(embeddings))
     step = max(1, CHUNK_VALUES // max(1, len(embeddings)))

@@ -93,7 +93,7 @@ MISTAKES = {
     "abbreviation": ([*TINY, "--trainer.max_epoch=2"], "Did you mean trainer.max_epochs"),
     "head": ([*TINY[:5], "--model.head=Gatd"], "Did you mean Gated?"),
     "head option": (["--recipe=quickstart", "--model.head=Gated", "--model.head.init_args.dm=3"], "Did you mean dim?"),
-    "encoder class": ([*TINY, "--model.image=TimImage"], "Did you mean TimmImage?"),
+    "encoder class": ([*TINY, "--model.image=TimImage"], "Did you mean TimmImage or PairImage?"),
     "encoder name": ([*TINY, "--model.image.name=resnet1t"], "Did you mean resnet"),
     "type": ([*TINY, "--data.batch_size=many"], "data.batch_size: expected int, got many"),
     "type or null": ([*TINY, "--trainer.max_epochs=many"], "trainer.max_epochs: expected int or null, got many\n"),
