@@ -27,8 +27,8 @@ def head_named(name: str, what: str) -> type[FusionHead]:
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """
-    >>> nearest_name("Gatd", ["Gated", "Concat"]), nearest_name("x", ["Gated", "Concat"])
-    ('nearest: Gated', 'expected one of Gated, Concat')
+    >>> nearest_name("Gatd", ["Gated", "FiLM"]), nearest_name("x", ["Gated", "FiLM"])
+    ('nearest: Gated', 'expected one of Gated, FiLM')
     """
     names = list(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)

@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from fusion.data.module import FusionData
@@ -22,12 +19,13 @@ from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError, construction, nearest
 from fusion.heads import CrossAttention, FusionHead, FusionOutput, PerTask, Unimodal
 from fusion.inputs import Mixture
-from fusion.lightning_private import batches_that_stepped, logs_now
+from fusion.lightning_private import batches_that_stepped
 from fusion.model import FusionModel, check_part, factory_parts, head_spec, predicts_alone, with_unimodal
 from fusion.runs.bundle import FORMAT
 from fusion.tasks import Classification, MultiTask, Task
 from fusion.training.balance import Balance, Predictions
 from fusion.training.contrast import Contrast
+from fusion.training.counted_updates import CountedUpdates
 from fusion.training.distributed.collectives import summed
 from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP, shard
@@ -35,16 +33,16 @@ from fusion.training.means import Means
 from fusion.training.mixing import FIGURES, Mixer, Mixing
 from fusion.training.modality_dropout import drop_modalities, presence
 from fusion.training.optim.freezing import Freeze, Freezing, rewrap_ddp
-from fusion.training.optim.groups import Rate, check_rates, parameter_groups
+from fusion.training.optim.groups import Rate, check_rates
 from fusion.training.optim.muon import Muon
-from fusion.training.optim.precision import reject_trained_float16, scaler_of
+from fusion.training.optim.precision import reject_trained_float16
 from fusion.training.optim.schedules import Constant, Schedule
 from fusion.training.task_gradients import TaskGradients
 
 ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
 
 
-class Engine(LightningModule):
+class Engine(CountedUpdates):
     """A FusionModel with its task, optimiser and schedule.
 
     Every mean loss is computed from the losses of single samples, in one place (`loss`), so that accumulated batches and ranks give exactly
@@ -134,11 +132,7 @@ class Engine(LightningModule):
                 raise UserError("model.balance: there is only one modality, so there is nothing to balance; leave it out")
             head_factory = with_unimodal(head_factory)
         self.head_factory: Callable[..., FusionHead] = head_factory
-        self.updates = 0
         self.horizon_before: int | None = None  # the horizon in a resumed run's checkpoint
-        self.skipped = 0
-        self.skipped_in_a_row = 0
-        self.scheduled = 0
         self.model: FusionModel | None = None
 
     # Construction, once the data is known
@@ -350,75 +344,6 @@ class Engine(LightningModule):
         self.log_dict({f"{split}/{name}": value for name, value in scores.items()}, rank_zero_only=False, sync_dist=False)
         self.metrics[split].reset()  # type: ignore[operator]
         mean_loss.reset()
-
-    # Optimiser and schedule, by updates made (without skipped ones)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.new_optimizer()
-        # GradScaler doesn't step the optimiser when it skips an update, so that counting steps counts the updates made.
-        optimizer.register_step_post_hook(self.count_update)
-        horizon = self.trainer.estimated_stepping_batches
-        if horizon == float("inf"):
-            raise UserError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
-        self.horizon = int(horizon)
-        scheduler = LambdaLR(optimizer, [partial(self.factor, own) for own in self.own_schedules])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def factor(self, own: Schedule | None, update: int) -> float:
-        """Learning rate of a parameter group as a fraction of its peak, by the run's schedule and the group's own."""
-        return self.schedule.factor(update, self.horizon) * (own.factor(update, self.horizon) if own else 1.0)
-
-    def new_optimizer(self) -> Optimizer:
-        """The optimiser of the recipe, with its parameter groups; the module must be attached to a trainer."""
-        assert self.model is not None
-        groups = parameter_groups(self.model, self.rates, self.freezing.later(self.model))
-        self.own_schedules: list[Schedule | None] = [group.pop("schedule", None) for group in groups]
-        with construction():
-            optimizer = self.make_optimizer(groups, **self.fused())
-        # Otherwise a fused kernel would unscale the gradients itself, after they were clipped, balanced and checked.
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        self.peak: float = optimizer.defaults["lr"]
-        for group in optimizer.param_groups:
-            group["lr"] *= group["rate"]
-        return optimizer
-
-    def fused(self) -> dict[str, bool]:
-        """fused=True where the optimiser has this option and the recipe doesn't set it: one kernel for all parameters, several times faster
-        for many small ones. Not for sharded parameters (FSDP), for which not all optimisers have such a kernel.
-        """
-        cls, options = factory_parts(self.make_optimizer, Optimizer)
-        has_option = "fused" in signature(cls).parameters and options.get("fused") is None
-        return {"fused": True} if has_option and not isinstance(self.trainer.strategy, FSDP) else {}
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
-        before = self.updates
-        rate = self.peak * self.schedule.factor(self.updates, self.horizon)
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.skipped_in_a_row = 0 if self.updates > before else self.skipped_in_a_row + 1
-        if self.updates == before:
-            self.skipped += 1
-            # Lightning is about to count this step, which would advance global_step towards max_steps.
-            steps = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
-            for progress in (steps.total, steps.current):
-                progress.ready -= 1
-                progress.completed -= 1
-        if logs_now(self.trainer):  # logging costs a millisecond, and reading the scale synchronises with the device
-            means = {f"train/{name}_step": mean for name, mean in self.means.of_update(self).items()}
-            self.log_dict({"train/lr": rate, **self.figures(), **means})
-
-    def figures(self) -> dict[str, float]:
-        """Further figures that are logged with an update."""
-        scaler, strategy = scaler_of(self.trainer.precision_plugin), self.trainer.strategy
-        of_scaler = {} if scaler is None else {"train/loss_scale": scaler.get_scale(), "train/skipped_updates": float(self.skipped)}
-        return of_scaler | ({"train/sent_bytes": float(strategy.sent_bytes())} if isinstance(strategy, DDP) else {})
-
-    def count_update(self, optimizer: Optimizer, *_: Any) -> None:
-        self.updates += 1
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        if self.updates > self.scheduled:
-            scheduler.step()
-            self.scheduled = self.updates
 
     # Checkpoint state besides Lightning's own: all that prediction needs, as plain data
 
