@@ -5,13 +5,15 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from tiny_pairs import KINDS, save_pair
 from tiny_world import SHORT, train
 
 from fusion.data import FusionData
 from fusion.encoders import PairImage, PairText
-from fusion.heads import CrossAttention, Gated
+from fusion.heads import CrossAttention, DualEncoder, Gated
 from fusion.predictor import Predictor
+from fusion.tasks import Retrieval
 from fusion.training import Engine
 
 
@@ -19,10 +21,10 @@ from fusion.training import Engine
 def made(request, write_manifest, tmp_path):
     """(kind, folder, task, data) of the tiny world with a pair."""
 
-    def make(head=partial(Gated, dim=8), change=lambda i, row: row, adapters=None, **options):  # noqa: B008
+    def make(head=partial(Gated, dim=8), change=lambda i, row: row, adapters=None, of_task=None, **options):  # noqa: B008
         folder = str(save_pair(request.param, tmp_path / "pair"))
         data = FusionData(str(write_manifest(change)), cache=str(tmp_path / "cache"), batch_size=16, num_workers=0, **options)
-        engine = Engine(image=partial(PairImage, folder), text=partial(PairText, folder), head=head, adapters=adapters)
+        engine = Engine(image=partial(PairImage, folder), text=partial(PairText, folder), task=of_task, head=head, adapters=adapters)
         return request.param, folder, engine, data
 
     return make
@@ -74,3 +76,22 @@ def test_adapters_of_a_pair_freeze_its_projection_too(made):
         trained = [key for key, p in task.model.encoders[name].named_parameters() if p.requires_grad]
         assert trained
         assert all("lora_" in key for key in trained)
+
+
+def test_retrieval_starts_from_the_pairs_own_similarities_and_trains_both_towers(made):
+    distinct = lambda i, row: row | {"text": f"{row['text']} {row['label']} {i % 9} {i // 9}"}  # noqa: E731
+    head = partial(DualEncoder, projection="none", temperature=0.05)
+    _, folder, _, _ = made()
+    width = PairText(folder).dim
+    _, _, task, data = made(head, distinct, of_task=Retrieval(dim=width))
+    model = task.build(data).eval()
+    batch = data.splits["test"].samples.unaugmented()
+    with torch.no_grad():
+        inputs = batch[0].inputs | {}
+        pooled = [torch.nn.functional.normalize(model.encoders[name](inputs[name]).unshared().pooled) for name in ("image", "text")]
+        similarity = task.task.in_units(task.task.values(model(inputs).output).numpy())[0, 0]
+    assert similarity == pytest.approx(float((pooled[0] * pooled[1]).sum()), abs=1e-5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(task, data)
+    changed = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {"image", "text", "log_scale"} <= changed
