@@ -18,7 +18,6 @@ from fusion.inputs import Mixture
 from fusion.rebuilding import rebuilt
 from fusion.tasks.base import OnUnseen, Pool, Task
 from fusion.tasks.metrics import collected, collecting
-from fusion.tasks.regression import Regression
 from fusion.tasks.retrieval import Retrieval
 from fusion.tasks.weighting import dynamic_weights
 
@@ -286,10 +285,9 @@ class MultiTask(Task):
         total = torch.stack([loss.float() for loss in losses], dim=1) * self.weights
         if self.weighting != "uncertainty":
             return total.sum(dim=1)
-        # Kendall et al. (2018), with s = log variance: L / var + s / 2 of classes, L / (2 var) + s / 2 of numbers.
+        # Kendall et al. (2018), with s = log variance: l / var + s / 2; of numbers, the squared error of Regression is halved already.
         log_variance = output[:, -len(self.parts) :].float()
-        factor = torch.tensor([0.5 if isinstance(task, Regression) else 1.0 for task in self.each], device=output.device)
-        return (factor * total * torch.exp(-log_variance) + log_variance / 2).sum(dim=1)
+        return (total * torch.exp(-log_variance) + log_variance / 2).sum(dim=1)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return self.update_loss(output, target)

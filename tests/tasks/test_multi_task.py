@@ -81,13 +81,12 @@ def test_uncertainty_is_the_formula_of_the_paper_and_its_variances_are_learned()
     output.requires_grad_()
     losses = torch.stack([loss.mean() for loss in task.update_losses(output, target)]).detach().double().numpy()
     weighted = np.array([2.0, 1.0, 0.5]) * losses
-    factors = np.array([1.0, 0.5, 1.0])  # classes, numbers, labels
-    expected = (factors * weighted * np.exp(-s.astype(np.float64)) + s / 2).sum()
+    expected = (weighted * np.exp(-s.astype(np.float64)) + s / 2).sum()
     total = task.update_loss(output, target).mean()
     assert total.item() == pytest.approx(expected, rel=1e-5)
     total.backward()
     gradient = output.grad[:, -3:].sum(dim=0).numpy()
-    np.testing.assert_allclose(gradient, 0.5 - factors * weighted * np.exp(-s), rtol=1e-4)
+    np.testing.assert_allclose(gradient, 0.5 - weighted * np.exp(-s), rtol=1e-4)
 
 
 def test_dynamic_weights_are_the_formula_and_follow_the_slower_loss():
@@ -232,3 +231,25 @@ def test_heads_that_do_not_fit_a_task_are_rejected():
     with pytest.raises(ValueError, match="but Concat reads pooled, JointTransformer reads embeddings"):
         PerTask({"a": 4, "b": 4}, 4, heads=[{"head": name, "args": {}, "out_dim": 2} for name in ("Concat", "JointTransformer")])
     assert isinstance(DualEncoder({"a": 4, "b": 4}, 8), DualEncoder)
+
+
+@pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
+def test_of_two_tasks_that_conflict_the_certain_one_wins_under_learned_variances(weighting):
+    # Both predict the same number w: one has the targets 1, the other -1 with noise of standard deviation 10.
+    task = MultiTask([SubTask(Regression(loss="mse"), "a"), SubTask(Regression(loss="mse"), "b")], weighting=weighting)
+    task.target_specs = [(torch.float32, (1,))] * 2
+    task.each[0].names, task.each[1].names = ["a"], ["b"]
+    noise = 10 * torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    target = torch.stack([torch.ones(2000), noise - noise.mean() - 1], dim=1)
+    w, s = torch.zeros(1, requires_grad=True), torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.Adam([w, s], lr=0.05)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        own = [w.expand(2000, 1), w.expand(2000, 1)]
+        output = torch.cat([*own, s.expand(2000, 2)] if weighting == "uncertainty" else own, dim=1)
+        task.update_loss(output, target).mean().backward()
+        optimizer.step()
+    assert w.item() == pytest.approx(0.0 if weighting == "fixed" else 1.0, abs=0.05)
+    if weighting == "uncertainty":
+        # The variance of the normal distribution that is most likely: the mean squared error.
+        assert s.exp()[1].item() == pytest.approx(float((target[:, 1] - w.detach()).square().mean()), rel=0.05)

@@ -92,6 +92,24 @@ def test_any_division_of_an_update_trains_the_same(pairs, fit_here, fit_on_two):
         assert other.results()["test"] == pytest.approx(whole.results()["test"], abs=1e-4)
 
 
+def test_the_gradient_over_two_ranks_is_that_of_one_process(pairs, fit_here, fit_on_two):
+    # One step of plain descent at rate 1: weights differ as gradients do.
+    one_step = ["--trainer.max_steps=1", "--model.optimizer.lr=1.0", "--model.optimizer.momentum=0", "--model.schedule=Constant"]
+    recipe = pairs()
+    whole = fit_here("--recipe", recipe, *PAIRS, *one_step, runs="whole")
+    ranks, _ = fit_on_two(recipe, *PAIRS, *one_step, runs="ranks")
+    assert furthest_weights(whole, ranks) < 1e-6
+
+
+@pytest.mark.slow
+def test_two_ranks_with_accumulation_and_dropout_resume_to_the_bit(pairs, fit_on_two):
+    recipe, options = pairs(), [*PAIRS, *DROPOUT, "--trainer.accumulate_grad_batches=2", "--model.schedule=Constant"]
+    whole, _ = fit_on_two(recipe, *options, runs="whole")
+    half, _ = fit_on_two(recipe, *options, "--trainer.max_epochs=1", runs="half")
+    resumed, _ = fit_on_two(half.folder, "--trainer.max_epochs=2", runs="half")
+    assert furthest_weights(whole, resumed) == 0
+
+
 @pytest.mark.parametrize("precision", [[], FP16], ids=["fp32", "fp16"])
 def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(pairs, assert_resumes_to_the_bit, precision):
     assert_resumes_to_the_bit("--recipe", pairs(), *CHUNKS, *DROPOUT, *precision)
