@@ -34,6 +34,7 @@ def test_an_update_follows_the_gradient_of_the_loss_and_of_the_auxiliary_losses(
     assert reached == {"unique_image", "unique_text", "synergy", "redundancy"}
 
 
+@pytest.mark.slow
 def test_two_ranks_and_accumulated_batches_train_what_one_does(tiny, fit_here, fit_on_two):
     one = fit_here("--recipe", tiny(), *EXPERTS, runs="one")
     parts = fit_here("--recipe", tiny(), *EXPERTS, "--trainer.accumulate_grad_batches=4", runs="parts")

@@ -182,6 +182,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_bit(tiny, assert_resumes_to_t
     assert_resumes_to_the_bit("--recipe", tiny(), *method, "--model.modality_dropout=0.2")
 
 
+@pytest.mark.slow
 def test_two_ranks_and_accumulated_batches_train_predictions_as_one_does(tiny, fit_here, fit_on_two):
     one = fit_here("--recipe", tiny(), *PDF_RUN, runs="one")
     parts = fit_here("--recipe", tiny(), *PDF_RUN, "--trainer.accumulate_grad_batches=4", runs="parts")
@@ -190,6 +191,7 @@ def test_two_ranks_and_accumulated_batches_train_predictions_as_one_does(tiny, f
     assert furthest_weights(one, two) < ROUNDING
 
 
+@pytest.mark.slow
 def test_two_ranks_and_accumulated_batches_have_the_history_of_one(tiny, fit_here, fit_on_two):
     """Without the ranking, whose pairs are of one device's batch, so that all train alike."""
     options = [*QMF_RUN, "--model.balance.weight=0"]

@@ -105,7 +105,9 @@ COMBINED = {
 }
 
 
-@pytest.mark.parametrize("options", COMBINED.values(), ids=COMBINED)
+@pytest.mark.parametrize(
+    "options", [pytest.param(o, id=name, marks=[] if name == "fp16" else pytest.mark.slow) for name, o in COMBINED.items()]
+)
 def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one_with_the_same_report(tiny, assert_resumes_to_the_bit, options):
     assert_resumes_to_the_bit("--recipe", tiny(dropout=0.2), *BOTH, *options)
 

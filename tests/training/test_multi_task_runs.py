@@ -34,6 +34,7 @@ def several(tiny, write_manifest):
     return lambda: tiny(manifest=write_manifest(change))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--model.task.weighting=gradnorm"]], ids=["fixed", "gradnorm"])
 def test_any_division_of_an_update_trains_the_same(several, fit_here, fit_on_two, more):
     recipe = several()
@@ -59,7 +60,7 @@ def test_an_alignment_beside_other_tasks_is_right_over_ranks_and_accumulation(se
 
 
 @pytest.mark.parametrize("weighting", ["uncertainty", "dynamic", "gradnorm"])
-@pytest.mark.parametrize("precision", [[], FP16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param([], marks=pytest.mark.slow), FP16], ids=["fp32", "fp16"])
 def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(several, assert_resumes_to_the_bit, weighting, precision):
     assert_resumes_to_the_bit(
         "--recipe", several(), *options(TASKS, f"--model.task.weighting={weighting}"), *precision, "--trainer.max_epochs=4"
