@@ -1,5 +1,7 @@
 """The data module of a run: reads, splits, checks and tokenizes a manifest; provides the data loaders."""
 
+import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,7 @@ class FusionData(LightningDataModule):
         preparer: makes the manifest instead: Shapes generates it, Script converts a published layout under `root`.
         root: folder of the published layout.
         val: fraction of train that is split off for validation where no val is given, stratified by class, groups kept whole; 0 for none.
+            With on_unseen_label=count_as_wrong, classes too rare to be divided are one stratum, else they stay in train.
         test: the same for test.
         split_seed: seed of that split and of `train_samples`.
         train_samples: maximum number of training samples, drawn at random and stratified by class, regardless of groups; val and test are
@@ -227,6 +230,8 @@ class FusionData(LightningDataModule):
         table = self.table(inputs, task)
         self.check_shared_groups(table)  # checks given splits, before others are assigned
         strata = task.strata(table.labels)
+        if self.on_unseen_label == "count_as_wrong":  # classes too rare for val then need not all be in train
+            strata = pooled(strata, fewest=math.ceil(1 / min([share for share in (self.val, self.test) if share] or [1])))
         groups = list(table.groups) if any(table.groups) else task.units(table.labels)
         splits = assign_splits(strata, groups, list(table.splits), val=self.val, test=self.test, seed=self.split_seed)
         table.splits = list[str | None](splits)
@@ -408,6 +413,17 @@ class FusionData(LightningDataModule):
             batches.begin_at(*position)
         if state["losses"] is not None:
             self.set_losses(state["losses"].numpy())
+
+
+def pooled(strata: Sequence[str], fewest: int) -> list[str]:
+    """The strata, with all those of fewer than this many samples as one.
+
+    >>> pooled(["yes", "yes", "aorta", "left"], fewest=2)
+    ['yes', 'yes', 'rare', 'rare']
+    """
+    counts = Counter(strata)
+    rare = next(name for name in ("rare", *(f"rare_{i}" for i in range(len(counts) + 1))) if name not in counts)
+    return [one if counts[one] >= fewest else rare for one in strata]
 
 
 def wanted_cells(column: str, requested: Any) -> list[str]:
