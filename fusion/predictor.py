@@ -170,9 +170,14 @@ class Predictor:
 
     @torch.inference_mode()
     def match(self, columns: Mapping[str, Sequence[Any]]) -> Tensor:
-        """Returns the matching logits (B,) of pairs, by cells of the inputs; of a run of Retrieval whose head has a matcher."""
-        inputs = {name: on_device(kind.batch(columns[name], {}), self.device) for name, kind in self.processor.inputs.items()}
-        ordered = {name: inputs[name] for name in self.modalities}
+        """Returns the matching logits (B,) of pairs, by cells of the inputs; of a run of Retrieval whose head has a matcher. Raises
+        UserError for an input that can't be read."""
+        unreadable: dict[int, UserError] = {}
+        inputs = {name: kind.batch(columns[name], unreadable) for name, kind in self.processor.inputs.items()}
+        for index, error in unreadable.items():
+            cells = ", ".join(str(columns[name][index]) for name in self.modalities)
+            raise UserError(f"a pair can't be matched: {error} ({cells})") from error
+        ordered = {name: on_device(inputs[name], self.device) for name in self.modalities}
         head: Any = self.model.head
         return head.match(self.model.encode(ordered)).float().cpu()
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fusion.data.issues import DataIssues
+from fusion.data.kinds import TextInput
 from fusion.data.table import Table
 from fusion.errors import UserError
 from fusion.predictor import Predictor, model_of
@@ -93,17 +94,20 @@ class Index:
         return cls(predictor, embeddings, items, digest_of(folder, checkpoint))
 
     def save(self, folder: str | Path) -> None:
-        """Write the index atomically; an earlier one is replaced. Raises UserError where it can't be written."""
-        path = Path(folder).expanduser()
-        temporary = path.with_name(f".{path.name}-{os.getpid()}")
+        """Write the index; an earlier one is replaced, once the new one is complete. Raises UserError where it can't be written, and for a
+        folder that holds anything else."""
+        path = free_or_index(folder)
+        temporary, earlier = (path.with_name(f".{path.name}-{what}-{os.getpid()}") for what in ("new", "old"))
         try:
             temporary.mkdir(parents=True)
             save_file({side: np.ascontiguousarray(rows) for side, rows in self.embeddings.items()}, temporary / EMBEDDINGS)
             for side, table in self.items.items():
                 pq.write_table(table, temporary / f"{side}.parquet")
             (temporary / ABOUT).write_text(json.dumps({"format": FORMAT, "model": self.model}) + "\n", encoding="utf-8")
-            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():
+                os.replace(path, earlier)
             os.replace(temporary, path)
+            shutil.rmtree(earlier, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"can't write the index {path} ({error})") from error
@@ -167,7 +171,8 @@ class Index:
         """The items with the first ones in the order of the matcher."""
         columns: dict[str, list[Any]] = {name: [query.get(name)] * min(first, len(found)) for name in self.predictor.modalities}
         for name in found[0].cells:
-            columns[name] = [cell_of_text(match.cells[name]) for match in found[:first]]
+            is_text = isinstance(self.predictor.processor.inputs[name], TextInput)
+            columns[name] = [match.cells[name] if is_text else cell_of_text(match.cells[name]) for match in found[:first]]
         probability = self.predictor.match(columns).sigmoid().tolist()
         matched = [match._replace(match=p) for match, p in zip(found[:first], probability, strict=True)]
         return [*sorted(matched, key=lambda match: -(match.match or 0.0)), *found[first:]]
@@ -183,6 +188,14 @@ class Index:
             cells = [{name: cell for name, cell in one.items() if name not in ("row", "id")} for one in records]
             found.append([Match(float(s), one["row"], one["id"], c) for s, one, c in zip(of_scores, records, cells, strict=True)])
         return found
+
+
+def free_or_index(folder: str | Path) -> Path:
+    """The absolute path of a folder for an index. Raises UserError for one that holds anything but an index."""
+    path = Path(folder).expanduser().resolve()
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / ABOUT).is_file()):
+        raise UserError(f"{path} holds something else than an index, which would be lost; expected a new folder, or that of an index")
+    return path
 
 
 def nearest_rows(queries: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

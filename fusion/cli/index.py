@@ -7,7 +7,7 @@ from fusion.cli.options import Options, above_zero
 from fusion.data.issues import DataIssues
 from fusion.errors import UserError
 from fusion.scoring import print_issues
-from fusion.search import Index
+from fusion.search import Index, free_or_index
 from fusion.settings.reading import HELP, reading_options
 
 INDEX = "index"  # folder name within a run's folder
@@ -25,8 +25,7 @@ def index(arguments: Sequence[str]) -> int:
     own, reading = reading_options(arguments)
     options = parser.parse_args(own)
     out = Path(options.out).expanduser() if options.out else Path(options.run).expanduser() / INDEX
-    if out.is_file():
-        raise UserError(f"--out {out} is a file; expected a folder")
+    free_or_index(out)
     if not out.parent.is_dir():
         raise UserError(f"there is no folder {out.parent}")
     issues = DataIssues("drop")

@@ -1,11 +1,13 @@
 """Batches in which no two samples share an item, as contrastive losses need: a shared one would be its own negative."""
 
+from collections import defaultdict, deque
+
 import numpy as np
 
 from fusion.errors import UserError
 
 WINDOW = 4  # batches' worth of samples looked at at a time
-TRIES = 5
+TRIES = 3
 
 
 def distinct_batches(order: np.ndarray, items: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -62,14 +64,51 @@ def extended(batch: np.ndarray, candidates: np.ndarray, items: np.ndarray, batch
 
 
 def refilled(batch: np.ndarray, order: np.ndarray, items: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """The batch filled up with any samples of the epoch. Raises UserError where several tries don't find enough."""
+    """The batch filled up with any samples of the epoch, else another one. Raises UserError where there is none of this size."""
     largest = 0
     for start in (batch, *[order[:0]] * TRIES):
         full = extended(start, rng.permutation(order), items, batch_size)[0]
         if len(full) == batch_size:
             return full
         largest = max(largest, len(full))
+    if items.shape[1] == 2:
+        exact = largest_matching(rng.permutation(order), items)
+        if len(exact) >= batch_size:
+            return rng.permutation(exact)[:batch_size]
+        largest = len(exact)
     raise UserError(
-        f"data.batch_size is {batch_size}, but no {batch_size} training pairs without a common item were found: at most {largest}; set "
+        f"data.batch_size is {batch_size}, but there are no {batch_size} training pairs without a common item: at most {largest}; set "
         f"--data.batch_size={largest} or less"
     )
+
+
+def largest_matching(order: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """A largest set of samples without shared items on both of two sides: a maximum bipartite matching, by augmenting paths.
+
+    >>> largest_matching(np.arange(4), np.array([[0, 0], [0, 1], [1, 0], [2, 2]])).tolist()  # not sample 0, with which neither 1 nor 2 fits
+    [2, 1, 3]
+    """
+    of_left = defaultdict(list)
+    for sample in order.tolist():
+        of_left[int(items[sample, 0])].append(sample)
+    chosen: dict[int, int] = {}  # by right item
+    for start in of_left:
+        reached: dict[int, tuple[int | None, int]] = {}  # right item: the right item before it on the path, and the sample that leads to it
+        queue: deque[tuple[int, int | None]] = deque([(start, None)])
+        end = None
+        while queue and end is None:
+            left, before = queue.popleft()
+            for sample in of_left[left]:
+                right = int(items[sample, 1])
+                if right in reached:
+                    continue
+                reached[right] = (before, sample)
+                if right not in chosen:
+                    end = right
+                    break
+                queue.append((int(items[chosen[right], 0]), right))
+        while end is not None:
+            before, sample = reached[end]
+            chosen[end] = sample
+            end = before
+    return np.array(list(chosen.values()), dtype=np.int64)

@@ -54,6 +54,7 @@ class FusionHead(nn.Module):
     narrowest: ClassVar[int] = 2  # layer normalisation of a single number is always 0
     fewest_outputs: ClassVar[int] = 1
     one_of_classes: bool = False  # whether its formula assumes mutually exclusive classes
+    embeds_pairs: ClassVar[bool] = False  # whether its output is two embeddings, for retrieval
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         head = super().__new__(cls)  # copies and pickles call it without arguments, and restore the attribute themselves

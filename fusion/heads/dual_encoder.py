@@ -54,6 +54,7 @@ class DualEncoder(FusionHead):
 
     stage = "pooled"
     family = "none"
+    embeds_pairs = True
 
     def __init__(
         self,
@@ -156,7 +157,9 @@ class DualEncoder(FusionHead):
         for scores, negatives in ((logits, "right"), (logits.T, "left")):
             chances = masked_softmax(scores, possible, dim=1)
             has_any = possible.any(dim=1)
-            drawn = torch.multinomial(torch.where(has_any[:, None], chances, 1.0), 1)[:, 0]
+            # Features that aren't finite give no chances; the loss isn't finite then either, which is noticed elsewhere.
+            drawable = (has_any & chances.isfinite().all(dim=1))[:, None]
+            drawn = torch.multinomial(torch.where(drawable, chances, 1.0), 1)[:, 0]
             pairs.append((own, drawn) if negatives == "right" else (drawn, own))
             counted.append(has_any)
         index = {side: torch.cat([pair[i] for pair in pairs]) for i, side in enumerate(("left", "right"))}

@@ -104,6 +104,10 @@ class Task(Rebuildable, nn.Module, ABC):
 
     def check_head(self, head: FusionHead) -> None:
         """Raises UserError for a head whose output this task can't use."""
+        if head.embeds_pairs:
+            raise UserError(
+                f"the head {type(head).__name__} embeds pairs, for the task Retrieval; choose another head for {type(self).__name__}"
+            )
         if head.one_of_classes and not self.one_of_classes:
             raise UserError(
                 f"the head {type(head).__name__} treats its outputs as classes of which exactly one is right, which isn't "

@@ -30,8 +30,8 @@ class SubTask:
 
     Args:
         task: the task.
-        column: the manifest's column with its targets; a sample whose cell is empty doesn't take part in this task. None: for Retrieval,
-            which has none.
+        column: the manifest's column with its targets; a sample whose cell is empty doesn't take part in this task, but for MultiLabel it
+            is one without labels. None: for Retrieval, which has none.
         name: its name in scores and predictions; the column at the default.
         weight: factor of its loss, above 0.
         head: class of its head, if not model.head: a class of fusion.heads, or a dotted name.
@@ -122,8 +122,9 @@ class MultiTask(Task):
         self.tuned = ("state_of_tasks", "state_of_weights")  # type: ignore[misc]
         self.register_buffer("weights", torch.tensor([float(part.weight) for part in parts]), persistent=False)
         self.earlier: list[list[float]] = []  # mean losses of the last two epochs, for dynamic weights
-        self.initial: list[float] | None = None  # losses of the first update, for GradNorm
+        self.initial: list[float | None] = [None] * len(parts)  # losses of the first update that had any of their samples, for GradNorm
         self.target_specs: list[tuple[torch.dtype, tuple[int, ...]]] = []
+        self.shares: list[float] = [1.0] * len(parts)  # of the training samples that have each target
 
     weights: Tensor
 
@@ -181,7 +182,7 @@ class MultiTask(Task):
 
     def learn(self, cells: Mapping[str, Sequence[str | None]], *, column: str, on_unseen: OnUnseen) -> None:
         by_split = {split: self.cells(of_split) for split, of_split in cells.items()}
-        self.names, self.target_specs = [], []
+        self.names, self.target_specs, self.shares = [], [], []
         for i, (title, task) in enumerate(self.named()):
             present = {
                 split: [c for c, has in zip(of[i], self.has_target(of[i], task), strict=True) if has] for split, of in by_split.items()
@@ -190,6 +191,7 @@ class MultiTask(Task):
             encoded = torch.from_numpy(task.encode(present.get("train", [])[:1]))
             self.target_specs.append((encoded.dtype, tuple(encoded.shape[1:])))
             self.names += [f"{title}_{name}" for name in task.names]
+            self.shares.append(len(present.get("train", [])) / max(1, len(cells.get("train", []))))
 
     @property
     def out_dim(self) -> int:
@@ -229,6 +231,14 @@ class MultiTask(Task):
         strata = iter(task.strata([cell for cell, there in zip(of_task, has, strict=True) if there]))
         return [next(strata) if there else "" for there in has]
 
+    def units(self, cells: Sequence[str | None]) -> list[str | None]:
+        """Those of a task that has any."""
+        for task, of_task in zip(self.each, self.cells(cells), strict=True):
+            units = task.units(of_task)
+            if any(units):
+                return units
+        return super().units(cells)
+
     def summary(self, cells: Sequence[str | None]) -> str:
         lines = []
         for (title, task), of_task in zip(self.named(), self.cells(cells), strict=True):
@@ -244,6 +254,10 @@ class MultiTask(Task):
             raise UserError(f"MultiTask needs a head for each task (PerTask), but the head is {type(head).__name__}")
         for task, own in zip(self.each, head.heads, strict=True):
             task.check_head(own)  # type: ignore[arg-type]
+            if getattr(own, "matcher", None) is not None:
+                raise UserError(
+                    "a matcher needs batches without shared items, which only Retrieval alone has; leave matcher out of head_args"
+                )
 
     # Loss
 
@@ -293,19 +307,21 @@ class MultiTask(Task):
         return self.update_loss(output, target)
 
     def plain_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The sum by the given weights, whatever the weighting; NaN for a sample that has no target, or for tasks without losses of single
-        samples alone."""
+        """The sum by the given weights, whatever the weighting, each loss divided by the share of training samples that have its target,
+        so that the mean is that of `update_loss`; NaN for a sample that has no target, or for tasks without losses of single samples."""
         each = []
         for task, own, (one, has) in zip(self.each, self.outputs(output), self.targets(target), strict=True):
             each.append(torch.where(has, task.plain_loss(own, one), torch.nan))
-        weights = torch.tensor([float(part.weight) for part in self.parts], device=output.device)
+        weights = output.new_tensor([part.weight / share for part, share in zip(self.parts, self.shares, strict=True)], dtype=torch.float32)
         losses = torch.stack(each, dim=1) * weights
         return torch.where(losses.isnan().all(dim=1), torch.nan, losses.nansum(dim=1))
 
     def batch_figures(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         figures = {}
-        for (title, task), own, (one, has) in zip(self.named(), self.outputs(output), self.targets(target), strict=True):
-            figures[f"{title}_loss"] = torch.where(has, task.loss(own, one).float(), 0.0).sum() / has.sum().clamp(min=1)
+        parts = zip(self.named(), self.outputs(output), self.targets(target), self.shares, strict=True)
+        for (title, task), own, (one, has), share in parts:
+            # Not by the number in this batch: means over batches then have no bias, however an update is divided.
+            figures[f"{title}_loss"] = torch.where(has, task.loss(own, one).float(), 0.0).mean() / share
         return figures
 
     def end_epoch(self, means: Mapping[str, float]) -> None:
@@ -350,6 +366,8 @@ class MultiTask(Task):
         ):
             if bool(has.any()):
                 of_task = task.metrics()
+                for metric in of_task.values(copy_state=False):
+                    metric.sync_on_compute = False  # the samples are those of all ranks already
                 task.update(of_task, own[has], one[has])
                 found.append((title, task, of_task))
         return found
@@ -425,10 +443,11 @@ class MultiTask(Task):
         specs = [[str(dtype).removeprefix("torch."), list(shape)] for dtype, shape in self.target_specs]
         of_tasks = [task.learnt() for task in self.each]
         own = {"state_of_tasks": self.state_of_tasks, "state_of_weights": self.state_of_weights}
-        return {"names": list(self.names), "tasks": of_tasks, "target_specs": specs} | own
+        return {"names": list(self.names), "tasks": of_tasks, "target_specs": specs, "shares": list(self.shares)} | own
 
     def set_learnt(self, learnt: dict[str, Any]) -> None:
         self.names = list(learnt["names"])
+        self.shares = list(learnt["shares"])
         self.target_specs = [(getattr(torch, dtype), tuple(shape)) for dtype, shape in learnt["target_specs"]]
         for task, state in zip(self.each, learnt["tasks"], strict=True):
             task.set_learnt(state)

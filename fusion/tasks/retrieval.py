@@ -203,8 +203,8 @@ class Retrieval(Task):
         return [*SCORES, *(f"{direction}_{name}" for direction in (f"{one}_to_{other}", f"{other}_to_{one}") for name in SCORES)]
 
     def batch_figures(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        scale = output[:, : self.dim].float().square().sum(dim=1).amax()
-        return {"temperature": 1 / scale}
+        left, right = (side[:, :-1].float().square().sum(dim=1) for side in output.chunk(2, dim=1))
+        return {"temperature": 1 / torch.maximum(left, right).amax()}  # of samples that lack a side, the other one's
 
     def answers(self, values: np.ndarray) -> list[Any]:
         return self.in_units(values)[:, 0].tolist()

@@ -25,7 +25,9 @@ def dynamic_weights(before: Sequence[float], last: Sequence[float], temperature:
     return ((falls / temperature).softmax(dim=0) * len(last)).tolist()
 
 
-def gradnorm_weights(weights: Tensor, norms: Tensor, losses: Tensor, initial: Tensor, *, alpha: float, lr: float) -> Tensor:
+def gradnorm_weights(
+    weights: Tensor, norms: Tensor, losses: Tensor, initial: Tensor, *, alpha: float, lr: float, present: Tensor | None = None
+) -> Tensor:
     """One step of GradNorm: weights (T,) that bring the norms of the tasks' gradients closer to a common size, larger for tasks that learn
     slowly.
 
@@ -43,13 +45,20 @@ def gradnorm_weights(weights: Tensor, norms: Tensor, losses: Tensor, initial: Te
         initial: (T,) the losses at the start.
         alpha: how much more slow tasks get, at least 0; 0 makes the norms equal.
         lr: step size.
+        present: (T,) bool, which tasks have samples in this update; the weights of the others stay as they are. None: all.
 
     >>> gradnorm_weights(torch.ones(2), torch.tensor([4.0, 1.0]), torch.ones(2), torch.ones(2), alpha=1.0, lr=0.1)
     tensor([0.8936, 1.1064])
     """
+    present = torch.ones_like(weights, dtype=torch.bool) if present is None else present
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(present, x, 0.0).sum() / present.sum().clamp(min=1)
+
     size = weights * norms
     progress = losses / initial.clamp(min=1e-12)
-    target = size.mean() * (progress / progress.mean().clamp(min=1e-12)) ** alpha
-    moved = (weights - lr * torch.sign(size - target) * norms / norms.mean().clamp(min=1e-12)).clamp(min=0.01)
-    scaled = moved * (len(weights) / moved.sum())
-    return torch.where(scaled.isfinite().all() & norms.isfinite().all(), scaled, weights)
+    target = mean(size) * (progress / mean(progress).clamp(min=1e-12)) ** alpha
+    moved = (weights - lr * torch.sign(size - target) * norms / mean(norms).clamp(min=1e-12)).clamp(min=0.01)
+    scaled = torch.where(present, moved * (mean(weights) / mean(moved)), weights)
+    finite = torch.where(present, scaled + norms, 0.0).isfinite().all() & (present.sum() > 1)
+    return torch.where(finite, scaled, weights)

@@ -20,7 +20,7 @@ from fusion.errors import UserError, construction, nearest
 from fusion.heads import CrossAttention, FusionHead, FusionOutput, PerTask, Unimodal
 from fusion.inputs import Mixture
 from fusion.lightning_private import batches_that_stepped
-from fusion.model import FusionModel, check_part, factory_parts, head_spec, predicts_alone, with_unimodal
+from fusion.model import FusionModel, check_part, factory_parts, head_spec, part_of, predicts_alone, with_unimodal
 from fusion.runs.bundle import FORMAT
 from fusion.tasks import Classification, MultiTask, Task
 from fusion.training.balance import Balance, Predictions
@@ -37,7 +37,7 @@ from fusion.training.optim.groups import Rate, check_rates
 from fusion.training.optim.muon import Muon
 from fusion.training.optim.precision import reject_trained_float16
 from fusion.training.optim.schedules import Constant, Schedule
-from fusion.training.task_gradients import TaskGradients
+from fusion.training.task_gradients import TaskGradients, last_layers
 
 ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
 
@@ -164,6 +164,9 @@ class Engine(CountedUpdates):
             self.model.checkpoint_activations(self.checkpointed)
             self.freezing.check(self.model)
             self.freezing.apply(self.model, 0)
+            trained = [*last_layers(self.model), *(name for name in self.freezing.later(self.model) if part_of(name) != "head")]
+            if self.task_gradients is not None and not trained:
+                raise UserError("task: weighting=gradnorm compares gradients of the encoders, which are all frozen; use another weighting")
             reject_trained_float16(self.model, self.freezing.later(self.model))
             if self.compiled:
                 # A graph for each combination of training or evaluation, padding or none, all images or some, and lengths.
@@ -181,6 +184,10 @@ class Engine(CountedUpdates):
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP) and not isinstance(self.model, FSDPModule):
             assert self.model is not None
+            if self.task_gradients is not None:
+                raise UserError(
+                    "task: weighting=gradnorm needs whole gradients, but FSDP shards them; use another weighting, or engine/ddp"
+                )
             if factory_parts(self.make_optimizer, Optimizer)[0] is Muon:
                 raise UserError("Muon needs whole matrices, but FSDP shards them over the devices; use --model.optimizer=torch.optim.AdamW")
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None

@@ -38,6 +38,8 @@ class TaskGradients:
         means = [loss.float().mean() for loss in losses]
         scale = 1.0 if scaler is None else scaler.scale(means[0].new_ones(()))
         shared = last_layers(engine.model)
+        if not shared:  # frozen until a later update
+            return
         rows = []
         for mean in means:
             gradients = torch.autograd.grad(mean * scale, shared, retain_graph=True, allow_unused=True)
@@ -49,16 +51,17 @@ class TaskGradients:
 
     def update(self, engine: OfTasks) -> dict[str, Tensor]:
         """Set the weights for the next update; returns them by task, for the log."""
-        assert self.gradients is not None
-        assert self.losses is not None
         task: MultiTask = engine.task
+        if self.gradients is None or self.losses is None:
+            return dict(zip(task.titles, task.weights, strict=True))
         world = engine.trainer.world_size
         norms, losses = (summed(self.gradients, world) / world).norm(dim=1), summed(self.losses, world) / world
         self.gradients = self.losses = None
-        if task.initial is None:
-            task.initial = losses.tolist()
-        initial = torch.tensor(task.initial, device=losses.device)
-        task.weights = gradnorm_weights(task.weights, norms, losses, initial, alpha=task.alpha, lr=task.lr)
+        if None in task.initial:  # a loss of 0 is that of a task without samples in this update
+            task.initial = [loss or None if known is None else known for known, loss in zip(task.initial, losses.tolist(), strict=True)]
+        initial = torch.tensor([known or 1.0 for known in task.initial], device=losses.device)
+        options = {"alpha": task.alpha, "lr": task.lr, "present": losses > 0}
+        task.weights = gradnorm_weights(task.weights, norms, losses, initial, **options)
         return dict(zip(task.titles, task.weights, strict=True))
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion.data.distinct_batches import distinct_batches
+from fusion.data.distinct_batches import distinct_batches, largest_matching
 from fusion.data.sampler import GlobalBatches
 from fusion.errors import UserError
 
@@ -23,6 +23,29 @@ def test_no_batch_has_an_item_twice_on_either_side(captions, batch_size, images,
     assert len(found) == count // batch_size * batch_size
     for batch in found.reshape(-1, batch_size):
         assert all(len(np.unique(items[batch, side])) == batch_size for side in (0, 1))
+
+
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 12), st.integers(1, 30))
+def test_a_largest_matching_has_as_many_samples_as_any_set_without_shared_items(seed, lefts, rights, count):
+    rng = np.random.default_rng(seed)
+    items = np.stack([rng.integers(lefts, size=count), rng.integers(rights, size=count)], axis=1)
+    found = largest_matching(np.arange(count), items)
+    assert all(len(np.unique(items[found, side])) == len(found) for side in (0, 1))
+    matrix = np.zeros((lefts, rights), dtype=bool)
+    matrix[items[:, 0], items[:, 1]] = True
+    # By Koenig's theorem: the least number of rows and columns that cover all pairs.
+    covers = [rows.bit_count() + int(matrix[[i for i in range(lefts) if not rows >> i & 1]].any(axis=0).sum()) for rows in range(2**lefts)]
+    assert len(found) == min(covers)
+
+
+def test_a_batch_that_exists_is_found_in_every_epoch():
+    # A cycle of pairs, of which random choices leave many items alone.
+    n = 20
+    items = np.array([[i, j] for i in range(n) for j in (i, (i + 1) % n)])
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        found = distinct_batches(rng.permutation(2 * n), items, n, rng)
+        assert all(len(np.unique(items[batch, side])) == n for batch in found.reshape(-1, n) for side in (0, 1))
 
 
 @pytest.mark.parametrize("batch_size", [32, 256])
@@ -50,5 +73,5 @@ def test_epochs_differ_and_ranks_share_the_same_global_batches():
 
 def test_a_batch_that_cannot_be_drawn_is_rejected_with_the_largest_that_can():
     items = np.stack([np.arange(40) % 5, np.arange(40)], axis=1)
-    with pytest.raises(UserError, match=r"no 8 training pairs without a common item were found: at most 5; set --data.batch_size=5"):
+    with pytest.raises(UserError, match=r"there are no 8 training pairs without a common item: at most 5; set --data.batch_size=5"):
         distinct_batches(np.arange(40), items, 8, np.random.default_rng(0))

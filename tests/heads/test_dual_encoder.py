@@ -163,3 +163,12 @@ def test_pairs_that_lack_a_side_are_neither_matched_nor_negatives():
     assert auxiliary[0] == 0
     assert float(auxiliary[1].detach()) > 0
     assert (head(only(features("text", "image", batch=1), *DIMS)).auxiliary == 0).all()
+
+
+def test_features_that_are_not_finite_make_the_matching_loss_so_instead_of_ending_the_run():
+    head = DualEncoder(DIMS, 10, matcher="Concat", matcher_args={"dim": 8})
+    made = only(features(), *DIMS)
+    made["image"].pooled[1] = torch.nan
+    output = head(made)
+    assert not output.auxiliary.isfinite().all()
+    assert not output.output.isfinite().all()

@@ -253,3 +253,52 @@ def test_of_two_tasks_that_conflict_the_certain_one_wins_under_learned_variances
     if weighting == "uncertainty":
         # The variance of the normal distribution that is most likely: the mean squared error.
         assert s.exp()[1].item() == pytest.approx(float((target[:, 1] - w.detach()).square().mean()), rel=0.05)
+
+
+def test_losses_of_batches_and_of_validation_have_the_mean_of_the_whole_however_targets_are_spread():
+    task, target = learned()
+    output = torch.randn(6, task.out_dim, generator=torch.Generator().manual_seed(1))
+    whole = task.batch_figures(output, target)
+    halves = [task.batch_figures(o, t) for o, t in zip(output.split(2), target.split(2), strict=True)]
+    for name in task.figure_names:
+        assert float(sum(half[name] for half in halves) / 3) == pytest.approx(float(whole[name]), rel=1e-5)
+    price, has = task.targets(target)[1]
+    assert float(whole["price_loss"]) == pytest.approx(float(task.each[1].loss(task.outputs(output)[1], price)[has].mean()), rel=1e-5)
+    plain = MultiTask([SubTask(Classification(), "mood", weight=2.0), SubTask(Regression(), "price")])
+    cells = plain.joined({"mood": MOOD, "price": PRICE}, {}, {})
+    plain.learn({"train": cells}, column="", on_unseen="error")
+    output, target = torch.randn(6, plain.out_dim), torch.from_numpy(plain.encode(cells))
+    assert float(plain.plain_loss(output, target).mean()) == pytest.approx(float(plain.update_loss(output, target).mean()), rel=1e-5)
+
+
+def test_gradnorm_leaves_out_tasks_without_samples_in_an_update():
+    weights = torch.tensor([0.5, 1.0, 1.5])
+    present = torch.tensor([True, False, True])
+    moved = gradnorm_weights(
+        weights, torch.tensor([4.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 1.0]), torch.ones(3), alpha=1.0, lr=0.1, present=present
+    )
+    assert moved[1] == 1.0
+    assert float(moved.sum()) == pytest.approx(3.0)
+    alone = gradnorm_weights(weights[[0, 2]], torch.tensor([4.0, 1.0]), torch.ones(2), torch.ones(2), alpha=1.0, lr=0.1)
+    torch.testing.assert_close(moved[[0, 2]], alone)
+    one = torch.tensor([True, False, False])
+    assert torch.equal(gradnorm_weights(weights, torch.ones(3), torch.ones(3), torch.ones(3), alpha=1.0, lr=0.1, present=one), weights)
+
+
+def test_a_head_of_pairs_is_for_retrieval_alone():
+    with pytest.raises(UserError, match="DualEncoder embeds pairs, for the task Retrieval; choose another head for Classification"):
+        Classification().check_head(DualEncoder({"a": 4, "b": 4}, 10))
+    task = MultiTask([SubTask(Classification(), "a"), SubTask(Retrieval(dim=3), head="DualEncoder")])
+    task.each[0].names = ["x", "y"]
+    heads = heads_of(task)
+    heads[1]["args"] = {"matcher": "Concat"}
+    with pytest.raises(UserError, match="a matcher needs batches without shared items"):
+        task.check_head(PerTask({"a": 4, "b": 4}, 10, heads=heads))
+
+
+def test_scores_over_ranks_are_not_gathered_twice():
+    task, target = learned()
+    metrics = task.metrics()
+    task.update(metrics, task.values(torch.randn(6, task.out_dim)), target)
+    for _, _, of_task in task.metrics_by_task(metrics):
+        assert all(not metric.sync_on_compute for metric in of_task.values(copy_state=False))

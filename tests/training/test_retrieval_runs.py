@@ -152,7 +152,7 @@ def test_a_pair_without_a_side_is_listed_and_the_label_column_is_not_needed(pair
         (["--data.shuffle=images"], "data.shuffle is images, .* set --data.shuffle=samples"),
         (["--model.head=Concat"], "the head Concat fuses them: use --model.head=DualEncoder"),
         (["--model.head.temperature=1e-4"], r"temperature is 0.0001; expected at least 0.01"),
-        (["--data.batch_size=64"], r"no 64 training pairs without a common item were found: at most \d+; set --data.batch_size="),
+        (["--data.batch_size=64"], r"there are no 64 training pairs without a common item: at most \d+; set --data.batch_size="),
         (["--monitor=accuracy"], "Retrieval has no such score"),
         (["--model.balance=OGMGE"], "model.balance needs a prediction of each modality alone"),
         (["--model.mixing.mixup=0.2"], "the target of model.task=Retrieval can't be mixed"),

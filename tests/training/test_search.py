@@ -140,3 +140,28 @@ def test_a_run_without_matcher_is_not_re_ranked(run, tmp_path):
         evaluate(["--run", str(run), "--rerank", "5"])
     with pytest.raises(UserError, match="this run has no matcher"):
         Run(run).index({"image": [rows_of(tmp_path)[0]["image"]]}).search(texts=["a"], rerank=2)
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced_by_an_index(run, tmp_path):
+    table = {"image": [rows_of(tmp_path)[0]["image"]]}
+    made = Run(run).index(table)
+    with pytest.raises(UserError, match="holds something else than an index, which would be lost"):
+        made.save(run)
+    with pytest.raises(UserError, match="holds something else than an index"):
+        index(["--run", str(run), "--manifest", str(tmp_path / "manifest.csv"), "--out", str(tmp_path)])
+    assert (run / "recipe.yaml").is_file()
+    (tmp_path / "empty").mkdir()
+    made.save(tmp_path / "empty")
+    made.save(tmp_path / "empty")
+    assert len(Index.load(tmp_path / "empty", run)) == 1
+    assert not list(tmp_path.glob(".empty*"))
+
+
+def test_a_pair_whose_image_is_gone_is_not_matched(pairs, fit_here, tmp_path):  # noqa: F811
+    run = fit_here("--recipe", pairs(), *PAIRS, *MATCHER, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1").folder
+    image = tmp_path / "one.png"
+    Image.open(rows_of(tmp_path)[0]["image"]).save(image)
+    made = Run(run).index({"image": [str(image)]})
+    image.unlink()
+    with pytest.raises(UserError, match="a pair can't be matched: missing"):
+        made.search(texts=["a"], rerank=1)
