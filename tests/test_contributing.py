@@ -89,6 +89,7 @@ def test_the_head_of_the_example_keeps_the_contract_of_heads(project, monkeypatc
     assert found.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_readmes_listing_of_pictures_title_and_facts_trains(project):
     frame = pandas.DataFrame(
         {

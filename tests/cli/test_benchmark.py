@@ -21,6 +21,7 @@ def test_the_overhead_of_the_fit_loop_is_measured_against_two_bare_loops(here: R
     assert len(re.findall(r"[\d.]+  \([\d.]+ to [\d.]+\)", done.stdout)) == 2
 
 
+@pytest.mark.slow
 def test_memory_is_measured_with_activations_stored_and_recomputed(command: Run) -> None:
     done = command("benchmark", "memory", "--rounds=1", *TINY)
     assert done.returncode == 0, done.stderr
@@ -29,6 +30,7 @@ def test_memory_is_measured_with_activations_stored_and_recomputed(command: Run)
     assert 0 < peaks["all recomputed"] < peaks["all stored"]
 
 
+@pytest.mark.slow
 def test_reading_a_large_manifest_is_measured_beside_pyarrow_alone(command: Run) -> None:
     done = command("benchmark", "table", "--rows=20000", "--rounds=1")
     assert done.returncode == 0, done.stderr

@@ -75,7 +75,7 @@ def make(name: str) -> FusionHead:
     return HEADS[name.split()[0]](DIMS, 2, **{"dim": 32} | SMALL.get(name, {}))
 
 
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "Interaction" in name else []) for name in MIXING])
 def test_heads_that_mix_learn_xor_of_two_modalities(name: str) -> None:
     accuracy, _ = after_training(make(name))
     assert accuracy >= 0.99

@@ -46,7 +46,7 @@ def test_two_ranks_and_accumulated_batches_train_what_one_does(tiny, fit_here, f
     assert furthest_weights(one, without) > 100 * ROUNDING
 
 
-@pytest.mark.parametrize("head", [EXPERTS, LEARNED], ids=["experts", "learned tokens"])
+@pytest.mark.parametrize("head", [EXPERTS, pytest.param(LEARNED, marks=pytest.mark.slow)], ids=["experts", "learned tokens"])
 def test_a_run_that_was_interrupted_goes_on_to_the_bit(tiny, assert_resumes_to_the_bit, head):
     assert_resumes_to_the_bit("--recipe", tiny(), *head)
 

@@ -101,7 +101,9 @@ def one_in_ten(i, row):
     return row | {"label": "rare" if i % 10 == 0 else "usual"}
 
 
-@pytest.mark.parametrize("balance", ["null", "UnimodalLosses", "OGMGE", "MMPareto"])
+@pytest.mark.parametrize(
+    "balance", ["null", "MMPareto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("UnimodalLosses", "OGMGE"))]
+)
 def test_weighted_means_are_over_the_whole_update_however_it_is_accumulated(tiny, write_manifest, fit_here, balance):
     recipe = tiny(manifest=write_manifest(one_in_ten))
     options = ["--recipe", recipe, *WEIGHTED, f"--model.balance={balance}"]

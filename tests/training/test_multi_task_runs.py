@@ -59,7 +59,7 @@ def test_an_alignment_beside_other_tasks_is_right_over_ranks_and_accumulation(se
     assert "retrieval_recall_1" in whole.results()["test"]
 
 
-@pytest.mark.parametrize("weighting", ["uncertainty", "dynamic", "gradnorm"])
+@pytest.mark.parametrize("weighting", ["gradnorm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("uncertainty", "dynamic"))])
 @pytest.mark.parametrize("precision", [pytest.param([], marks=pytest.mark.slow), FP16], ids=["fp32", "fp16"])
 def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(several, assert_resumes_to_the_bit, weighting, precision):
     assert_resumes_to_the_bit(

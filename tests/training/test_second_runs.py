@@ -366,7 +366,7 @@ def test_a_recipe_that_was_edited_since_is_rejected(stopped, fit_here, change, w
 HARMLESS = ["--data.num_workers=1", "--trainer.log_every_n_steps=3", "--data.memory_gib=0", "--trainer.enable_model_summary=true"]
 
 
-@pytest.mark.parametrize("option", HARMLESS)
+@pytest.mark.parametrize("option", [HARMLESS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in HARMLESS[1:])])
 def test_what_changes_nothing_that_is_past_may_differ(interrupted_and_whole, fit_here, option):
     stopped, whole = interrupted_and_whole(4)
     assert_same_end(fit_here("--resume", stopped.folder, option), whole)
