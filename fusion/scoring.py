@@ -192,7 +192,9 @@ def split_of(run: Path, data: FusionData, inputs: Mapping[str, Kind], task: Task
         if moved:  # files may have been moved or renamed
             now = Record.of(table, {name: table.kinds[name].digests_now(cells) for name, cells in moved.items()})
             matches = record.match(now)
-        changes = record.difference(now, matches, images=False).sentences  # files are compared below, for the scored samples only
+        changes = record.difference(
+            now, matches, images=False, carved=True
+        ).sentences  # files are compared below, for the scored samples only
         if changes:
             rule = "Rows keep their earlier split; new rows have none"
             data.issues.note(f"the table has changed since the run was trained: {'; '.join(changes)}. {rule}")

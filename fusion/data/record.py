@@ -176,8 +176,12 @@ class Record:
         id, line = str(self.columns["id"][i]), str(self.columns["row"][i])
         return id == line or id.endswith(f"-{line}")
 
-    def difference(self, now: "Record", found: Sequence[int | None] | None = None, *, images: bool = True) -> Difference:
-        """How `now` differs from this record. found: the result of `match`, if known. images: whether files of inputs are compared."""
+    def difference(
+        self, now: "Record", found: Sequence[int | None] | None = None, *, images: bool = True, carved: bool = False
+    ) -> Difference:
+        """How `now` differs from this record. found: the result of `match`, if known. images: whether files of inputs are compared. carved:
+        `now` has the splits that its table gives, from which this record's may be carved out.
+        """
         matches = self.match(now) if found is None else found
         gone = sorted(set(range(len(self))) - set(matches))
         new = [i for i, then in enumerate(matches) if then is None]
@@ -189,7 +193,8 @@ class Record:
 
         split, split_now = self.columns["split"], now.columns["split"]
         # A training sample that data.train_samples left out has no split in this record.
-        moved = [i for then, i in pairs if split_now[i] not in (None, split[then] or "train")]
+        given = set(split_now) if carved else {*split}
+        moved = [i for then, i in pairs if split_now[i] not in (None, (split[then] if split[then] in given else "") or "train")]
         other, renamed, changed = [], [], []
         for name in self.inputs:
             digests, digests_now = self.columns[f"{DIGEST}{name}"], now.columns[f"{DIGEST}{name}"]

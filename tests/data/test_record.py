@@ -112,3 +112,14 @@ def test_a_changed_label_of_samples_without_images_is_reported_as_such():
     then, now = record(rows), record(changed)
     assert then.match(now) == list(range(6))
     assert str(then.difference(now)) == "6 rows are of another label (m.csv, row 2)"
+
+
+def test_a_split_carved_out_of_train_is_no_change_of_the_table_that_gives_train():
+    rows = [(f"{i}", f"{i}", "x", split, "") for i, split in enumerate(["train", "train", "val", "test"])]
+    then, now = record(rows), record([(*row[:3], "train" if row[3] == "val" else row[3], "") for row in rows])
+    assert "1 row is in another split" in str(then.difference(now))
+    assert not str(then.difference(now, carved=True))
+    moved = record([(*row[:3], {"val": "train", "test": "train"}.get(row[3], row[3]), "") for row in rows[:3]] + [rows[3]])
+    assert not str(then.difference(moved, carved=True))
+    swapped = record([(*row[:3], "test" if row[3] == "val" else row[3], "") for row in rows])
+    assert "1 row is in another split" in str(then.difference(swapped, carved=True))
