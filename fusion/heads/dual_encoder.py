@@ -117,10 +117,11 @@ class DualEncoder(FusionHead):
 
     def output_layers(self) -> list[nn.Module]:
         layers: list[nn.Module] = []
-        for embedder in self.embedders.values():
-            layers += (
-                embedder.output_layers() if isinstance(embedder, FusionHead) else [embedder] if len(list(embedder.parameters())) else []
-            )
+        for part in (*self.embedders.values(), *([] if self.matcher is None else [self.matcher])):
+            if isinstance(part, FusionHead):
+                layers += part.output_layers()
+            elif isinstance(part, nn.Linear):
+                layers.append(part)
         return layers
 
     @property

@@ -172,3 +172,10 @@ def test_features_that_are_not_finite_make_the_matching_loss_so_instead_of_endin
     output = head(made)
     assert not output.auxiliary.isfinite().all()
     assert not output.output.isfinite().all()
+
+
+def test_its_output_layers_are_those_of_its_sides_and_of_the_matcher():
+    head = DualEncoder(DIMS | {"facts": 4}, 10, right=["text", "facts"], fuse="Gated", matcher="Concat", matcher_args={"dim": 8})
+    expected = [head.embedders["left"], *head.embedders["right"].output_layers(), *head.matcher.output_layers()]
+    assert head.output_layers() == expected
+    assert DualEncoder({"image": 4, "text": 4}, 10, projection="none").output_layers() == []
