@@ -2,15 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fusion.benchmarks.table import memory_mib
+from fusion.benchmarks.processes import in_new_process, memory_mib
 from fusion.console import aligned
 from fusion.session import silence_harmless_warnings
 from fusion.settings.parser import FusionCLI
@@ -44,11 +42,6 @@ def benchmark_retrieval(arguments: Sequence[str], pairs: int, chunk: int, rounds
     seconds, peak = (statistics.median(cost[i] for cost in costs) for i in (0, 1))
     print(f"ranks of {IMAGES:,} images x {IMAGES * CAPTIONS:,} captions, {DIM} wide: {seconds:.1f} s, {peak:.0f} MiB beyond them")
     return 0
-
-
-def in_new_process(function: Callable[..., tuple[float, float]], *arguments: Any) -> tuple[float, float]:
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def update_cost(arguments: list[str], batch: int, device_batch: int) -> tuple[float, float]:

@@ -1,16 +1,14 @@
 """fusion benchmark table: time and memory of reading a large manifest, compared with pyarrow alone, which doesn't report bad rows."""
 
-import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow.csv
 
+from fusion.benchmarks.processes import in_new_process, memory_mib
 from fusion.console import aligned
 from fusion.data import FusionData
 from fusion.data.issues import DataIssues
@@ -33,8 +31,7 @@ def benchmark_table(rows: int, rounds: int) -> int:
             measured: dict[str, list[tuple[float, float]]] = {OURS: [], ALONE: []}
             for _ in range(rounds):
                 for reader, costs in measured.items():
-                    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-                        costs.append(pool.submit(cost, reader, path).result())
+                    costs.append(in_new_process(cost, reader, path))
             for reader, costs in measured.items():
                 seconds, peaks = ([pair[i] for pair in costs] for i in (0, 1))
                 time_ratios, peak_ratios = (
@@ -75,10 +72,3 @@ def read_manifest(path: Path) -> object:
 
 
 READERS: dict[str, Callable[[Path], object]] = {OURS: read_manifest, ALONE: pyarrow.csv.read_csv}
-
-
-def memory_mib(what: str) -> float:
-    """Memory of this process from /proc (Linux): VmRSS is the current value, VmHWM the peak."""
-    match = re.search(rf"^{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert match is not None
-    return int(match[1]) / 1024

@@ -276,9 +276,7 @@ class MultiTask(Task):
             if mixture is not None:  # only samples with this target that have a partner with it
                 has = has & has.index_select(0, mixture.partner)
             each = task.of_mixture(task.loss, own, one, mixture)
-            weight = task.weight(everyone)
-            mean_weight = (all_have.float() if weight is None else torch.where(all_have, weight, 0.0)).mean()
-            losses.append(torch.where(has, each, 0.0) / mean_weight.clamp(min=1e-12))
+            losses.append(torch.where(has, each, 0.0) / mean_weight(task, everyone, all_have))
         return losses
 
     def contrast(self, pool: Pool) -> Tensor:
@@ -289,9 +287,7 @@ class MultiTask(Task):
             if task.contrasts:
                 losses.append(task.contrast(Pool(own, one, rows)))
             else:
-                weight = task.weight(one)
-                mean_weight = (has.float() if weight is None else torch.where(has, weight, 0.0)).mean()
-                losses.append(torch.where(has[rows], task.loss(own[rows], one[rows]), 0.0) / mean_weight.clamp(min=1e-12))
+                losses.append(torch.where(has[rows], task.loss(own[rows], one[rows]), 0.0) / mean_weight(task, one, has))
         return self.weighted(losses, pool.output[rows])
 
     def weighted(self, losses: Sequence[Tensor], output: Tensor) -> Tensor:
@@ -479,6 +475,12 @@ def check_parts(parts: Sequence[SubTask]) -> None:
             raise UserError(f"task: the weight of '{title}' is {part.weight}; expected a number above 0")
         if part.head_args is not None and part.head is None:
             raise UserError(f"task: '{title}' has head_args but no head; give the class of its head, too")
+
+
+def mean_weight(task: Task, target: Tensor, has: Tensor) -> Tensor:
+    """The mean weight of all samples of an update, 0 for those without a target (1 each, where the task doesn't weight samples)."""
+    weight = task.weight(target)
+    return (has.float() if weight is None else torch.where(has, weight, 0.0)).mean().clamp(min=1e-12)
 
 
 def headline_of(task: Task) -> tuple[str, str]:
