@@ -11,10 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion.data.image_paths import FILE_URL, URL
 from fusion.data.kinds import ImageInput, Kind
 from fusion.errors import INTERRUPTED, REQUEUE, UserError
-from fusion.predictor import Predictions, Predictor
+from fusion.predictions import Predictions
+from fusion.predictor import Predictor
+from fusion.processing.image_paths import FILE_URL, URL
 from fusion.rebuilding import class_of
 from fusion.scoring import evaluate_run
 from fusion.search import Index

@@ -1,59 +1,29 @@
-"""Predictions of a finished run for raw samples: paths, images, arrays and texts in, classes with probabilities out."""
+"""Predictions of a finished run for raw samples."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from fusion.data.kinds import Kind
 from fusion.data.processor import Processor
 from fusion.encoders import Encoder
 from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError
 from fusion.heads import FusionHead
 from fusion.model import FusionModel
+from fusion.predictions import Output, RawPredictor
 from fusion.rebuilding import class_of, rebuilt
 from fusion.runs.bundle import MODEL, is_bundle, of_checkpoint, read_bundle
 from fusion.runs.checkpoint_files import read_checkpoint
-
-Picture = str | Path | bytes | Image.Image | np.ndarray
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions of a model for N samples.
-
-    answers: for each sample the most likely class, the list of its labels, or the number. values (N, K) float32: the probabilities of the
-    K classes or labels, or the numbers. names: of the K. present: modality -> (N,) bool, whether the sample has it.
-
-    labels, probabilities and classes are aliases of answers, values and names, for classification.
-    """
-
-    answers: list[Any]
-    values: np.ndarray
-    names: list[str]
-    present: dict[str, np.ndarray]
-
-    @property
-    def labels(self) -> list[Any]:
-        return self.answers
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        return self.values
-
-    @property
-    def classes(self) -> list[str]:
-        return self.names
+from fusion.tasks import Task
 
 
-class Predictor:
+class Predictor(RawPredictor):
     """A trained model with all that is needed to process raw samples: tokenizer, image size, task.
 
     model: a FusionModel in eval mode; processor: converts samples to tensors and outputs to answers.
@@ -87,86 +57,23 @@ class Predictor:
         return cls(model, processor, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
-    def modalities(self) -> list[str]:
-        return list(self.model.encoders)
+    def preprocessors(self) -> Mapping[str, Kind]:
+        return self.processor.inputs
 
-    def predict(
-        self,
-        images: Iterable[Picture | None] | None = None,
-        texts: Iterable[Any] | None = None,
-        *,
-        batch_size: int = 64,
-        **inputs: Any,
-    ) -> Predictions:
-        """Predicts samples; None, NaN, pandas' NA or a blank text if a sample has no such input.
+    @property
+    def answering(self) -> Task:
+        return self.processor.task
 
-        images: paths, bytes of files, PIL images, or arrays (H, W, 3) uint8, lists of these if a sample has several. texts: also
-        numbers, booleans and times, which are converted as in a manifest. Both are lists, iterators, NumPy arrays or columns of a data
-        frame, in order, regardless of their index. Other inputs are passed by name: title=[...], facts=FRAME (with the table's columns).
-
-        Raises UserError for a sample without any input, lists of different lengths, and images that can't be read.
-        """
-        return self.gather(self.outputs(images, texts, batch_size=batch_size, **inputs))
-
-    def outputs(
-        self, images: Iterable[Picture | None] | None = None, texts: Iterable[Any] | None = None, *, batch_size: int = 64, **inputs: Any
-    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Returns for each batch of samples, given as for `predict`, the values (B, K) that the task scores, and presence by modality."""
-        usual = {"image": "images", "text": "texts"}
-        pair = {"image": images, "text": texts}
-        # An input may be called "images" itself.
-        named = {usual[name] if usual[name] in self.modalities else name: values for name, values in pair.items()} | inputs
-        given = {name: values for name, values in named.items() if values is not None}
-        unknown = [name for name in given if name not in self.modalities]
-        if unknown:
-            raise UserError(f"this model reads {' and '.join(self.modalities)}, not {unknown[0]}")
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; expected at least 1")
-        kinds = self.processor.inputs
-        cells = {name: kinds[name].raw(values, usual.get(name, name)) for name, values in given.items()}
-        lengths = {name: len(column) for name, column in cells.items()}
-        if len(set(lengths.values())) != 1:
-            expected = " and ".join(usual.get(name, name) for name in self.modalities)
-            raise UserError(f"expected {expected} of equal length, None for a missing input; got {lengths or 'nothing'}")
-        count = next(iter(lengths.values()))
-        columns = {name: cells.get(name) or [None] * count for name in self.modalities}
-        for i in range(count):
-            if all(column[i] is None for column in columns.values()):
-                raise UserError(f"sample {i} has none of {', '.join(self.modalities)}; at least one is needed")
-        outputs = []
-        for start in range(0, count, batch_size):
-            unreadable: dict[int, tuple[str, UserError]] = {}
-            outputs.append(self.predict_batch({name: column[start : start + batch_size] for name, column in columns.items()}, unreadable))
-            for index, (name, error) in unreadable.items():
-                cell = columns[name][start + index]
-                path = f" ({cell})" if isinstance(cell, Path) else ""
-                raise type(error)(f"sample {start + index}: its {name} can't be read: {error}{path}")
-        return outputs
-
-    def predict_batch(
-        self, columns: Mapping[str, Sequence[Any]], unreadable: dict[int, tuple[str, UserError]] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the values (B, K) that the task scores (probabilities, standardised numbers) and presence, for a batch of cells by input.
-
-        Raises the error of an input that can't be read; or, if `unreadable` is given, stores it there with the input's name, by its index
-        in the batch, whose row is then meaningless.
-        """
-        inputs = {}
-        for name, kind in self.processor.inputs.items():
-            failed: dict[int, UserError] = {}
-            inputs[name] = kind.batch(columns[name], failed)
-            for index, error in failed.items():
-                if unreadable is None:
-                    raise error
-                unreadable.setdefault(index, (name, error))
-        return self.run(inputs)
+    @property
+    def width(self) -> int:
+        return self.processor.task.out_dim
 
     @torch.inference_mode()
-    def run(self, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, inputs: Mapping[str, Any]) -> Output:
         """Returns the values (B, K) that the task scores and presence by modality, for a batch of tensors."""
         ordered = {name: on_device(inputs[name], self.device) for name in self.modalities}
-        values = self.processor.task.values(self.model(ordered).output).cpu()
-        return values, {name: x.present for name, x in inputs.items()}
+        values = self.processor.task.values(self.model(ordered).output).cpu().numpy()
+        return values, {name: x.present.numpy() for name, x in inputs.items()}
 
     @torch.inference_mode()
     def match(self, columns: Mapping[str, Sequence[Any]]) -> Tensor:
@@ -180,13 +87,6 @@ class Predictor:
         ordered = {name: on_device(inputs[name], self.device) for name in self.modalities}
         head: Any = self.model.head
         return head.match(self.model.encode(ordered)).float().cpu()
-
-    def gather(self, outputs: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Predictions:
-        """Combines the outputs of several batches."""
-        batches, task = list(outputs), self.processor.task
-        values = torch.cat([values for values, _ in batches]) if batches else torch.zeros(0, task.out_dim)
-        present = {name: np.concatenate([np.zeros(0, bool), *(mask[name].numpy() for _, mask in batches)]) for name in self.modalities}
-        return Predictions(task.answers(values.numpy()), task.in_units(values.numpy()), list(task.names), present)
 
 
 def model_of(run: str | Path, which: str) -> tuple[Path, str]:

@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fusion.console import Heartbeat, print_rank_zero
 from fusion.data import FusionData
 from fusion.data.format import Format
-from fusion.data.images import ImageError
 from fusion.data.issues import DataIssues
 from fusion.data.kinds import Kind
 from fusion.data.kinds.image import image_issue
@@ -19,12 +19,14 @@ from fusion.data.record import CELL, DIGEST, FILE, Record
 from fusion.data.table import Columns, Table, read_table
 from fusion.errors import UserError, nearest
 from fusion.evaluation import scores_by_group
+from fusion.predictions import Output
 from fusion.predictor import Predictor, model_of
+from fusion.processing.images import ImageError
 from fusion.settings.reading import data_of, inputs_for, reading_of
 from fusion.tasks import Task
 from fusion.tasks.metrics import Pairs, retrieval_ranks, retrieval_scores
 
-Outputs = list[tuple[Tensor, dict[str, Tensor]]]
+Outputs = list[Output]
 
 
 class Evaluation(NamedTuple):
@@ -74,7 +76,7 @@ def evaluate_run(
         column(table, data.columns, by)  # rejects an unknown column before predicting
     table, outputs = predict_rows(predictor, table, issues, batch_size)
     groups = column(table, data.columns, by) if by else None
-    values = torch.cat([values for values, _ in outputs])
+    values = torch.from_numpy(np.concatenate([values for values, _ in outputs]))
     scores = scores_by_group(task, values, table.labels, groups)
     if rerank:
         scores[f"first {rerank} re-ranked"] = reranked_scores(predictor, table, values, rerank) | {"samples": len(table)}

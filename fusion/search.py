@@ -21,6 +21,7 @@ from fusion.data.kinds import TextInput
 from fusion.data.table import Table
 from fusion.errors import UserError
 from fusion.predictor import Predictor, model_of
+from fusion.processing.answers import embeddings
 from fusion.runs.bundle import WEIGHTS
 from fusion.scoring import load_for, predict_rows, reject_unmatched, rows_of
 from fusion.settings.reading import inputs_for, reading_of
@@ -228,7 +229,8 @@ def retrieval_task(predictor: Predictor) -> Retrieval:
 
 def embeddings_of(predictor: Predictor, outputs: Sequence[tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Left and right embeddings of all samples of a predictor's outputs."""
-    return retrieval_task(predictor).embeddings(np.concatenate([values.numpy() for values, _ in outputs]))
+    retrieval_task(predictor)
+    return embeddings(np.concatenate([values for values, _ in outputs]))
 
 
 def names_of(predictor: Predictor, side: str) -> list[str]:

@@ -8,13 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-import torch
 
 from fusion.cli.options import Options, above_zero
 from fusion.data.issues import DataIssues
 from fusion.data.table import Table
 from fusion.errors import UserError
-from fusion.predictor import Predictions
+from fusion.predictions import Predictions
 from fusion.scoring import load_for, predict_rows, print_issues, rows_of
 from fusion.settings.reading import HELP, inputs_for, is_run, reading_of, reading_options, settings_of
 from fusion.tasks import Task
@@ -46,7 +45,7 @@ def predict(arguments: Sequence[str]) -> int:
     columns, format = reading_of(run, reading)
     table = rows_of(options.manifest, columns, format, inputs_for(predictor, columns, run), issues, None)
     table, outputs = predict_rows(predictor, table, issues, options.batch_size)
-    values = torch.cat([values for values, _ in outputs]).numpy()
+    values = np.concatenate([values for values, _ in outputs])
     write(out, table, predictor.gather(outputs), predictor.processor.task, values)
     print(f"{len(table):,} predictions in {out}")
     print_issues(issues, issues_path)

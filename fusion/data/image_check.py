@@ -21,8 +21,8 @@ from PIL import features
 from torch import Tensor
 
 from fusion.console import Heartbeat, print_rank_zero
-from fusion.data.images import FileOrBytes, ImageError, ImageSpec, cores, load_image
 from fusion.errors import UserError
+from fusion.processing.images import FileOrBytes, ImageError, ImageSpec, cores, load_image
 
 VERSION = 3  # of what `images` accepts: raise it when the same file would get a different verdict
 A_DAY_S = 86_400

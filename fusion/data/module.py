@@ -17,7 +17,6 @@ from fusion.cell_text import cell_text
 from fusion.data.curriculum import LOSS, TEXT_LENGTH, Admission, Curriculum, difficulty
 from fusion.data.distinct_batches import distinct_batches
 from fusion.data.format import Format
-from fusion.data.images import Resize, cores
 from fusion.data.issues import DataIssues
 from fusion.data.kinds import ImageInput, Kind, TextInput
 from fusion.data.kinds.base import Checking
@@ -32,6 +31,7 @@ from fusion.data.table import Columns, Table
 from fusion.encoders import Encoder
 from fusion.errors import UserError, nearest
 from fusion.lightning_private import training_batches
+from fusion.processing.images import Resize, cores
 from fusion.tasks import Task
 
 SPLITS = ("train", "val", "test")

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from fusion.data.format import Format
 from fusion.errors import UserError
+from fusion.processing.undecodable import flaw_of_text
 
 GZIP = b"\x1f\x8b"
 NOT_TEXT = {b"PK\x03\x04": "a ZIP archive or an Excel workbook; save it as CSV", b"PAR1": "a Parquet file; name it .parquet"}
@@ -124,20 +125,9 @@ def lines_of(raw: bytes) -> pa.Array:
 
 
 def undecodable(cells: Iterable[tuple[str, str]], format: Format | None = None) -> str | None:
-    """The flaw of the first cell that is not valid text, with the option that would read a file of this format; None if all are valid.
-
-    Lone surrogates stand for bytes, as in Python's surrogateescape.
-    """
-    for name, cell in cells:
-        try:
-            cell.encode()
-        except UnicodeEncodeError as error:
-            code = ord(cell[error.start])
-            if not 0xDC80 <= code <= 0xDCFF:
-                return f"not UTF-8 (lone surrogate U+{code:04X} in column {name})"
-            encoding = "UTF-8" if format is None or format.is_utf8 else format.encoding
-            return f"not {encoding} (byte 0x{code - 0xDC00:02x} in column {name}{hint_of_encoding(code - 0xDC00, format)})"
-    return None
+    """The flaw of the first cell that is not valid text, with the option that would read a file of this format; None if all are valid."""
+    encoding = "UTF-8" if format is None or format.is_utf8 else format.encoding
+    return flaw_of_text(cells, encoding, lambda byte: hint_of_encoding(byte, format))
 
 
 def hint_of_encoding(byte: int, format: Format | None) -> str:

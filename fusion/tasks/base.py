@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from fusion.errors import UserError, nearest
 from fusion.heads import FusionHead
 from fusion.inputs import Mixture
+from fusion.processing.answers import Answering
 from fusion.rebuilding import Rebuildable
 
 OnUnseen = Literal["error", "count_as_wrong"]
@@ -180,9 +181,10 @@ class Task(Rebuildable, nn.Module, ABC):
     def values(self, output: Tensor) -> Tensor:
         """Returns (B, K) float32: probabilities, or standardised numbers."""
 
-    def in_units(self, values: np.ndarray) -> np.ndarray:
-        """Converts values (n, K) to the target's own units."""
-        return values
+    def answering(self) -> Answering:
+        """How values become answers, without torch, for this task and for exported packages. Raises UserError for a task that defines
+        `answers` alone."""
+        raise UserError(f"{type(self).__name__} has no answering(), so that its models can't be exported")
 
     @abstractmethod
     def metrics(self) -> MetricCollection:
@@ -220,9 +222,13 @@ class Task(Rebuildable, nn.Module, ABC):
     def end_epoch(self, means: Mapping[str, float]) -> None:
         """Called on all ranks after each training epoch, with the means of `batch_figures` over it."""
 
-    @abstractmethod
     def answers(self, values: np.ndarray) -> list[Any]:
         """Converts values (n, K) to each sample's answer: a class, a list of labels, a number."""
+        return self.answering().answers(values)
+
+    def in_units(self, values: np.ndarray) -> np.ndarray:
+        """Converts values (n, K) to the target's own units."""
+        return values if type(self).answering is Task.answering else self.answering().in_units(values)
 
     def cell_of(self, answer: Any) -> Any:
         """An answer as a table's cell."""

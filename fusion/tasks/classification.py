@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 
 from fusion.errors import UserError
 from fusion.losses import effective_number_weights, focal_loss
+from fusion.processing.answers import Classes
 from fusion.tasks.base import OnUnseen, Task, checked_weights, reject_unused
 from fusion.tasks.metrics import RANKED, binary_scores, classification_metrics, one_against_rest
 
@@ -170,8 +171,8 @@ class Classification(Task):
     def batch_figures(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {"accuracy": (output.argmax(dim=1) == target).float().mean()}
 
-    def answers(self, values: np.ndarray) -> list[Any]:
-        return [self.names[i] for i in values.argmax(axis=1)]
+    def answering(self) -> Classes:
+        return Classes(self.names)
 
     def learnt(self) -> dict[str, Any]:
         return {"names": list(self.names)}

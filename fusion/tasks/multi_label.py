@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 from fusion.cell_text import canonical, cell_text
 from fusion.errors import UserError
 from fusion.losses import asymmetric_loss, binary_focal_loss
+from fusion.processing.answers import Labels
 from fusion.tasks.base import OnUnseen, Task, checked_weights, reject_unused
 from fusion.tasks.classification import by_name, counted, reject_unseen
 from fusion.tasks.metrics import MULTI_LABEL_SCORES, best_thresholds, binary_scores, collected, collecting, multi_label_scores
@@ -246,9 +247,8 @@ class MultiLabel(Task):
         predicted = output.sigmoid() > output.new_tensor(self.thresholds)
         return {"subset_accuracy": (predicted == target[:, : output.shape[1]].bool()).all(dim=1).float().mean()}
 
-    def answers(self, values: np.ndarray) -> list[Any]:
-        thresholds = np.array(self.thresholds, dtype=values.dtype)
-        return [[self.names[i] for i in np.flatnonzero(row > thresholds)] for row in values]
+    def answering(self) -> Labels:
+        return Labels(self.names, self.thresholds)
 
     def cell_of(self, answer: Any) -> Any:
         """Written so that a manifest with it is read as the same labels."""

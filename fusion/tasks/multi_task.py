@@ -15,6 +15,7 @@ from fusion.cell_text import canonical
 from fusion.errors import UserError
 from fusion.heads import FusionHead, PerTask
 from fusion.inputs import Mixture
+from fusion.processing.answers import SeveralAnswers
 from fusion.rebuilding import rebuilt
 from fusion.tasks.base import OnUnseen, Pool, Task
 from fusion.tasks.metrics import collected, collecting
@@ -390,13 +391,10 @@ class MultiTask(Task):
     def metric_names(self) -> list[str]:
         return [f"{title}_{name}" for title, task in self.named() for name in task.metric_names()]
 
-    def in_units(self, values: np.ndarray) -> np.ndarray:
-        return np.concatenate([task.in_units(own) for task, own in zip(self.each, self.by_task(values), strict=True)], axis=1)
-
-    def answers(self, values: np.ndarray) -> list[Any]:
-        """Of each sample the answers by task."""
-        by_task = [task.answers(own) for task, own in zip(self.each, self.by_task(values), strict=True)]
-        return [dict(zip(self.titles, row, strict=True)) for row in zip(*by_task, strict=True)]
+    def answering(self) -> SeveralAnswers:
+        # A task of one's own may define answers alone.
+        parts = {title: task if type(task).answering is Task.answering else task.answering() for title, task in self.named()}
+        return SeveralAnswers(self.names, parts, self.value_widths())
 
     def cell_of(self, answer: Any) -> Any:
         return json.dumps({title: task.cell_of(answer[title]) for title, task in self.named()}, ensure_ascii=False)

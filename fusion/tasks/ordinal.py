@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassCohenKappa
 from fusion.cell_text import NUMBER
 from fusion.errors import UserError
 from fusion.losses import cumulative_link_loss, cumulative_logits
+from fusion.processing.answers import OrderedClasses
 from fusion.tasks.base import OnUnseen, Task
 from fusion.tasks.classification import by_name, counted, reject_unseen
 from fusion.tasks.metrics import binary_scores, collected, collecting
@@ -128,8 +129,8 @@ class Ordinal(Task):
     def batch_figures(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {"accuracy": (median(self.values(output)) == target).float().mean()}
 
-    def answers(self, values: np.ndarray) -> list[Any]:
-        return [self.names[i] for i in median(torch.from_numpy(values)).tolist()]
+    def answering(self) -> OrderedClasses:
+        return OrderedClasses(self.names)
 
     def bound(self, seen: Sequence[Hashable], cells: Sequence[str | None]) -> float:
         """The least mean difference of indices: of the median over the samples with equal inputs."""

@@ -16,6 +16,7 @@ from fusion.cell_text import NUMBER
 from fusion.errors import UserError
 from fusion.inputs import Mixture
 from fusion.losses import gaussian_loss, quantile_loss
+from fusion.processing.answers import Numbers
 from fusion.tasks.base import OnUnseen, Task, reject_unused
 from fusion.tasks.metrics import collected, collecting, number_scores
 
@@ -203,13 +204,9 @@ class Regression(Task):
             outputs = torch.stack([outputs[..., 0], (outputs[..., 1].clamp(-10, 10) / 2).exp()], dim=2)
         return outputs.flatten(1)
 
-    def in_units(self, values: np.ndarray) -> np.ndarray:
-        """(n, T K) values in the target's own units."""
-        scaled = values.astype(np.float64).reshape(len(values), len(self.names), self.width) * np.array(self.deviation)[:, None]
-        offset = np.repeat(np.array(self.mean)[:, None], self.width, axis=1)
-        if self.form == "gaussian":
-            offset[:, 1] = 0
-        return (scaled + offset).reshape(len(values), -1)
+    def answering(self) -> Numbers:
+        spread_place = 1 if self.form == "gaussian" else None
+        return Numbers(self.names, self.mean, self.deviation, self.width, self.answer_place, spread_place)
 
     @property
     def answer_place(self) -> int:
@@ -247,10 +244,6 @@ class Regression(Task):
         names = ["mae", "rmse", "r2", "spearman"]
         names += ["coverage", "interval_width"] if self.form in ("quantile", "gaussian") and self.width > 1 else []
         return names + ([f"{name}_{target}" for name in names for target in self.names] if len(self.names) > 1 else [])
-
-    def answers(self, values: np.ndarray) -> list[Any]:
-        chosen = self.in_units(values).reshape(len(values), len(self.names), self.width)[..., self.answer_place]
-        return chosen[:, 0].tolist() if len(self.names) == 1 else chosen.tolist()
 
     def cell_of(self, answer: Any) -> Any:
         return json.dumps(answer) if isinstance(answer, list) else answer

@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from fusion.errors import UserError
 from fusion.heads import DualEncoder, FusionHead
 from fusion.losses import info_nce_loss, sigmoid_pair_loss
+from fusion.processing.answers import Similarities
 from fusion.tasks.base import OnUnseen, Pool, Task
 from fusion.tasks.metrics import Pairs, collected, collecting, retrieval_ranks, retrieval_scores
 
@@ -174,15 +175,8 @@ class Retrieval(Task):
     def values(self, output: Tensor) -> Tensor:
         return output.float()
 
-    def in_units(self, values: np.ndarray) -> np.ndarray:
-        left, right = self.embeddings(values)
-        return (left * right).sum(axis=1, keepdims=True)
-
-    def embeddings(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Left and right embeddings (n, dim) of unit length, whose inner products are cosines; 0 where the side is absent."""
-        sides = [side[:, :-1] for side in np.split(np.asarray(values, dtype=np.float32), 2, axis=1)]
-        left, right = (side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in sides)
-        return left, right
+    def answering(self) -> Similarities:
+        return Similarities(self.names)
 
     def metrics(self) -> MetricCollection:
         return collecting(self.out_dim, torch.zeros(0, 2, dtype=torch.int64))
@@ -205,9 +199,6 @@ class Retrieval(Task):
     def batch_figures(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         left, right = (side[:, :-1].float().square().sum(dim=1) for side in output.chunk(2, dim=1))
         return {"temperature": 1 / torch.maximum(left, right).amax()}  # of samples that lack a side, the other one's
-
-    def answers(self, values: np.ndarray) -> list[Any]:
-        return self.in_units(values)[:, 0].tolist()
 
     def columns(self, values: np.ndarray) -> dict[str, list[Any]]:
         return {}

@@ -16,8 +16,8 @@ from PIL import Image
 from small_runs import TINY, InProcess, Run
 
 import fusion
-from fusion.data.raw_columns import text_column
 from fusion.errors import UserError
+from fusion.processing.raw_columns import text_column
 
 
 def test_evaluate_scores_the_test_split_as_training_did(command: Run, trained: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from fusion.data.image_check import check_images, shared_file
-from fusion.data.images import ImageSpec
 from fusion.data.kinds.image import ImageStore
 from fusion.errors import UserError
+from fusion.processing.images import ImageSpec
 
 
 @pytest.fixture

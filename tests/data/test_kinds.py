@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.preprocessing import QuantileTransformer
 
-from fusion.data.images import ImageSpec
 from fusion.data.kinds import ImageInput, Kind, TableInput, TextInput
 from fusion.data.kinds.base import Checking, Reading
 from fusion.data.kinds.image import ImageStore, ShownImages
-from fusion.data.kinds.table import kind_of, number_of, scale_of, scaled
+from fusion.data.kinds.table import kind_of
 from fusion.encoders import TableColumns, TimmImage
 from fusion.errors import UserError
+from fusion.processing.images import ImageSpec
+from fusion.processing.table import number_of, scale_of, scaled
 
 
 def table(rows, train=None, **options):

@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fusion.data.images import ImageSpec
 from fusion.data.kinds.image import ImageStore, ShownImages
 from fusion.data.kinds.text import TextStore
 from fusion.data.sampler import PLACEHOLDER, Draw
 from fusion.data.samples import Samples, as_is
-from fusion.data.tokenizer import Tokenizer
+from fusion.processing.images import ImageSpec
+from fusion.processing.tokenizer import Tokenizer
 
 SPEC = ImageSpec((8, 8))
 TEXTS = ["zero", "one one", None, "three", "four", "five five five"]

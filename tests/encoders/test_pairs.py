@@ -19,13 +19,14 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, CLIPTextModel, Si
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from fusion.data.images import ImageSpec, load_image
-from fusion.data.tokenizer import Tokenizer, batch_texts
+from fusion.data.kinds.text import batch_texts
+from fusion.data.pretrained_tokenizer import pretrained_tokenizer
 from fusion.encoders import Images, PairImage, PairText, Texts, TransformersText
 from fusion.errors import UserError
 from fusion.features import Features
 from fusion.heads import Concat, CrossAttention, JointTransformer, LevelWeighted, LogitMean
 from fusion.model import FusionModel
+from fusion.processing.images import ImageSpec, load_image
 
 PROCESSORS = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}
 SENTENCES = ["is there a red circle?", "a blue square", "what colour"]
@@ -55,7 +56,7 @@ def images(present: list[bool]) -> Images:
 
 
 def texts(folder: str, sentences: list[str | None] = [*SENTENCES, None]) -> Texts:  # noqa: B006
-    return batch_texts(Tokenizer.pretrained(folder, max_length=12), sentences)
+    return batch_texts(pretrained_tokenizer(folder, max_length=12), sentences)
 
 
 def normalised(encoder: PairImage, raw: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from tiny_world import BERT
 
 from fusion.data.kinds import TextInput
 from fusion.data.processor import Processor
-from fusion.data.tokenizer import Tokenizer
 from fusion.encoders import TransformersText
 from fusion.heads import available
 from fusion.heads.registry import HEADS
 from fusion.model import FusionModel
+from fusion.processing.tokenizer import Tokenizer
 from fusion.runs.bundle import FORMAT
 from fusion.tasks import Classification
 from fusion.training.weights import load_weights

@@ -11,6 +11,7 @@ import numpy as np
 from fusion.data.cells import RawColumn
 from fusion.encoders import Encoder
 from fusion.errors import UserError
+from fusion.processing.preprocessor import Preprocessor
 from fusion.rebuilding import Rebuildable
 
 
@@ -142,6 +143,10 @@ class Kind(Rebuildable, ABC):
     def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Any:
         """The encoder's input for these cells; errors of unreadable ones go to `unreadable` by position, and their rows of the batch are
         meaningless."""
+
+    def preprocessor(self) -> Preprocessor:
+        """What makes arrays of raw values without torch, for exported packages. Raises UserError for a kind that has none."""
+        raise UserError(f"{type(self).__name__} has no preprocessor(), so that a model that reads it can't be exported")
 
     # State
 

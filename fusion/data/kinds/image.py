@@ -5,7 +5,6 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -16,12 +15,13 @@ from torch import Tensor
 from fusion.data.cells import RawColumn, as_texts
 from fusion.data.column import Column
 from fusion.data.image_check import check_images, digest_of, shared_file
-from fusion.data.image_paths import PECULIAR, Located, bytes_or_path, locate, odd_paths
-from fusion.data.images import FileOrBytes, ImageError, ImageSpec, Resize, decoded, load_image
 from fusion.data.kinds.base import Checking, Defaults, Kind, Reading, Store
-from fusion.data.raw_columns import image_column
 from fusion.encoders import Encoder, Images
 from fusion.errors import UserError
+from fusion.processing.image import ImagePreprocessor, images_in
+from fusion.processing.image_paths import PECULIAR, Located, bytes_or_path, locate, odd_paths
+from fusion.processing.images import FileOrBytes, ImageError, ImageSpec, Resize, load_image
+from fusion.processing.preprocessor import ImageArrays
 
 MAX_IMAGES = 8  # of a sample
 MAYBE_LIST = r"^[^\x21-\x7e]*\["  # a cell that may be a JSON list; as RE2 reads it
@@ -183,34 +183,20 @@ class ImageInput(Kind):
         return digests
 
     def raw(self, values: Any, name: str) -> list[Any]:
-        return image_column(values, name)
+        return self.preprocessor().raw(values, name)
 
     def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Images:
-        flat = [(i, one) for i, cell in enumerate(cells) for one in (cell if isinstance(cell, tuple) else (cell,))]
-        pixels = torch.zeros(max(len(flat), 1), self.spec.channels, *self.spec.size, dtype=torch.uint8)
-        for position, image in enumerate(decoded([one for _, one in flat], self.spec)):
-            if isinstance(image, np.ndarray):
-                pixels[position] = torch.from_numpy(image)
-            elif image is not None:
-                unreadable.setdefault(flat[position][0], image)
-        is_present = [cell is not None for cell in cells]
-        present = torch.tensor(is_present, dtype=torch.bool)
-        if len(flat) == len(cells):
-            return Images(pixels, present, any_present=any(is_present), all_present=all(is_present))
-        index = np.full((len(cells), max(len(images_in(cell)) for cell in cells)), -1, dtype=np.int64)
-        counts = [0] * len(cells)
-        for position, (i, one) in enumerate(flat):
-            if one is not None:
-                index[i, counts[i]] = position
-                counts[i] += 1
-        shown = torch.from_numpy(index >= 0)
-        return Images(pixels, present, torch.from_numpy(index.clip(min=0)), any(is_present), bool(shown.all()), shown)
+        return images_of(self.preprocessor().batch(cells, unreadable))
+
+    def preprocessor(self) -> ImagePreprocessor:
+        return ImagePreprocessor(self.spec, self.max_images)
 
     def learnt(self) -> dict[str, Any]:
-        return {"spec": asdict(self.spec) | {"size": list(self.spec.size)}}
+        return self.preprocessor().state()
 
     def set_learnt(self, learnt: dict[str, Any]) -> None:
-        self.spec = ImageSpec(**learnt["spec"] | {"size": tuple(learnt["spec"]["size"])})
+        preprocessor = ImagePreprocessor.of_state(learnt)
+        self.spec, self.max_images = preprocessor.spec, preprocessor.max_images
 
     def differences(self, then: dict[str, Any]) -> Iterator[str]:
         now = self.learnt()["spec"]
@@ -282,9 +268,14 @@ class ShownImages:
         return np.where((self.index >= 0).any(axis=1), combination, -1)
 
 
-def images_in(cell: Any) -> tuple[FileOrBytes, ...]:
-    """The images of a cell: none, one, or several."""
-    return cell if isinstance(cell, tuple) else () if cell is None else (cell,)
+def images_of(arrays: ImageArrays) -> Images:
+    """The encoder's input from arrays."""
+    pixels, present = torch.from_numpy(arrays.pixels), torch.from_numpy(arrays.present)
+    anyone, everyone = bool(arrays.present.any()), bool(arrays.present.all())
+    if arrays.image_index is None or arrays.image_mask is None:
+        return Images(pixels, present, any_present=anyone, all_present=everyone)
+    index, mask = torch.from_numpy(arrays.image_index), torch.from_numpy(arrays.image_mask)
+    return Images(pixels, present, index, anyone, bool(arrays.image_mask.all()), mask)
 
 
 def raw_images(cell: Any) -> list[Any] | None:

@@ -5,14 +5,17 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+import torch
 
 from fusion.data.cells import RawColumn, as_texts
 from fusion.data.column import BLANK, Column
 from fusion.data.kinds.base import Defaults, Kind, Reading, Store
-from fusion.data.raw_columns import text_column
-from fusion.data.tokenizer import Tokenizer, TokenStore, batch_texts
+from fusion.data.pretrained_tokenizer import pretrained_tokenizer
 from fusion.encoders import Encoder, Texts, TransformersText
 from fusion.errors import UserError
+from fusion.processing.preprocessor import TextArrays
+from fusion.processing.text import TextPreprocessor
+from fusion.processing.tokenizer import Tokenizer, TokenStore
 
 NULLS = frozenset({"nan", "NaN", "NA", "N/A", "#N/A", "<NA>", "NaT", "None", "null", "NULL"})  # how programs write a missing value as text
 MAX_LENGTH = 64  # tokens
@@ -57,17 +60,20 @@ class TextInput(Kind):
             self.tokenizer = Tokenizer.train(texts, vocab_size=encoder.vocab_size, max_length=max_length)
             encoder.fit_vocabulary(self.tokenizer.vocab_size)
         else:
-            self.tokenizer = Tokenizer.pretrained(str(encoder.name_or_path), max_length=max_length)
+            self.tokenizer = pretrained_tokenizer(str(encoder.name_or_path), max_length=max_length)
             encoder.cover_vocabulary(self.tokenizer.id_limit)
 
     def store(self, cells: Sequence[Any], *, training: bool) -> Store:
         return TextStore(self.tokenizer, self.tokenizer.encode(cells))
 
     def raw(self, values: Any, name: str) -> list[Any]:
-        return text_column(values, name)
+        return self.preprocessor().raw(values, name)
 
     def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Texts:
-        return batch_texts(self.tokenizer, cells)
+        return texts_of(self.preprocessor().batch(cells, unreadable))
+
+    def preprocessor(self) -> TextPreprocessor:
+        return TextPreprocessor(self.tokenizer)
 
     def learnt(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer.state()}
@@ -95,7 +101,7 @@ class TextStore:
             self.notes.append(f"{tokens.unknown:.1%} of the tokens are unknown to the tokenizer")
 
     def batch(self, samples: np.ndarray, seed: int) -> Texts:
-        return self.tokens.batch(samples, self.pad_id)
+        return texts_of(self.tokens.batch(samples, self.pad_id))
 
     def unaugmented(self) -> "TextStore":
         return self
@@ -105,6 +111,16 @@ class TextStore:
 
     def distinct(self) -> np.ndarray | None:
         return None
+
+
+def texts_of(arrays: TextArrays) -> Texts:
+    """The encoder's input from arrays."""
+    return Texts(torch.from_numpy(arrays.ids), torch.from_numpy(arrays.mask), bool(arrays.mask.all()))
+
+
+def batch_texts(tokenizer: Tokenizer, texts: Sequence[str | None]) -> Texts:
+    """These texts as one padded batch."""
+    return texts_of(TextPreprocessor(tokenizer).batch(texts, {}))
 
 
 def notes_of_nulls(path: str, column: str, cells: Column[str | None]) -> list[str]:

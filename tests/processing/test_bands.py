@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusion.data.bands import decode_bands
-from fusion.data.images import ImageError, ImageSpec, decode, load_image
+from fusion.processing.bands import decode_bands
+from fusion.processing.images import ImageError, ImageSpec, decode, load_image
 
 
 def array(*shape, dtype=np.uint8):

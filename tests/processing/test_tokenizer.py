@@ -7,12 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import tokenizers
-import torch
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fusion.data.tokenizer import SPECIAL, Tokenizer, batch_texts
+from fusion.data.kinds.text import batch_texts
+from fusion.data.pretrained_tokenizer import pretrained_tokenizer
 from fusion.errors import UserError
+from fusion.processing.tokenizer import SPECIAL, Tokenizer
 
 TEXTS = [f"is there a {colour} {shape}?" for colour in ("red", "blue", "green") for shape in ("circle", "square", "cross")]
 PAD, UNK, CLS, SEP = range(4)
@@ -67,7 +68,7 @@ def test_a_vocabulary_of_many_characters_is_no_larger_than_asked_and_holds_the_c
 
 
 def test_equally_rare_characters_are_left_out_in_the_same_way_by_every_process():
-    script = "from fusion.data.tokenizer import Tokenizer as T; print(T.train(['%s'], vocab_size=50, max_length=8).backend.to_str())"
+    script = "from fusion.processing.tokenizer import Tokenizer as T; print(T.train(['%s'], vocab_size=50, max_length=8).backend.to_str())"
     text = "".join(chr(0x4E00 + i) for i in range(200))
     told = {subprocess.run([sys.executable, "-c", script % text], capture_output=True, text=True, check=True).stdout for _ in range(2)}
     assert len(told) == 1
@@ -150,10 +151,10 @@ def test_a_batch_is_padded_to_its_own_longest_text():
     short, long = store.batch([0, 2], tokenizer.pad_id), store.batch([0, 1], tokenizer.pad_id)
     assert short.ids.shape == (2, 4)
     assert long.ids.shape == (2, 8)
-    assert torch.equal(long.ids[0, :3], short.ids[0, :3])
-    assert long.ids[0, 3:].eq(PAD).all()
+    assert (long.ids[0, :3] == short.ids[0, :3]).all()
+    assert (long.ids[0, 3:] == PAD).all()
     assert not long.mask[0, 3:].any()
-    assert long.ids.dtype == torch.int64
+    assert long.ids.dtype == np.int64
 
 
 def test_a_text_gets_the_same_tokens_whatever_stands_beside_it():
@@ -178,7 +179,7 @@ def local_folder(tmp_path):
 
 
 def test_a_pretrained_tokenizer_comes_from_a_local_folder(local_folder):
-    tokenizer = Tokenizer.pretrained(str(local_folder), max_length=4)
+    tokenizer = pretrained_tokenizer(str(local_folder), max_length=4)
     assert tokenizer.pad_id == 7
     assert rows(tokenizer, ["a red circle", "red"]) == [[2, 6, 4, 3], [2, 4, 3]]
     assert tokenizer.encode(["a red circle", "red"]).cut == 1
@@ -188,7 +189,7 @@ def test_a_pretrained_tokenizer_comes_from_a_local_folder(local_folder):
 
 
 def test_a_pretrained_tokenizer_survives_as_state_without_its_folder(local_folder):
-    tokenizer = Tokenizer.pretrained(str(local_folder), max_length=4)
+    tokenizer = pretrained_tokenizer(str(local_folder), max_length=4)
     again = Tokenizer.from_state(tokenizer.state())
     assert (again.pad_id, again.max_length) == (7, 4)
     assert rows(again, ["a red circle", None]) == rows(tokenizer, ["a red circle", None])
@@ -228,5 +229,5 @@ def test_a_folder_without_a_usable_tokenizer_is_refused_by_name(tmp_path, monkey
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=r"tokenizer\.json") as caught:
-        Tokenizer.pretrained(str(tmp_path), max_length=8)
+        pretrained_tokenizer(str(tmp_path), max_length=8)
     assert str(tmp_path) in str(caught.value)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from torch.nn.functional import interpolate
 
-from fusion.data import images as images_module
-from fusion.data.images import ImageError, decode, resize
 from fusion.errors import UserError
+from fusion.processing import images as images_module
+from fusion.processing.images import ImageError, decode, resize
 
 RANDOM = np.random.default_rng(0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fusion.data.images import (
+from fusion.processing.images import (
     UPRIGHT,
     ImageError,
     Source,

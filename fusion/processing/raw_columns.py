@@ -5,15 +5,13 @@ from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from PIL import Image
 
 from fusion.cell_text import VALUES, cell_text, is_null
-from fusion.data.image_paths import bytes_or_path, locate, odd_paths
-from fusion.data.images import ImageError
-from fusion.data.readers import column_values
-from fusion.data.text_file import undecodable
 from fusion.errors import UserError
+from fusion.processing.image_paths import bytes_or_path, locate, odd_paths
+from fusion.processing.images import ImageError
+from fusion.processing.undecodable import flaw_of_text
 
 ONE_VALUE = (str, bytes, bytearray, os.PathLike, Image.Image)
 
@@ -29,7 +27,7 @@ def text_column(values: Iterable[Any], name: str = "texts") -> list[str | None]:
         if not (is_null(value) or isinstance(value, VALUES)):
             raise UserError(f"sample {i}: its text is a {type(value).__name__}; expected a text, a number or None")
         text = cell_text(value)
-        if text and not text.isascii() and (flaw := undecodable([("text", text)])):
+        if text and not text.isascii() and (flaw := flaw_of_text([("text", text)])):
             raise UserError(f"sample {i}: {flaw}")
         texts.append(text if text and not text.isspace() else None)
     return texts
@@ -78,10 +76,15 @@ def column(values: Iterable[Any], name: str, single_ndim: int = 0) -> list[Any]:
         raise UserError(f"{name} is one {type(values).__name__} of {dimensions} dimensions; expected a list or one column, as {name}=[...]")
     if isinstance(values, Mapping | Set) or not isinstance(values, Iterable):
         raise UserError(f"{name} is a {type(values).__name__}; expected a list, an array or a column of a data frame")
-    if isinstance(values, pa.Array | pa.ChunkedArray):
-        if getattr(values.type, "extension_name", "").startswith("pandas."):  # periods, which Arrow stores as integers
-            raise UserError(f"{name} is an Arrow column of {values.type.extension_name}; expected texts, numbers or times")
-        return column_values(name, values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values]), {})
+    if type(values).__module__.startswith("pyarrow."):
+        import pyarrow as pa  # installed where somebody has such a column
+
+        from fusion.processing.arrow import column_values
+
+        if isinstance(values, pa.Array | pa.ChunkedArray):
+            if getattr(values.type, "extension_name", "").startswith("pandas."):  # periods, which Arrow stores as integers
+                raise UserError(f"{name} is an Arrow column of {values.type.extension_name}; expected texts, numbers or times")
+            return column_values(name, values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values]), {})
     if hasattr(values, "to_numpy"):  # iterating over a data frame's column would turn narrow floats into Python's
         values = values.to_numpy()
     return list(values)

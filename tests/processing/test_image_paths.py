@@ -74,6 +74,6 @@ def test_a_path_that_leads_nowhere_is_dropped_with_what_was_seen(folder, cell, w
 def test_the_disk_is_not_asked_about_ordinary_paths(folder, monkeypatch):
     path = written(folder, "image,label\na.png,x\npics/b c.png,x\n/abs/ü.png,x\n")
     asked = []
-    monkeypatch.setattr("fusion.data.image_paths.os.path.lexists", asked.append)
+    monkeypatch.setattr("fusion.processing.image_paths.os.path.lexists", asked.append)
     read_all(path, ("image",))
     assert asked == []

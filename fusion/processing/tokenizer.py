@@ -1,24 +1,22 @@
-"""Tokenization: the pretrained model's own tokenizer, or one trained on the training texts."""
+"""Tokenization, by a tokenizer trained on the training texts or a pretrained model's own."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from fusion.data.column import take
-from fusion.encoders import Texts
-from fusion.encoders.pretrained import load_tokenizer
 from fusion.errors import UserError
+from fusion.processing.preprocessor import TextArrays
 
 # Ids 0 to 3; text encoders made from a config expect padding at 0.
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+SLICE = 10_000  # texts encoded at a time, so that the tokenizer's own objects don't accumulate in memory
 
 
 class TokenStore(NamedTuple):
@@ -29,15 +27,15 @@ class TokenStore(NamedTuple):
     cut: int  # number of texts that were truncated to max_length
     unknown: float  # share of unknown tokens, not counting those that mark start and end
 
-    def batch(self, samples: Sequence[int] | np.ndarray, pad_id: int) -> Texts:
-        """The texts of these samples, padded to the longest of them: ids (B, N), mask (B, N), N >= 1."""
+    def batch(self, samples: Sequence[int] | np.ndarray, pad_id: int) -> TextArrays:
+        """The texts of these samples, padded to the longest of them: ids (B, N) int64, mask (B, N) bool, N >= 1."""
         samples = np.asarray(samples)
         starts, lengths = self.offsets[samples], self.offsets[samples + 1] - self.offsets[samples]
         mask = np.arange(max(int(lengths.max(initial=0)), 1)) < lengths[:, None]
         ids = np.full(mask.shape, pad_id, dtype=np.int64)
         source = starts[:, None] + np.arange(mask.shape[1])
         ids[mask] = self.ids[source[mask]]
-        return Texts(torch.from_numpy(ids), torch.from_numpy(mask), bool(mask.all()))
+        return TextArrays(ids, mask)
 
 
 class Tokenizer:
@@ -45,8 +43,8 @@ class Tokenizer:
 
     >>> tokenizer = Tokenizer.train(["is there a red circle?", "is there a blue square?"], vocab_size=100, max_length=16)
     >>> store = tokenizer.encode(["a red square", None])
-    >>> store.batch([0, 1], tokenizer.pad_id).mask.any(1)
-    tensor([ True, False])
+    >>> store.batch([0, 1], tokenizer.pad_id).present.tolist()
+    [True, False]
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, pad_id: int, max_length: int) -> None:
@@ -83,24 +81,6 @@ class Tokenizer:
         )
         return cls(backend, pad_id=0, max_length=max_length)
 
-    @classmethod
-    def pretrained(cls, name_or_path: str, *, max_length: int) -> "Tokenizer":
-        """The tokenizer that belongs to a transformers model. Raises UserError if it can't be loaded or is not a fast one."""
-        source = os.path.expanduser(name_or_path)
-        try:
-            loaded = load_tokenizer(source if os.path.isdir(source) else name_or_path)
-        except Exception as error:  # tokenizers raises plain Exception, transformers KeyError, for a file that isn't a tokenizer
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"tokenizer of '{name_or_path}' could not be loaded ({reason}); expected tokenizer.json in that folder"
-            ) from error
-        backend = getattr(loaded, "backend_tokenizer", None)
-        # Without a vocabulary file transformers makes a tokenizer with an empty vocabulary.
-        if backend is None or backend.get_vocab_size() <= len(loaded.all_special_tokens):
-            raise UserError(f"tokenizer of '{name_or_path}' has no tokenizer.json; save it as a fast tokenizer there first")
-        pad_id = loaded.pad_token_id if loaded.pad_token_id is not None else 0
-        return cls(backend, pad_id=pad_id, max_length=max_length)
-
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
@@ -120,18 +100,17 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str | None]) -> TokenStore:
         """Token ids of all texts, none for None; texts longer than `max_length` tokens are truncated and counted."""
-        present = [i for i, text in enumerate(texts) if text is not None]
         lengths = np.zeros(len(texts) + 1, dtype=np.int64)
         pieces: list[np.ndarray] = []
         cut = 0
-        for start in range(0, len(present), 10_000):  # in slices, so that the tokenizer's own objects don't accumulate in memory
-            chosen = present[start : start + 10_000]
-            for i, encoding in zip(chosen, self.backend.encode_batch([str(text) for text in take(texts, chosen)]), strict=True):
+        present = ((i, str(text)) for i, text in enumerate(texts) if text is not None)
+        while chosen := list(islice(present, SLICE)):
+            for (i, _), encoding in zip(chosen, self.backend.encode_batch([text for _, text in chosen]), strict=True):
                 pieces.append(np.asarray(encoding.ids, dtype=np.int32))
                 lengths[i + 1] = len(encoding.ids)
                 cut += bool(encoding.overflowing)
         ids = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
-        ordinary = len(ids) - len(present) * self.backend.num_special_tokens_to_add(False)
+        ordinary = len(ids) - len(pieces) * self.backend.num_special_tokens_to_add(False)
         unknown = 0 if self.unk_id is None else np.count_nonzero(ids == self.unk_id)
         return TokenStore(ids, np.cumsum(lengths), cut, unknown / max(ordinary, 1))
 
@@ -151,8 +130,3 @@ def most_frequent_characters(normalizer: Any, texts: Iterable[str], most: int) -
         counts.update(normalizer.normalize_str(text))
     characters = [character for character in counts if not character.isspace()]
     return sorted(characters, key=lambda character: (-counts[character], character))[:most]
-
-
-def batch_texts(tokenizer: Tokenizer, texts: Sequence[str | None]) -> Texts:
-    """These texts as one padded batch."""
-    return tokenizer.encode(texts).batch(np.arange(len(texts)), tokenizer.pad_id)

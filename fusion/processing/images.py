@@ -60,7 +60,7 @@ class ImageSpec:
 def load_image(source: Source, spec: ImageSpec) -> np.ndarray:
     """One image as uint8 (C, H, W). Raises ImageError with the reason."""
     if spec.channels != 3:
-        from fusion.data.bands import decode_bands  # which is built on this module
+        from fusion.processing.bands import decode_bands  # which is built on this module
 
         bands = decode_bands(source, spec.channels, max_megapixels=spec.max_megapixels)
         return np.concatenate([resize(band, spec.size, spec.resize, interpolation=spec.interpolation) for band in bands])
@@ -101,7 +101,7 @@ def decode(source: Source, *, max_megapixels: float = 100, at_least: tuple[int, 
     (3, 2)
     >>> decode("nowhere.png")
     Traceback (most recent call last):
-    fusion.data.images.ImageError: missing
+    fusion.processing.images.ImageError: missing
     """
     if isinstance(source, np.ndarray):
         reject_size(source.shape[1::-1], max_megapixels)
