@@ -4,16 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fusion.api import Run, fit
+    from fusion.predictions import RawPredictor
+
+
+def load(model: "str | Path", **options: Any) -> "RawPredictor":
+    """Load a trained model: a run folder, a model folder, a checkpoint file, or a package that `fusion export` wrote.
+
+    Returns a `fusion.predictor.Predictor`, or a `fusion.packages.package.Package`, with the same `predict`. options: those of their `load`
+    (checkpoint, device; threads, device).
+    """
+    # Imported here, so that importing fusion.heads loads torch only, and a package for ONNX Runtime loads none.
+    from fusion.packages.folder import is_package
+
+    if is_package(model):
+        from fusion.packages.package import Package
+
+        return Package.load(model, **options)
     from fusion.predictor import Predictor
 
-
-def load(run: str, **options: Any) -> "Predictor":
-    """Load a trained model from a run folder, a model folder or a checkpoint file; returns a `fusion.predictor.Predictor`."""
-    # Imported here, so that importing fusion.heads loads torch only.
-    from fusion.predictor import Predictor
-
-    return Predictor.load(run, **options)
+    return Predictor.load(model, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "write a run's predictions for a manifest",
     "index": "embed a manifest's images and texts for search",
     "search": "find the images of a text, or the texts of an image",
+    "export": "write a run as a package for ONNX Runtime, torch.export or AOTInductor",
     "launch": "train from a recipe on a Ray cluster",
     "schedule": "plot a recipe's learning rate over its updates, without training",
     "benchmark": "measure speed, memory, heads, several ranks, and recovery from kills",

@@ -68,7 +68,7 @@ class ImageEncoder(Encoder):
         images = x
         if not isinstance(images, Images):
             images = Images(images, torch.ones(images.shape[0], dtype=torch.bool, device=images.device), any_present=True, all_present=True)
-        pixels = images.pixels if images.image_index is not None else fill_absent(images.pixels, images.present)
+        pixels = images.pixels if images.image_index is not None else self.without_absent(images)
         empty = self.training and images.any_present is False and self.has_synced_statistics
         count = pixels.shape[0]
         if empty:
@@ -84,6 +84,13 @@ class ImageEncoder(Encoder):
         full_precision = torch.autocast(pixels.device.type, enabled=False) if empty else nullcontext()
         with torch.no_grad() if self.frozen else nullcontext(), self.statistics_guard(images), full_precision:
             return [features_of(encoded.zeros(count) if empty else encoded, images) for encoded in run(pixels)]
+
+    def without_absent(self, images: Images) -> Tensor:
+        """The pixels (B, C, H, W) with those of absent images replaced: their values, which may be NaN, must reach nothing, and in training
+        batch statistics must be those of present images."""
+        if self.training:
+            return fill_absent(images.pixels, images.present)
+        return images.pixels if images.all_present else torch.where(images.present[:, None, None, None], images.pixels, 0)
 
     def statistics_guard(self, images: Images) -> Any:
         """Freezes batch normalisation's running statistics for a training batch in which no sample has an image."""

@@ -1,0 +1,1 @@
+"""From a run to production: export, shrink, serve, share."""
