@@ -92,6 +92,14 @@ def load_for(run: Path, checkpoint: str, issues: DataIssues) -> Predictor:
     return Predictor.from_file(path)
 
 
+def run_rows(run: Path, predictor: Predictor, split: str, issues: DataIssues) -> Table:
+    """The samples of a run's split. Raises UserError for a run whose folder has no data, and a split that isn't there."""
+    data = data_of(run)
+    data.issues = issues
+    data.columns, data.format = reading_of(run, [])
+    return split_of(run, data, inputs_for(predictor, data.columns, run), predictor.processor.task, split)
+
+
 def rows_of(manifest: str, columns: Columns, format: Format, inputs: Mapping[str, Kind], issues: DataIssues, task: Task | None) -> Table:
     """Read a manifest for prediction or, with a task, for scoring. Columns of modalities may be missing; a split column is ignored."""
     columns = replace(columns, split=None)

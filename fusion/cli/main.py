@@ -17,6 +17,7 @@ COMMANDS = {
     "index": "embed a manifest's images and texts for search",
     "search": "find the images of a text, or the texts of an image",
     "export": "write a run as a package for ONNX Runtime, torch.export or AOTInductor",
+    "shrink": "make a run's model smaller, with size, latency and scores before and after",
     "launch": "train from a recipe on a Ray cluster",
     "schedule": "plot a recipe's learning rate over its updates, without training",
     "benchmark": "measure speed, memory, heads, several ranks, and recovery from kills",

@@ -1,7 +1,7 @@
 """The card of a package: what it is, how it scored, how to ask it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,8 @@ def card_of(about: Mapping[str, Any], run: str | Path, predictor: Predictor) -> 
         "```",
         "",
         f"- head {about['head']}; {encoders}; {about['parameters']:,} parameters",
-        f"- values differ from the run's by at most {about['difference']:.1g} on {about['batches']} batches with every pattern of missing "
-        "inputs",
-        *score_lines(run),
+        *parity_lines(about),
+        *score_lines(run, predictor.processor.task.headline.values()),
         "",
         "`SHA256SUMS` has the checksums of all files, which are verified when the package is loaded.",
         "",
@@ -48,12 +47,22 @@ def card_of(about: Mapping[str, Any], run: str | Path, predictor: Predictor) -> 
     return "\n".join(lines)
 
 
-def score_lines(run: str | Path) -> list[str]:
+def parity_lines(about: Mapping[str, Any]) -> list[str]:
+    """How far the package's values are from the run's."""
+    if "int8" not in about:
+        what = f"{about['batches']} batches with every pattern of missing inputs"
+        return [f"- values differ from the run's by at most {about['difference']:.1g} on {what}"]
+    excluded, split = about["int8"]["excluded"], about["int8"]["calibration_split"]
+    layers = f"- {about['int8']['layers']} layers in 8 bits, in float32: {', '.join(excluded) or 'none'} (chosen on {split})"
+    return [layers, f"- values differ from the run's by at most {about['difference']:.2g} on {split}; `shrink.json` has the scores"]
+
+
+def score_lines(run: str | Path, names: Iterable[str]) -> list[str]:
     """The run's scores on test, if it has any."""
     path = Path(run).expanduser() / "results.json"
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))["test"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float) and "/" not in name)
+    shown = ", ".join(f"{name} {scores[name]:.4f}" for name in names if isinstance(scores.get(name), float))
     return [f"- scores on test: {shown}"] if shown else []

@@ -21,7 +21,6 @@ from fusion.packages.package import flat_arrays
 from fusion.packages.runtimes import RUNTIMES, Runtime
 from fusion.predictor import Predictor, model_of
 from fusion.processing.answers import state_of
-from fusion.processing.preprocessor import Preprocessor
 
 Target = Literal["onnx", "torch", "aot"]
 TOLERANCE = 1e-5
@@ -75,8 +74,7 @@ def export(
                 f"the exported model differs from the run by {difference:.2g}, more than {TOLERANCE:g}: it isn't written. Try another --to"
             )
         about = about_of(predictor, graph, to, run) | {"difference": difference, "batches": batches}
-        write_about(temporary, graph.preprocessors, predictor, about)
-        (temporary / CARD).write_text(card_of(about, run, predictor), encoding="utf-8")
+        write_package(temporary, predictor, graph, about, run)
     return Exported(folder, difference, batches, time.monotonic() - started, note)
 
 
@@ -166,10 +164,10 @@ def example(graph: Graph) -> dict[str, np.ndarray]:
     return flat_arrays(next(iter(checked_batches(graph.preprocessors)))[1])
 
 
-def write_about(folder: Path, preprocessors: Mapping[str, Preprocessor], predictor: Predictor, about: Mapping[str, Any]) -> None:
-    """Writes package.json, processor.json and the tokenizers."""
+def write_package(folder: Path, predictor: Predictor, graph: Graph, about: Mapping[str, Any], run: str | Path) -> None:
+    """Writes everything beside the model: package.json, processor.json, the tokenizers, and the card."""
     inputs = {}
-    for name, preprocessor in preprocessors.items():
+    for name, preprocessor in graph.preprocessors.items():
         state = {"form": preprocessor.form, **preprocessor.state()}
         if "tokenizer" in state:
             state["tokenizer"] = dict(state["tokenizer"])
@@ -178,6 +176,7 @@ def write_about(folder: Path, preprocessors: Mapping[str, Preprocessor], predict
         inputs[name] = state
     write_json(folder / PROCESSOR, {"inputs": inputs, "answers": state_of(predictor.processor.task.answering())})
     write_json(folder / PACKAGE, dict(about))
+    (folder / CARD).write_text(card_of(about, run, predictor), encoding="utf-8")
 
 
 @contextmanager
