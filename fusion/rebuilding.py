@@ -1,10 +1,16 @@
 """Converts objects to plain data (a class's name and its arguments), and back."""
 
 import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Any, Self
 
 from fusion.errors import UserError
+
+TRUSTED: ContextVar[tuple[str, ...] | None] = ContextVar("TRUSTED", default=None)  # packages that may be imported; None: any
 
 
 class Rebuildable:
@@ -41,9 +47,8 @@ class Rebuildable:
 
 def class_of(spec: dict[str, Any], base: type) -> Any:
     """The class that a checkpoint names. Raises UserError if it can't be imported, or is no subclass of `base`."""
-    module, _, name = spec["class"].rpartition(".")
     try:
-        cls = getattr(import_module(module), name)
+        cls = named(spec["class"])
     except (ImportError, AttributeError) as error:
         raise UserError(f"the checkpoint needs {spec['class']}, which can't be imported here ({error})") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
@@ -54,3 +59,44 @@ def class_of(spec: dict[str, Any], base: type) -> Any:
 def rebuilt(spec: dict[str, Any], base: type) -> Any:
     """The object of a class and its arguments. Raises UserError as `class_of` does."""
     return class_of(spec, base)(**spec["init"])
+
+
+@contextmanager
+def importing_only(packages: Sequence[str] | None) -> Iterator[None]:
+    """Within this context, `named` imports nothing outside fusion and these packages: to import a module executes its code, and a file from
+    a hub could name any.
+
+    Args:
+        packages: names of packages or modules; None: anything may be imported.
+    """
+    token = TRUSTED.set(None if packages is None else ("fusion", *packages))
+    try:
+        yield
+    finally:
+        TRUSTED.reset(token)
+
+
+def named(path: str) -> Any:
+    """What a dotted path names: an attribute of a module, which is imported if need be.
+
+    Raises ImportError or AttributeError if there is none, and within `importing_only` UserError for a module that is neither trusted nor
+    imported already.
+
+    >>> named("fusion.errors.UserError").__name__
+    'UserError'
+    """
+    module, _, name = path.rpartition(".")
+    if not module or module.startswith("."):
+        raise ImportError(f"'{path}' is no dotted path")
+    trusted = TRUSTED.get()
+    if trusted is None or any(module == package or module.startswith(f"{package}.") for package in trusted):
+        return getattr(import_module(module), name)
+    if module not in sys.modules:
+        raise UserError(
+            f"{path} is not part of fusion: a model from elsewhere imports no other module, since that executes its code. If you trust "
+            f"it, import {module} before, or load with trusted=['{module.partition('.')[0]}']"
+        )
+    try:
+        return vars(sys.modules[module])[name]  # getattr could import more
+    except KeyError:
+        raise AttributeError(f"module '{module}' has no attribute '{name}'") from None

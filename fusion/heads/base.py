@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from torch import Tensor, nn
@@ -107,6 +108,46 @@ class FusionHead(nn.Module):
         """The last linear layers, which produce `output` and `by_modality`."""
         joint = [] if self.classifier is None else [self.classifier]
         return [*joint, *([] if self.unimodal is None else self.unimodal.values())]
+
+    # Saving of a head alone (fusion/heads/saved.py, imported here so that the heads themselves need torch alone)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save the head to a folder: config.json (its class, widths and arguments) and model.safetensors.
+
+        Raises UserError for a head that these would not rebuild, and where the folder can't be written.
+        """
+        from fusion.heads.saved import save
+
+        save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, trusted: Sequence[str] = ()) -> Self:
+        """Load a head that `save_pretrained` or `push_to_hub` has saved; in eval mode, on the CPU. Called on FusionHead it returns a head
+        of whatever class was saved. No code is executed: a class outside fusion must have been imported before.
+
+        Args:
+            source: a folder, or USER/NAME or USER/NAME@REVISION on the Hugging Face Hub.
+            trusted: names of packages that may be imported to find the head's class.
+
+        Raises UserError for what is no such head, for a head of another class, and for a hub that can't be reached.
+        """
+        from fusion.heads.saved import load
+
+        return load(cls, source, trusted)
+
+    def push_to_hub(self, repository: str, *, private: bool = False, message: str = "Push a fusion head") -> str:
+        """Upload the head to the Hugging Face Hub, as `save_pretrained` saves it; returns the page of the commit.
+
+        Args:
+            repository: USER/NAME, which is made if there is none.
+            private: make a repository that only its owners can read.
+            message: of the commit.
+
+        Raises UserError as `save_pretrained` does, without a login, and for a repository that may not be written to.
+        """
+        from fusion.heads.saved import push
+
+        return push(self, repository, private=private, message=message)
 
     def check_names(self, features: Mapping[str, object]) -> None:
         if features.keys() != self.dims.keys():

@@ -5,18 +5,18 @@ from collections.abc import Iterable
 from importlib import import_module
 
 from fusion.heads.base import FusionHead
+from fusion.rebuilding import named
 
 
 def head_named(name: str, what: str) -> type[FusionHead]:
     """The class of a head's name in fusion.heads, or of a class path. Raises ValueError, which begins with `what`, for one that is unknown
-    or no fusion head.
+    or no fusion head. Raises UserError for one whose module must not be imported (fusion.rebuilding.importing_only).
 
     >>> head_named("Gated", "a head").__name__
     'Gated'
     """
-    module, _, attribute = (name if "." in name else f"fusion.heads.{name}").rpartition(".")
     try:
-        found = getattr(import_module(module), attribute)
+        found = named(name if "." in name else f"fusion.heads.{name}")
     except (ImportError, AttributeError):
         found = None
     if not (isinstance(found, type) and issubclass(found, FusionHead)):
