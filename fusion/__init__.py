@@ -11,14 +11,20 @@ if TYPE_CHECKING:
 
 
 def load(model: "str | Path", **options: Any) -> "RawPredictor":
-    """Load a trained model: a run folder, a model folder, a checkpoint file, or a package that `fusion export` wrote.
+    """Load a trained model: a run folder, a model folder, a checkpoint file, a package that `fusion export` wrote, or one of a Hugging Face
+    Hub (hf://USER/NAME, or hf://USER/NAME@REVISION).
 
     Returns a `fusion.predictor.Predictor`, or a `fusion.packages.package.Package`, with the same `predict`. options: those of their `load`
-    (checkpoint, device; threads, device).
+    (checkpoint, device, trusted; threads, device; of a hub device, trusted).
     """
     # Imported here, so that importing fusion.heads loads torch only, and a package for ONNX Runtime loads none.
+    from fusion.hub_files import is_hub_name
     from fusion.packages.folder import is_package
 
+    if is_hub_name(model):
+        from fusion.deploy.hub import load_from_hub
+
+        return load_from_hub(str(model), **options)
     if is_package(model):
         from fusion.packages.package import Package
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion.data.kinds import ImageInput, Kind
+from fusion.deploy.hub import push_run
 from fusion.errors import INTERRUPTED, REQUEUE, UserError
 from fusion.predictions import Predictions
 from fusion.predictor import Predictor
@@ -88,6 +89,17 @@ class Run:
             raise UserError("give either split (of the run's own data) or manifest (whose rows are all scored), not both")
         file = None if manifest is None else self.table_file(manifest)
         return evaluate_run(self.folder, split=split or "test", manifest=file, by=by).scores
+
+    def push(self, repository: str, *, private: bool = False, message: str = "", licence: str | None = None) -> str:
+        """Upload the model with a model card to the Hugging Face Hub, as `fusion push` does; returns the page of the commit.
+
+        Args:
+            repository: USER/NAME, which is made if there is none.
+            private: make a repository that only its owners can read.
+            message: of the commit; the run's name if empty.
+            licence: of the model, as the hub spells it (apache-2.0); None: that of its pretrained encoders, if they have one in common.
+        """
+        return push_run(self.folder, repository, private=private, message=message, licence=licence).page
 
     def table_file(self, table: Any) -> str:
         """The path of a table, which is written to the run folder if it is in memory."""

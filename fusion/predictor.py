@@ -17,7 +17,7 @@ from fusion.errors import UserError
 from fusion.heads import FusionHead
 from fusion.model import FusionModel
 from fusion.predictions import Output, RawPredictor
-from fusion.rebuilding import class_of, rebuilt
+from fusion.rebuilding import class_of, importing_only, rebuilt
 from fusion.runs.bundle import MODEL, is_bundle, of_checkpoint, read_bundle
 from fusion.runs.checkpoint_files import read_checkpoint
 from fusion.tasks import Task
@@ -33,26 +33,35 @@ class Predictor(RawPredictor):
         self.model, self.processor, self.device = model.eval().to(device), processor, torch.device(device)
 
     @classmethod
-    def load(cls, run: str | Path, *, checkpoint: str = "best", device: str | torch.device | None = None) -> "Predictor":
+    def load(
+        cls,
+        run: str | Path,
+        *,
+        checkpoint: str = "best",
+        device: str | torch.device | None = None,
+        trusted: Sequence[str] | None = None,
+    ) -> "Predictor":
         """Loads a run folder (its "best" or "last" checkpoint) or a checkpoint file; on the GPU if there is one and `device` is None.
         Warns if the run was not validated and so has no best checkpoint; the last is then used.
 
-        Needs no other file, and no hub. Raises UserError for a missing run, and for files that contain more than plain data.
+        trusted: the packages outside fusion whose classes a model may have, which are imported; None: any. Needs no other file, and no hub.
+        Raises UserError for a missing run, and for files that contain more than plain data.
         """
         path, note = model_of(run, checkpoint)
         if note:
             warnings.warn(note, stacklevel=2)
-        return cls.from_file(path, device=device)
+        return cls.from_file(path, device=device, trusted=trusted)
 
     @classmethod
-    def from_file(cls, path: Path, *, device: str | torch.device | None = None) -> "Predictor":
+    def from_file(cls, path: Path, *, device: str | torch.device | None = None, trusted: Sequence[str] | None = None) -> "Predictor":
         """Loads a model's folder (model.json, model.safetensors), or a checkpoint file."""
         about, weights = read_bundle(path) if path.is_dir() else of_checkpoint(read_checkpoint(path), path)
-        processor = Processor.from_state(about["processor"])
-        encoders = {name: rebuilt(spec, Encoder) for name, spec in about["encoders"].items()}
-        head = partial(class_of(about["head"], FusionHead), **about["head"]["init"])
-        model = FusionModel.build(encoders, head, processor.task.out_dim)
-        add_adapters(model.encoders, about["adapters"])
+        with importing_only(trusted):
+            processor = Processor.from_state(about["processor"])
+            encoders = {name: rebuilt(spec, Encoder) for name, spec in about["encoders"].items()}
+            head = partial(class_of(about["head"], FusionHead), **about["head"]["init"])
+            model = FusionModel.build(encoders, head, processor.task.out_dim)
+            add_adapters(model.encoders, about["adapters"])
         model.load_state_dict(weights)
         return cls(model, processor, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 

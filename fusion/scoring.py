@@ -84,12 +84,13 @@ def evaluate_run(
     return Evaluation(scores, task, classes, len(table), task.unseen(table.labels), issues)
 
 
-def load_for(run: Path, checkpoint: str, issues: DataIssues) -> Predictor:
-    """The model of a run. Adds a note to the issues if the last checkpoint is used for want of a best one."""
+def load_for(run: Path, checkpoint: str, issues: DataIssues, trusted: Sequence[str] | None = None) -> Predictor:
+    """The model of a run. Adds a note to the issues if the last checkpoint is used for want of a best one. trusted: as for
+    Predictor.load."""
     path, note = model_of(run, checkpoint)
     if note:
         issues.note(note)
-    return Predictor.from_file(path)
+    return Predictor.from_file(path, trusted=trusted)
 
 
 def run_rows(run: Path, predictor: Predictor, split: str, issues: DataIssues) -> Table:

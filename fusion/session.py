@@ -24,7 +24,7 @@ from fusion.console import aligned, figure, heartbeat, is_rank_zero, print_rank_
 from fusion.data import FusionData
 from fusion.data.table import Table
 from fusion.errors import INTERRUPTED, LOST_RANK, REQUEUE, UserError
-from fusion.evaluation.bounds import bounds, repeated
+from fusion.evaluation.bounds import bound_title, bounds, repeated
 from fusion.exit import leave
 from fusion.predictor import model_of
 from fusion.runs.bundle import MODEL, of_checkpoint, write_bundle
@@ -207,6 +207,7 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
     updates, mixing = model.updates, None if model.mixer is None else shares(model.mixer.totals(model))
     scores: dict[str, float] = {}
     lines: list[list[str]] = []
+    counted: dict[str, int] = {}
     if "test" in data.splits:
         trainer.test(model, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
         scores = {name.removeprefix("test/"): float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
@@ -225,9 +226,10 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
         for name, bound in informative.items():
             entries = [figure(bound) if score == task.bounded else "" for score in task.headline.values()]
             lines.append([bound_title(task, name), *entries, all_samples])
+        counted = {"test_samples": scored}
     if trainer.is_global_zero and run.folder is not None:
         rates = [round(rate, 1) for lines in trainer.callbacks if isinstance(lines, EpochLines) for rate in lines.rates]  # type: ignore[attr-defined]
-        results = {"test": finite(scores), "val": validated(run.folder, model.task), "updates": updates}
+        results = {"test": finite(scores), "val": validated(run.folder, model.task), "updates": updates, **counted}
         results |= {} if mixing is None else {"mixing": mixing}
         for name, content in (
             ("results.json", results),
@@ -259,15 +261,6 @@ def informative_bounds(task: Task, table: Table, modalities: Sequence[str]) -> d
     by_name = bounds(task, {name: identities for name, identities in inputs.items() if repeated(identities) >= INFORMATIVE}, table.labels)
     baseline = by_name.pop(task.baseline)
     return {**by_name, task.baseline: baseline}
-
-
-def bound_title(task: Task, bound: str) -> str:
-    """Name of a bound in the printed table of results."""
-    if bound == task.baseline:
-        if task.draws_apart:
-            return bound
-        return "majority class" if task.one_of_classes else f"{bound} for all"
-    return f"{'lower' if task.bounded in task.minimised else 'upper'} bound ({bound} only)"
 
 
 def validated(folder: Path, task: Task) -> dict[str, float]:

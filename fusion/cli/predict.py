@@ -12,7 +12,9 @@ import pyarrow.parquet
 from fusion.cli.options import Options, above_zero
 from fusion.data.issues import DataIssues
 from fusion.data.table import Table
+from fusion.deploy.hub import model_folder
 from fusion.errors import UserError
+from fusion.hub_files import is_hub_name
 from fusion.predictions import Predictions
 from fusion.scoring import load_for, predict_rows, print_issues, rows_of
 from fusion.settings.reading import HELP, inputs_for, is_run, reading_of, reading_options, settings_of
@@ -24,11 +26,13 @@ def predict(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     description = "Write the predictions for every row of a manifest: the answer, the probabilities and which modalities are present."
     parser = Options("fusion predict", f"{description} {HELP}")
-    parser.add_argument("--run", required=True, help="run folder printed by fit, or a checkpoint file")
+    parser.add_argument("--run", required=True, help="run folder printed by fit, a checkpoint file, or hf://USER/NAME[@REVISION]")
     parser.add_argument("--manifest", required=True, help="CSV, JSON Lines or Parquet file; labels are not needed")
     parser.add_argument("--out", default="predictions.csv", help="file to write, .csv or .parquet")
     parser.add_argument("--checkpoint", default="best", help="best or last")
     parser.add_argument("--batch_size", type=above_zero, default=256)
+    trusted = "packages outside fusion whose classes the model may have, which are imported; a model of a hub has no other ones"
+    parser.add_argument("--trusted", nargs="+", default=[], help=trusted)
     own, reading = reading_options(arguments)
     options = parser.parse_args(own)
     out = Path(options.out).expanduser()
@@ -38,10 +42,12 @@ def predict(arguments: Sequence[str]) -> int:
         raise UserError(f"--out {out} is a folder; expected a file")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
-    run, issues_path = Path(options.run).expanduser(), out.with_name(f"{out.stem}-data_issues.csv")
+    of_hub = is_hub_name(options.run)
+    run = model_folder(options.run) if of_hub else Path(options.run).expanduser()
+    issues_path = out.with_name(f"{out.stem}-data_issues.csv")
     check_output_paths(out, issues_path, run, options.manifest)
     issues = DataIssues("drop")
-    predictor = load_for(run, options.checkpoint, issues)
+    predictor = load_for(run, options.checkpoint, issues, options.trusted if of_hub or options.trusted else None)
     columns, format = reading_of(run, reading)
     table = rows_of(options.manifest, columns, format, inputs_for(predictor, columns, run), issues, None)
     table, outputs = predict_rows(predictor, table, issues, options.batch_size)

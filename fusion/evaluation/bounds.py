@@ -29,3 +29,12 @@ def repeated(inputs: Sequence[Hashable]) -> float:
     """
     counts = Counter(inputs)
     return sum(counts[one] > 1 for one in inputs) / len(inputs)
+
+
+def bound_title(task: Task, bound: str) -> str:
+    """Name of a bound in a table of results."""
+    if bound == task.baseline:
+        if task.draws_apart:
+            return bound
+        return "majority class" if task.one_of_classes else f"{bound} for all"
+    return f"{'lower' if task.bounded in task.minimised else 'upper'} bound ({bound} only)"

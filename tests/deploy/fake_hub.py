@@ -220,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+        for name, value in {**headers, "Content-Length": str(len(content)), "Connection": "close"}.items():
             if value:
                 self.send_header(name, value)
         self.end_headers()

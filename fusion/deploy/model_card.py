@@ -1,0 +1,320 @@
+"""The model card of a run: README.md with metadata for a hub, scores, evidence, inputs and licences."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+from fusion.console import figure
+from fusion.evaluation.bounds import bound_title
+from fusion.tasks import MultiTask, Task
+
+UNKNOWN = "unknown"
+SHOWN_NAMES = 30  # classes or labels that are listed
+LOCAL_PATH = re.compile(r"[/~\\]\S|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file:")
+# The Hub's names of what a model does, where one fits; by the kinds of inputs and the task.
+PIPELINES = {
+    (("image",), "Classification"): "image-classification",
+    (("text",), "Classification"): "text-classification",
+    (("image", "text"), "Classification"): "visual-question-answering",
+    (("table",), "Classification"): "tabular-classification",
+    (("table",), "Regression"): "tabular-regression",
+    (("image", "text"), "Retrieval"): "feature-extraction",
+}
+
+
+class Base(NamedTuple):
+    """The pretrained model that an encoder started from: its name on a hub, and its licence."""
+
+    name: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model card is written from.
+
+    repository: USER/NAME. about: the content of model.json. recipe: the run's settings. results: those of results.json, {} for a run
+    without. bases: by input, what its encoder started from; None where it was trained from scratch, or from a local folder. parameters:
+    their number. licence: of the model; None: that of its bases, if they have one in common. data_sets: the ids on the hub of those it was
+    trained on.
+    """
+
+    repository: str
+    about: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    results: Mapping[str, Any]
+    bases: Mapping[str, Base | None]
+    parameters: int
+    licence: str | None = None
+    data_sets: Sequence[str] = ()
+
+    @property
+    def task(self) -> Task:
+        return Task.from_state(self.about["processor"]["task"])
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """By input, the name of its kind: image, text, table; in lower case that of its class."""
+        inputs: Mapping[str, Any] = self.about["processor"]["inputs"]
+        return {name: short(kind["class"]).removesuffix("Input").lower() for name, kind in inputs.items()}
+
+    @property
+    def own_licence(self) -> str:
+        """The licence given, or that of all the pretrained encoders; "unknown" where they differ, or there are none."""
+        found = {base.licence for base in self.bases.values() if base is not None}
+        return self.licence or (found.pop() if len(found) == 1 else UNKNOWN)
+
+
+def model_card(facts: Facts) -> str:
+    """The content of README.md."""
+    sections = [
+        f"# {facts.repository.partition('/')[2]}",
+        introduction(facts),
+        f"## Use\n\n{usage(facts)}",
+        f"## Scores\n\n{scores(facts)}",
+        f"## Inputs\n\n{inputs(facts)}",
+        f"## Recipe\n\n{recipe_summary(facts)}",
+    ]
+    return f"---\n{yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def metadata(facts: Facts) -> dict[str, Any]:
+    """The metadata that a hub reads, without what is not known."""
+    kinds, task = tuple(sorted(set(facts.kinds.values()))), type(facts.task).__name__
+    bases = list(dict.fromkeys(base.name for base in facts.bases.values() if base is not None))
+    found: dict[str, Any] = {
+        "license": facts.own_licence,
+        "library_name": "fusion",
+        "pipeline_tag": PIPELINES.get((kinds, task)),
+        "tags": ["fusion", *(["multimodal"] if len(facts.kinds) > 1 else []), *kinds, task, short(facts.about["head"]["class"])],
+        "base_model": bases,
+        "datasets": list(facts.data_sets),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def introduction(facts: Facts) -> str:
+    head, task = short(facts.about["head"]["class"]), facts.task
+    names = "" if isinstance(task, MultiTask) or not task.names else f" ({listed(task.names)})"
+    return (
+        f"A model of {' and '.join(facts.kinds)} with the fusion head `{head}`, for the task `{type(task).__name__}`{names}; "
+        f"{facts.parameters:,} parameters. Trained by the library `fusion`."
+    )
+
+
+def usage(facts: Facts) -> str:
+    usual = {"image": 'images=["photo.jpg"]', "text": 'texts=["a text"]'}
+    arguments = ", ".join(usual.get(name, f"{name}=[...]") for name in facts.kinds)
+    packages = other_packages(facts.about)
+    trusted = f", trusted={packages}" if packages else ""
+    executes = f"loading imports {listed(packages)}, which its classes are part of" if packages else "loading executes no code"
+    return (
+        f'```python\nimport fusion\n\nmodel = fusion.load("hf://{facts.repository}"{trusted})\nanswer = model.predict({arguments})\n'
+        "answer.answers, answer.values, answer.present\n```\n\n"
+        "Needs `fusion` with its extra `hub`. `None` stands for an input that a sample lacks. The files are weights (safetensors) and "
+        f"JSON; {executes}."
+    )
+
+
+def other_packages(about: Any) -> list[str]:
+    """The packages outside fusion that have classes of a model."""
+    if isinstance(about, Mapping):
+        own = [str(about["class"]).partition(".")[0]] if isinstance(about.get("class"), str) else []
+        found = own + [name for value in about.values() for name in other_packages(value)]
+    else:
+        found = [name for value in about for name in other_packages(value)] if isinstance(about, list) else []
+    return sorted({name for name in found if name != "fusion"})
+
+
+def scores(facts: Facts) -> str:
+    """The scores on test, and the evidence: bounds on what one input alone, or one answer for all, can reach on the same samples."""
+    task, test = facts.task, dict(facts.results.get("test") or {})
+    if not test:
+        return "The run had no test samples: nothing was scored."
+    bounds = {name: test.pop(name) for name in list(test) if name.startswith(("ceiling_", "floor_"))}
+    count = facts.results.get("test_samples")
+    headline = {title: name for title, name in task.headline.items() if name in test}
+    samples = "an unrecorded number of samples" if count is None else f"{count:,} samples"
+    lines = [["test", *headline], ["**this model**", *(figure(test[name]) for name in headline.values())]]
+    for name, bound in bounds.items():
+        entries = [figure(bound) if name_of == task.bounded else "" for name_of in headline.values()]
+        lines.append([bound_title(task, name.partition("_")[2]), *entries])
+    if bounds:
+        meaning = (
+            "The bounds are computed from the labels of the same samples: no model of that input alone, and no single answer for all, can "
+            "do better. Inputs that don't repeat among the samples have none."
+        )
+    else:
+        meaning = "No bounds were computed for these samples."
+    others = ", ".join(f"{name} {figure(value)}" for name, value in test.items() if name not in headline.values())
+    return f"On the test split, {samples}:\n\n{markdown(lines)}\n\n{meaning}" + (f"\n\nAll other scores: {others}." if others else "")
+
+
+def inputs(facts: Facts) -> str:
+    lines = [["input", "kind", "columns", "encoder", "started from", "licence of that"]]
+    states: Mapping[str, Any] = facts.about["processor"]["inputs"]
+    for name, kind in facts.kinds.items():
+        columns = states[name]["init"].get("column") or states[name]["init"].get("columns") or []
+        encoder, base = facts.about["encoders"][name], facts.bases[name]
+        lines.append(
+            [
+                name,
+                kind,
+                listed([columns] if isinstance(columns, str) else list(columns)),
+                f"{short(encoder['class'])} {architecture(encoder['init'])}".strip(),
+                f"[{base.name}](https://huggingface.co/{base.name})" if base else started(facts.recipe, name),
+                base.licence if base else "",
+            ]
+        )
+    return f"{markdown(lines)}\n\nLicences are those that the sources state, as far as known here."
+
+
+def recipe_summary(facts: Facts) -> str:
+    data, trainer, model = (facts.recipe.get(part) or {} for part in ("data", "trainer", "model"))
+    preparer = data.get("preparer")
+    source = preparer["class_path"] if isinstance(preparer, Mapping) else preparer
+    if isinstance(preparer, Mapping) and (path := (preparer.get("init_args") or {}).get("path")):
+        source = path
+    lines = [
+        ["data", code(base_name(str(source or data.get("manifest") or UNKNOWN)))],
+        ["batch size", str(data.get("batch_size"))],
+        ["epochs at most", str(trainer.get("max_epochs"))],
+        ["updates made", f"{facts.results['updates']:,}" if "updates" in facts.results else UNKNOWN],
+        ["optimizer", code(class_and_options(model.get("optimizer")))],
+        ["schedule", code(class_and_options(model.get("schedule")))],
+        ["seed", str(facts.recipe.get("seed_everything"))],
+    ]
+    return (
+        f"Every setting is in `recipe.yaml`, which is itself a recipe; local paths are reduced to names.\n\n{markdown([['', ''], *lines])}"
+    )
+
+
+# Encoders
+
+
+def pretrained_bases(recipe: Mapping[str, Any], names: Sequence[str], look_up: Callable[[str], str | None]) -> dict[str, Base | None]:
+    """By input, the pretrained model on a hub that its encoder started from.
+
+    Args:
+        recipe: the run's settings.
+        names: of the inputs.
+        look_up: the licence of a model of the hub where no local metadata states it; None if it isn't known.
+    """
+    bases: dict[str, Base | None] = {}
+    for name in names:
+        settings = encoder_settings(recipe, name)
+        options, kind = settings.get("init_args") or {}, short(settings.get("class_path") or "")
+        source = options.get("name" if kind == "TimmImage" else "name_or_path")
+        known = kind in ("TimmImage", "TransformersText", "PairImage", "PairText")
+        if not known or not source or not options.get("pretrained", True) or is_local(source):
+            bases[name] = None
+        elif kind == "TimmImage" and ":" not in source:
+            bases[name] = timm_base(source)
+        else:
+            repository = source.partition(":")[2] or source
+            bases[name] = Base(repository, cached_licence(repository) or look_up(repository) or UNKNOWN)
+    return bases
+
+
+def timm_base(name: str) -> Base:
+    """What timm says of a model of its own: its name on the hub, and its licence."""
+    config: Any = timm.get_pretrained_cfg(name)
+    return Base(getattr(config, "hf_hub_id", None) or f"timm/{name}", getattr(config, "license", None) or UNKNOWN)
+
+
+def cached_licence(repository: str) -> str | None:
+    """The licence in a model card that the client has in its cache."""
+    path = try_to_load_from_cache(repository, "README.md")
+    if not isinstance(path, str):
+        return None
+    found = re.match(r"---\n(.*?)\n---", Path(path).read_text(encoding="utf-8"), re.DOTALL)
+    licence = (yaml.safe_load(found[1]) or {}).get("license") if found else None
+    return licence if isinstance(licence, str) else None
+
+
+def encoder_settings(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    model = recipe.get("model") or {}
+    return (model.get("encoders") or {}).get(name) or (model.get(name) if name in ("image", "text") else None) or {}
+
+
+def started(recipe: Mapping[str, Any], name: str) -> str:
+    """How an encoder started that no hub has."""
+    options = encoder_settings(recipe, name).get("init_args") or {}
+    source = options.get("name_or_path") or options.get("name")
+    if source and options.get("pretrained", True) and is_local(source):
+        return f"a local folder, `{base_name(source)}`"
+    return "weights of another run" if recipe.get("init_from") else "scratch"
+
+
+def architecture(options: Mapping[str, Any]) -> str:
+    found = (options.get("config") or {}).get("model_type") or options.get("name") or ""
+    return f"`{base_name(found)}`" if found else ""
+
+
+# Local paths
+
+
+def is_local(text: str) -> bool:
+    """Whether a setting is a path on this machine: one by its form, or that of an existing file or folder."""
+    return bool(LOCAL_PATH.match(text)) or (any(sign in text for sign in "/\\") and Path(text).exists())
+
+
+def base_name(text: str) -> str:
+    """A path's last part; other texts as they are.
+
+    >>> base_name("/home/ada/shoes.csv"), base_name("C:\\\\data\\\\shoes.csv"), base_name("timm/resnet18")
+    ('shoes.csv', 'shoes.csv', 'timm/resnet18')
+    """
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if is_local(text) else text
+
+
+def without_paths(value: Any) -> Any:
+    """Plain data, with the last part alone of all local paths in it.
+
+    >>> without_paths({"manifest": "/home/ada/shoes.csv", "batch_size": 8, "callbacks": ["~/x"]})
+    {'manifest': 'shoes.csv', 'batch_size': 8, 'callbacks': ['x']}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_paths(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_paths(one) for one in value]
+    return base_name(value) if isinstance(value, str) else value
+
+
+# Text
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table, the first line of which is its header."""
+    rows = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+
+
+def class_and_options(spec: Any) -> str:
+    if not isinstance(spec, Mapping) or "class_path" not in spec:
+        return str(spec)
+    options = ", ".join(f"{name}={value}" for name, value in (spec.get("init_args") or {}).items())
+    return f"{short(spec['class_path'])}({options})"
+
+
+def code(text: str) -> str:
+    return f"`{text}`"
+
+
+def short(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def listed(names: Sequence[Any]) -> str:
+    """
+    >>> listed(["yes", "no"])
+    'yes, no'
+    """
+    shown = ", ".join(map(str, names[:SHOWN_NAMES]))
+    return f"{shown} and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else shown
