@@ -8,6 +8,7 @@ from pathlib import Path
 from fusion.cli.options import Options, above_zero
 from fusion.console import aligned, figure
 from fusion.errors import UserError
+from fusion.hub_files import is_hub_name
 from fusion.scoring import evaluate_run, print_issues
 from fusion.settings.reading import HELP, reading_options
 
@@ -29,6 +30,10 @@ def evaluate(arguments: Sequence[str]) -> int:
     options = parser.parse_args(own)
     if options.manifest and options.split:
         raise UserError("give either --split (of the run's own data) or --manifest (whose rows are all scored), not both")
+    if is_hub_name(options.run):
+        raise UserError(
+            f"--run {options.run}: evaluate scores run folders, and a hub has the model alone; use fusion predict, or fusion.load"
+        )
     split, run = options.split or "test", Path(options.run).expanduser()
     selection = {
         "split": split,

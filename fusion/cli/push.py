@@ -27,9 +27,7 @@ def push(arguments: Sequence[str]) -> int:
         licence=options.license,
         data_sets=options.datasets,
     )
-    print(f'pushed   {pushed.page}\nload it  fusion.load("{SCHEME}{options.to}")')
+    print(f'pushed   {pushed.page}\nload it  fusion.load("{SCHEME}{options.to}")\nlicence  {pushed.licence} (--license sets it)')
     if pushed.unknown:
-        print(
-            f"note: the card states no licence for {' and '.join(pushed.unknown)}, since it isn't known here (--license sets the model's)"
-        )
+        print(f"note: the licence of {' and '.join(pushed.unknown)} isn't known here; the card says so")
     return 0

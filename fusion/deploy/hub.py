@@ -23,9 +23,10 @@ HARMLESS = (None, False, "", "eager", "sdpa")
 
 
 class Pushed(NamedTuple):
-    """page: of the commit. unknown: what has no known licence: names of pretrained encoders, or "the model" itself."""
+    """page: of the commit. licence: of the model, as the card states it. unknown: the pretrained encoders whose licence isn't known."""
 
     page: str
+    licence: str
     unknown: list[str]
 
 
@@ -73,7 +74,7 @@ def push_run(
     }
     page = upload(repository, files, private=private, message=message or f"Push the run {run.resolve().parent.name}/{run.resolve().name}")
     unknown = [base.name for base in bases.values() if base is not None and base.licence == UNKNOWN]
-    return Pushed(page, list(dict.fromkeys([*unknown, *(["the model"] if facts.own_licence == UNKNOWN else [])])))
+    return Pushed(page, facts.own_licence, list(dict.fromkeys(unknown)))
 
 
 def settings_and_results(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:

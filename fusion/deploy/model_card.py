@@ -262,7 +262,7 @@ def architecture(options: Mapping[str, Any]) -> str:
 
 def is_local(text: str) -> bool:
     """Whether a setting is a path on this machine: one by its form, or that of an existing file or folder."""
-    return bool(LOCAL_PATH.match(text)) or (any(sign in text for sign in "/\\") and Path(text).exists())
+    return bool(LOCAL_PATH.match(text)) or (len(text) > 1 and any(sign in text for sign in "/\\") and Path(text).exists())
 
 
 def base_name(text: str) -> str:

@@ -18,6 +18,7 @@ from fake_hub import environment, serving, use
 from PIL import Image
 
 import fusion
+from fusion.cli.evaluate import evaluate
 from fusion.cli.predict import predict
 from fusion.cli.push import push
 from fusion.deploy.hub import load_from_hub, push_run
@@ -71,7 +72,7 @@ def test_a_run_is_pushed_and_its_model_comes_back_to_the_bit(run, hub, samples, 
     ((_, _, _), (commit, message, files)) = hub.commits["ada/shapes"]
     assert f"{hub.url}/ada/shapes/commit/{commit}" in printed
     assert 'fusion.load("hf://ada/shapes")' in printed
-    assert "the card states no licence for the model" in printed
+    assert "licence  unknown (--license sets it)" in printed
     assert message == "First try"
     assert hub.private["ada/shapes"]
     assert set(files) == {".gitattributes", "README.md", "checksums.json", "model.json", "model.safetensors", "recipe.yaml"}
@@ -168,6 +169,7 @@ def test_predict_takes_a_model_of_a_hub(run, hub, samples, tmp_path):
     assert written[0] == written[1]
     with pytest.raises(UserError, match="there is no model ada/none"):
         predict(["--run", "hf://ada/none", "--manifest", str(tmp_path / "new.csv"), "--out", str(tmp_path / "2.csv")])
+    one_line("evaluate scores run folders, and a hub has the model alone", evaluate, ["--run", "hf://ada/shapes"])
 
 
 # Mistakes
