@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from fusion.deploy.model_card import UNKNOWN, Facts, model_card, pretrained_bases, without_paths
+from fusion.deploy.bases import UNKNOWN, pretrained_bases
+from fusion.deploy.local_paths import without_paths
+from fusion.deploy.model_card import Facts, model_card
 from fusion.errors import UserError, first_line
 from fusion.hub_files import NAME, HubModel, client, download, upload
 from fusion.predictor import Predictor

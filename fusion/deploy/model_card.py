@@ -1,22 +1,18 @@
 """The model card of a run: README.md with metadata for a hub, scores, evidence, inputs and licences."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import timm
 import yaml
-from huggingface_hub import try_to_load_from_cache
 
 from fusion.console import figure
+from fusion.deploy.bases import UNKNOWN, Base, encoder_settings
+from fusion.deploy.local_paths import base_name, is_local
 from fusion.evaluation.bounds import bound_title
 from fusion.tasks import MultiTask, Task
 
-UNKNOWN = "unknown"
 SHOWN_NAMES = 30  # classes or labels that are listed
-LOCAL_PATH = re.compile(r"[/~\\]\S|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file:")
 # The Hub's names of what a model does, where one fits; by the kinds of inputs and the task.
 PIPELINES = {
     (("image",), "Classification"): "image-classification",
@@ -26,13 +22,6 @@ PIPELINES = {
     (("table",), "Regression"): "tabular-regression",
     (("image", "text"), "Retrieval"): "feature-extraction",
 }
-
-
-class Base(NamedTuple):
-    """The pretrained model that an encoder started from: its name on a hub, and its licence."""
-
-    name: str
-    licence: str
 
 
 @dataclass(frozen=True)
@@ -195,54 +184,6 @@ def recipe_summary(facts: Facts) -> str:
     )
 
 
-# Encoders
-
-
-def pretrained_bases(recipe: Mapping[str, Any], names: Sequence[str], look_up: Callable[[str], str | None]) -> dict[str, Base | None]:
-    """By input, the pretrained model on a hub that its encoder started from.
-
-    Args:
-        recipe: the run's settings.
-        names: of the inputs.
-        look_up: the licence of a model of the hub where no local metadata states it; None if it isn't known.
-    """
-    bases: dict[str, Base | None] = {}
-    for name in names:
-        settings = encoder_settings(recipe, name)
-        options, kind = settings.get("init_args") or {}, short(settings.get("class_path") or "")
-        source = options.get("name" if kind == "TimmImage" else "name_or_path")
-        known = kind in ("TimmImage", "TransformersText", "PairImage", "PairText")
-        if not known or not source or not options.get("pretrained", True) or is_local(source):
-            bases[name] = None
-        elif kind == "TimmImage" and ":" not in source:
-            bases[name] = timm_base(source)
-        else:
-            repository = source.partition(":")[2] or source
-            bases[name] = Base(repository, cached_licence(repository) or look_up(repository) or UNKNOWN)
-    return bases
-
-
-def timm_base(name: str) -> Base:
-    """What timm says of a model of its own: its name on the hub, and its licence."""
-    config: Any = timm.get_pretrained_cfg(name)
-    return Base(getattr(config, "hf_hub_id", None) or f"timm/{name}", getattr(config, "license", None) or UNKNOWN)
-
-
-def cached_licence(repository: str) -> str | None:
-    """The licence in a model card that the client has in its cache."""
-    path = try_to_load_from_cache(repository, "README.md")
-    if not isinstance(path, str):
-        return None
-    found = re.match(r"---\n(.*?)\n---", Path(path).read_text(encoding="utf-8"), re.DOTALL)
-    licence = (yaml.safe_load(found[1]) or {}).get("license") if found else None
-    return licence if isinstance(licence, str) else None
-
-
-def encoder_settings(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    model = recipe.get("model") or {}
-    return (model.get("encoders") or {}).get(name) or (model.get(name) if name in ("image", "text") else None) or {}
-
-
 def started(recipe: Mapping[str, Any], name: str) -> str:
     """How an encoder started that no hub has."""
     options = encoder_settings(recipe, name).get("init_args") or {}
@@ -255,36 +196,6 @@ def started(recipe: Mapping[str, Any], name: str) -> str:
 def architecture(options: Mapping[str, Any]) -> str:
     found = (options.get("config") or {}).get("model_type") or options.get("name") or ""
     return f"`{base_name(found)}`" if found else ""
-
-
-# Local paths
-
-
-def is_local(text: str) -> bool:
-    """Whether a setting is a path on this machine: one by its form, or that of an existing file or folder."""
-    return bool(LOCAL_PATH.match(text)) or (len(text) > 1 and any(sign in text for sign in "/\\") and Path(text).exists())
-
-
-def base_name(text: str) -> str:
-    """A path's last part; other texts as they are.
-
-    >>> base_name("/home/ada/shoes.csv"), base_name("C:\\\\data\\\\shoes.csv"), base_name("timm/resnet18")
-    ('shoes.csv', 'shoes.csv', 'timm/resnet18')
-    """
-    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if is_local(text) else text
-
-
-def without_paths(value: Any) -> Any:
-    """Plain data, with the last part alone of all local paths in it.
-
-    >>> without_paths({"manifest": "/home/ada/shoes.csv", "batch_size": 8, "callbacks": ["~/x"]})
-    {'manifest': 'shoes.csv', 'batch_size': 8, 'callbacks': ['x']}
-    """
-    if isinstance(value, Mapping):
-        return {key: without_paths(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [without_paths(one) for one in value]
-    return base_name(value) if isinstance(value, str) else value
 
 
 # Text

@@ -7,17 +7,9 @@ import pytest
 import timm
 import yaml
 
-from fusion.deploy.model_card import (
-    Base,
-    Facts,
-    base_name,
-    cached_licence,
-    is_local,
-    markdown,
-    model_card,
-    pretrained_bases,
-    without_paths,
-)
+from fusion.deploy.bases import Base, cached_licence, pretrained_bases
+from fusion.deploy.local_paths import base_name, is_local, without_paths
+from fusion.deploy.model_card import Facts, markdown, model_card
 from fusion.tasks import Classification, MultiLabel, Regression
 
 KINDS = {"image": "ImageInput", "text": "TextInput", "facts": "TableInput"}
