@@ -18,25 +18,30 @@ def load(model: "str | Path", **options: Any) -> "RawPredictor":
     (checkpoint, device, trusted; threads, device; of a hub device, trusted).
     """
     # Imported here, so that importing fusion.heads loads torch only, and a package for ONNX Runtime loads none.
+    from fusion.extras import installed
     from fusion.hub_files import is_hub_name
     from fusion.packages.folder import is_package
 
-    if is_hub_name(model):
-        from fusion.deploy.hub import load_from_hub
+    with installed(f"loading {model}"):
+        if is_hub_name(model):
+            from fusion.deploy.hub import load_from_hub
 
-        return load_from_hub(str(model), **options)
-    if is_package(model):
-        from fusion.packages.package import Package
+            return load_from_hub(str(model), **options)
+        if is_package(model):
+            from fusion.packages.package import Package
 
-        return Package.load(model, **options)
-    from fusion.predictor import Predictor
+            return Package.load(model, **options)
+        from fusion.predictor import Predictor
 
-    return Predictor.load(model, **options)
+        return Predictor.load(model, **options)
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Run", "fit"):
-        return getattr(import_module("fusion.api"), name)
+        from fusion.extras import installed
+
+        with installed(f"fusion.{name}"):
+            return getattr(import_module("fusion.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from fusion.console import printing
 from fusion.errors import INTERRUPTED, OUTPUT_CLOSED, USER_MISTAKE, UserError, message_of, nearest
 from fusion.exit import leave
+from fusion.extras import installed
 
 COMMANDS = {
     "fit": "train a model from a recipe, or resume a run",
@@ -46,7 +47,8 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
         if name not in COMMANDS:
             raise UserError(f"unknown command '{name}'. {nearest(name, COMMANDS)}")
         # Imported here, so that help and mistyped commands don't wait for torch.
-        command: Callable[[list[str]], int] = getattr(import_module(f"fusion.cli.{name}"), name)
+        with installed(f"fusion {name}"):
+            command: Callable[[list[str]], int] = getattr(import_module(f"fusion.cli.{name}"), name)
         with printing():
             status = command(words)
         together = True

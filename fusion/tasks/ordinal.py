@@ -96,7 +96,7 @@ class Ordinal(Task):
 
     def values(self, output: Tensor) -> Tensor:
         above = cumulative_logits(output.float()).sigmoid()
-        ones = above.new_ones(len(above), 1)
+        ones = torch.ones_like(above[:, :1])
         return torch.cat([ones, above], dim=1) - torch.cat([above, torch.zeros_like(ones)], dim=1)
 
     def metrics(self) -> MetricCollection:

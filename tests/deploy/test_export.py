@@ -111,7 +111,7 @@ def test_every_task_is_exported(name: str, tmp_path: Path) -> None:
 def test_the_embeddings_of_retrieval_are_exported(tmp_path: Path) -> None:
     task = Retrieval(dim=8)
     task.sides = ("image", "text")
-    assert_exports(graph(partial(DualEncoder, dim=8), task), "onnx", tmp_path)
+    assert_exports(graph(DualEncoder, task), "onnx", tmp_path)
 
 
 KINDS: dict[str, Any] = {
