@@ -5,6 +5,7 @@ Matrix products are quantised dynamically: the ranges of their inputs are comput
 Source: Jacob et al. (2018), "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference".
 """
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 
 from fusion.errors import UserError
 
+RANGES = "ranges.json"  # of activations
 STATIC, DYNAMIC = ("Conv",), ("MatMul", "Gemm", "Gather")
 
 
@@ -42,6 +44,9 @@ def quantise(source: Path, target: Path, calibration: Sequence[Mapping[str, np.n
     quantization, onnx = libraries()
     # ONNX Runtime first divides a Gemm into a MatMul of this name and an Add.
     excluded = [*exclude, *(f"{name}_MatMul" for name in exclude)]
+    # Ranges are computed once, where this version of ONNX Runtime can keep them.
+    parameters = inspect.signature(quantization.quantize_static).parameters
+    cached = {"calibration_cache_path": source.with_name(RANGES)} if "calibration_cache_path" in parameters else {}
     between = target.with_name(f".{target.name}-static")
     try:
         with quiet():
@@ -58,6 +63,7 @@ def quantise(source: Path, target: Path, calibration: Sequence[Mapping[str, np.n
                     activation_type=quantization.QuantType.QUInt8,
                     nodes_to_exclude=excluded,
                     extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
+                    **cached,
                 )
                 first = between
             quantization.quantize_dynamic(
@@ -87,7 +93,8 @@ def quantised_within(
 ) -> Quantised:
     """Quantises a model, leaving layers in float32 until at most `most_lost` of the score is lost on validation.
 
-    Layers are excluded in the order of the difference that each alone makes to the values, the largest first: 1, 2, 4, ... of them.
+    Layers are excluded in the order of the difference that each alone makes to the values, the largest first: 1, 2, 4, ... of them. Only
+    convolutions are tried if the rest loses no more than that, or only the rest.
 
     Args:
         source: the .onnx file, prepared by `prepared`.
@@ -104,20 +111,36 @@ def quantised_within(
     report(f"{count} layers in 8 bits: {score:.4f} on validation, {found:+.4f} lost")
     if found <= most_lost:
         return Quantised(count, [], score)
+    candidates = every
+    for kind, group in by_kind(source).items():
+        count = quantise(source, target, calibration, group)
+        found, score = lost(target)
+        report(f"{count} layers in 8 bits, without {kind}: {score:.4f} on validation, {found:+.4f} lost")
+        if found <= most_lost and len(group) < len(candidates):
+            candidates = group
     costs = {}
-    for name in every:
+    for name in candidates:
         quantise(source, target, calibration, [other for other in every if other != name])
         costs[name] = difference(target)
-    ordered = sorted(every, key=lambda name: -costs[name])
+    ordered = sorted(candidates, key=lambda name: -costs[name])
     excluded = 1
     while True:
-        chosen = ordered[: min(excluded, len(every))]
+        chosen = ordered[:excluded]
         count = quantise(source, target, calibration, chosen)
         found, score = lost(target)
         report(f"{count} layers in 8 bits, {len(chosen)} excluded: {score:.4f} on validation, {found:+.4f} lost")
-        if found <= most_lost or len(chosen) == len(every):
+        if found <= most_lost or len(chosen) == len(candidates):
             return Quantised(count, chosen, score)
         excluded *= 2
+
+
+def by_kind(path: Path) -> dict[str, list[str]]:
+    """The layers that are quantised statically, and the others, by what they are."""
+    _, onnx = libraries()
+    kinds = {node.name: node.op_type for node in onnx.load(os.fspath(path)).graph.node}
+    convolutions = [name for name in layers(path) if kinds[name] in STATIC]
+    groups = {"convolutions": convolutions, "matrix products and tables": [name for name in layers(path) if name not in convolutions]}
+    return {kind: group for kind, group in groups.items() if group} if all(groups.values()) else {}
 
 
 def prepared(source: Path, target: Path) -> None:

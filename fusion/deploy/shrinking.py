@@ -11,7 +11,7 @@ import torch
 
 from fusion.deploy.comparison import Compared, compare, in_eager, size_of
 from fusion.deploy.exporting import about_of, graph_of, write_graph, write_package
-from fusion.deploy.int8 import Quantised, prepared, quantised_within
+from fusion.deploy.int8 import RANGES, Quantised, prepared, quantised_within
 from fusion.deploy.split_arrays import SplitArrays, lost
 from fusion.errors import UserError
 from fusion.packages.folder import check_free, new_folder, write_json
@@ -108,8 +108,8 @@ def shrink_to_int8(
             "int8 (ONNX Runtime)": (load(small), size_of(small)),
         }
         compared = compare(models, splits, seconds=seconds)
-        full.unlink()
-        ready.unlink()
+        for file in (full, ready, ready.with_name(RANGES)):
+            file.unlink(missing_ok=True)
         difference = float(np.abs(chosen.values(load(small)) - expected).max())
         about = about_of(predictor, graph, "onnx", run) | {"difference": difference, "batches": len(chosen.batches)}
         about["int8"] = {"layers": quantised.layers, "excluded": quantised.excluded, "calibration_split": calibration_split}
