@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -54,25 +55,28 @@ class Contrast:
             set_random_state(engine.device, self.random_states[number])
         found = engine.forward_with_dropout(batch.inputs)[0]
         if accumulated == 1:
-            self.differentiate(engine, [found.output.detach()], [batch.target])
+            self.differentiate(engine, (found.output.detach(),), (batch.target,))
         product = (found.output * self.gradients[number]).sum() * accumulated  # since the mean is taken over the accumulated batches
         loss = product - product.detach() + self.losses[number].mean()
         return found.output, loss if found.auxiliary is None else loss + found.auxiliary.mean()
 
     def look_ahead(self, engine: Contrasting, batch: Batch) -> None:
         """Compute the outputs of all batches of the update, and the gradient of its loss by them."""
-        outputs, targets = [], []
+
+        def output_and_target(one: Batch) -> tuple[Tensor, Tensor]:
+            moved = batch if one is batch else engine.trainer.strategy.batch_to_device(one, engine.device)
+            self.random_states.append(random_state(engine.device))
+            # With gradients, though they aren't used: a compiled model draws the same dropout in the same graph only.
+            return engine.forward_with_dropout(moved.inputs)[0].output.detach(), moved.target
+
         self.random_states = []
+        others = batch.ahead.batches if batch.ahead is not None else ()
         with preserved_statistics(engine.model):
-            for one in (batch, *(batch.ahead.batches if batch.ahead is not None else ())):
-                moved = batch if one is batch else engine.trainer.strategy.batch_to_device(one, engine.device)
-                self.random_states.append(random_state(engine.device))
-                # With gradients, though they aren't used: a compiled model draws the same dropout in the same graph only.
-                outputs.append(engine.forward_with_dropout(moved.inputs)[0].output.detach())
-                targets.append(moved.target)
+            # By map, since a variable of a loop would hold each batch while the next one is made.
+            outputs, targets = zip(*map(output_and_target, chain([batch], others)), strict=True)
         self.differentiate(engine, outputs, targets)
 
-    def differentiate(self, engine: Contrasting, outputs: list[Tensor], targets: list[Tensor]) -> None:
+    def differentiate(self, engine: Contrasting, outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> None:
         """Set the losses of this rank's samples, and the gradients by their outputs of the mean loss over all ranks, times their number."""
         own, target = torch.cat(outputs), torch.cat(targets)
         world, rank, count = engine.trainer.world_size, engine.trainer.global_rank, len(own)

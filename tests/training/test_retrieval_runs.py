@@ -2,6 +2,7 @@
 
 import csv
 import json
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny_world import ROUNDING, furthest, furthest_weights, rows_and_prediction
 import fusion
 from fusion.cli.evaluate import evaluate
 from fusion.data.sampler import draw_seed
+from fusion.data.samples import Samples
 from fusion.errors import UserError
 from fusion.losses import info_nce_loss
 from fusion.session import fit
@@ -77,6 +79,26 @@ def test_accumulated_batches_have_the_gradient_of_the_whole_update(parts, pairs,
     assert largest > 1e-3
     for name, gradient in expected.items():
         assert float((found[name] - gradient).abs().max()) <= (1e-5 if not precision else 2e-3) * max(1.0, largest), name
+
+
+def test_the_batches_of_an_update_are_not_held_at_once(parts, pairs, monkeypatch):
+    held, most = set(), []
+
+    def count(samples, draw, make=Samples.__getitems__):
+        batch = make(samples, draw)
+        number = len(most)
+        held.add(number)
+        weakref.finalize(batch.inputs["image"].pixels, held.discard, number)
+        most.append(len(held))
+        return batch
+
+    monkeypatch.setattr(Samples, "__getitems__", count)
+    eight = ["--trainer.accumulate_grad_batches=8", "--trainer.max_steps=2", "--trainer.limit_val_batches=0"]
+    model, data, trainer = parts(*PAIRS, *eight, "--trainer.num_sanity_val_steps=0", manifest=manifest_of(pairs))
+    trainer.fit(model, datamodule=data)
+    assert model.updates == 2
+    assert len(most) >= 2 * (8 + 7)  # all but the first are made twice
+    assert max(most) <= 3  # the first of the update, the one that Lightning fetches in advance, and the one that is looked at
 
 
 def test_any_division_of_an_update_trains_the_same(pairs, fit_here, fit_on_two):
