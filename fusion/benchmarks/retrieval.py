@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fusion.benchmarks.processes import in_new_process, memory_mib
+from fusion.benchmarks.processes import FREED_AT_ONCE, forget_peak_memory, in_new_process, memory_mib
 from fusion.console import aligned
 from fusion.session import silence_harmless_warnings
 from fusion.settings.parser import FusionCLI
@@ -28,7 +28,9 @@ def benchmark_retrieval(arguments: Sequence[str], pairs: int, chunk: int, rounds
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, (batch, device_batch) in variants.items():
-            measured[name].append(in_new_process(update_cost, list(arguments), batch, device_batch))
+            each = list(arguments), batch, device_batch
+            seconds = in_new_process(update_seconds, *each)
+            measured[name].append((seconds, in_new_process(update_peak, *each, environment=FREED_AT_ONCE)))
     whole, _, one = measured.values()
     lines = [["an update of", "s", "of the first's (in rounds)", "peak MiB", "of the last's"]]
     for name, costs in measured.items():
@@ -38,14 +40,26 @@ def benchmark_retrieval(arguments: Sequence[str], pairs: int, chunk: int, rounds
         of_chunk = statistics.median(own[1] / base[1] for own, base in zip(costs, one, strict=True))
         lines.append([name, f"{seconds:.2f}", spread, f"{peak:.0f}", f"{of_chunk:.2f}"])
     print(f"median of {rounds} rounds, {torch.get_num_threads()} threads\n\n{aligned(lines)}\n")
-    costs = [in_new_process(ranking_cost) for _ in range(rounds)]
+    costs = [in_new_process(ranking_cost, environment=FREED_AT_ONCE) for _ in range(rounds)]
     seconds, peak = (statistics.median(cost[i] for cost in costs) for i in (0, 1))
     print(f"ranks of {IMAGES:,} images x {IMAGES * CAPTIONS:,} captions, {DIM} wide: {seconds:.1f} s, {peak:.0f} MiB beyond them")
     return 0
 
 
-def update_cost(arguments: list[str], batch: int, device_batch: int) -> tuple[float, float]:
-    """Seconds of an update after the first, and peak memory in MiB beyond what the process used before training."""
+def update_seconds(arguments: list[str], batch: int, device_batch: int) -> float:
+    """Seconds of an update after the first."""
+    ends = train(arguments, batch, device_batch).ends
+    return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
+def update_peak(arguments: list[str], batch: int, device_batch: int) -> float:
+    """Peak memory in MiB beyond what the process used before training."""
+    watch = train(arguments, batch, device_batch)
+    return memory_mib("VmHWM") - watch.before
+
+
+def train(arguments: list[str], batch: int, device_batch: int) -> "Watch":
+    """Train for a few updates, with nothing saved or scored."""
     silence_harmless_warnings()
     off = [f"--trainer.{name}=false" for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")]
     own = [f"--data.batch_size={batch}", f"--data.device_batch_size={device_batch}", f"--trainer.max_steps={UPDATES}"]
@@ -53,23 +67,19 @@ def update_cost(arguments: list[str], batch: int, device_batch: int) -> tuple[fl
     model, data, trainer = FusionCLI([*arguments, *off, *own, "--trainer.limit_val_batches=0"]).make([watch])
     model.build(data)
     trainer.fit(model, datamodule=data)
-    return watch.seconds, memory_mib("VmHWM") - watch.before
+    return watch
 
 
 class Watch(Callback):
-    """Times the updates after the first, and notes the memory in use before training."""
+    """Notes the memory in use before training, and when each update ends."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        forget_peak_memory()
         self.before, self.ends = memory_mib("VmRSS"), list[float]()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step > len(self.ends):
             self.ends.append(time.perf_counter())
-
-    @property
-    def seconds(self) -> float:
-        """Of an update."""
-        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
 
 
 def ranking_cost() -> tuple[float, float]:
