@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_cases import slow_except
 
 from fusion.encoders import Columns, Encoder, Images, TableColumns, Texts, TimmImage, TransformersText
 from fusion.errors import UserError
@@ -209,7 +210,7 @@ def test_what_is_no_factory_is_refused_naming_the_class_that_was_expected(wrong:
         factory_parts(wrong, FusionHead)
 
 
-@pytest.mark.parametrize("name", ["Concat", "CrossAttention", "JointTransformer"])
+@pytest.mark.parametrize("name", slow_except(["Concat", "CrossAttention", "JointTransformer"], "CrossAttention"))
 def test_an_exported_model_answers_as_the_eager_one_for_other_batches_and_lengths(name: str) -> None:
     model = FusionModel.build(encoders("test_vit"), HEADS[name], 3).eval()
     batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=24)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_cases import slow_except
 from torch import Tensor
 
 from fusion.features import Features
@@ -76,8 +77,9 @@ ONLY_TWO = [name for name in FUSING if HEADS[name.split()[0]].most_modalities ==
 fusing = pytest.mark.parametrize("name", FUSING)
 fusing_any_number = pytest.mark.parametrize("name", [name for name in FUSING if name not in ONLY_TWO])
 every = pytest.mark.parametrize("name", ALL)
-# Seconds each: the further forms of a head are left to the slow tests.
-traced = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in ALL])
+# A second each: those of every family run by default.
+TRACED = ["JointTransformer", "Concat", "Gated", "LevelWeighted", "Perceiver", "LogitMean", "CrossAttention", "Unimodal"]
+traced = pytest.mark.parametrize("name", slow_except(ALL, *TRACED))
 
 
 def dims_of(name: str) -> dict[str, int]:

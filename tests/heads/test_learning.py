@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_cases import slow_except
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -68,6 +69,7 @@ ADDITIVE = [
     "PredictedConfidence detach",
 ]
 MIXING = sorted({*available(), *SMALL} - {*ADDITIVE, "PredictedConfidence"})
+LEARNS_IN_A_SECOND = ["Concat", "FiLM", "Gated", "LowRankTensor", "Stacking", "TensorFusion", "CrossAttention tanh_gate"]
 
 
 def make(name: str) -> FusionHead:
@@ -75,7 +77,7 @@ def make(name: str) -> FusionHead:
     return HEADS[name.split()[0]](DIMS, 2, **{"dim": 32} | SMALL.get(name, {}))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "Interaction" in name else []) for name in MIXING])
+@pytest.mark.parametrize("name", slow_except(MIXING, *LEARNS_IN_A_SECOND))
 def test_heads_that_mix_learn_xor_of_two_modalities(name: str) -> None:
     accuracy, _ = after_training(make(name))
     assert accuracy >= 0.99

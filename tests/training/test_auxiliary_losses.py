@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from slow_cases import slow_except
 from tiny_world import ROUNDING, furthest, furthest_weights
 from torch.nn.functional import cross_entropy
 
@@ -46,7 +47,7 @@ def test_two_ranks_and_accumulated_batches_train_what_one_does(tiny, fit_here, f
     assert furthest_weights(one, without) > 100 * ROUNDING
 
 
-@pytest.mark.parametrize("head", [EXPERTS, pytest.param(LEARNED, marks=pytest.mark.slow)], ids=["experts", "learned tokens"])
+@pytest.mark.parametrize("head", slow_except([EXPERTS, LEARNED], EXPERTS), ids=["experts", "learned tokens"])
 def test_a_run_that_was_interrupted_goes_on_to_the_bit(tiny, assert_resumes_to_the_bit, head):
     assert_resumes_to_the_bit("--recipe", tiny(), *head)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from slow_cases import slow_except
 from tiny_world import assert_same_end
 
 EMA = ["--trainer.callbacks+=fusion.training.EMA", "--trainer.callbacks.decay=0.9"]
@@ -49,7 +50,7 @@ def test_the_average_is_the_papers_recursion_over_real_updates_and_is_what_is_ev
     assert again["val/loss"] == pytest.approx(loss_on_average, abs=1e-6)
 
 
-@pytest.mark.parametrize("stop", [4, pytest.param(8, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", slow_except([4, 8, 11], 4))
 def test_a_resumed_average_is_that_of_the_whole_run(interrupted_and_whole, fit_here, stop):
     stopped, whole = interrupted_and_whole(stop, *EMA)
     resumed = fit_here("--resume", stopped.folder)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
+from slow_cases import slow_except
 from tiny_world import ROUNDING, assert_same_end, furthest, furthest_weights
 from torch.nn.functional import cross_entropy
 
@@ -262,7 +263,7 @@ def test_blending_without_a_val_split_is_refused(parts, write_manifest):
 # Every method, whatever the ranks, the accumulation and the precision.
 
 
-@pytest.mark.parametrize("name", BALANCES)
+@pytest.mark.parametrize("name", slow_except(BALANCES, "MMPareto"))
 def test_accumulated_batches_make_the_update_of_a_whole_batch(tiny, fit_here, name):
     recipe = tiny()
     whole = fit_here("--recipe", recipe, *use(name), "--trainer.max_epochs=1", runs="whole")
@@ -270,7 +271,7 @@ def test_accumulated_batches_make_the_update_of_a_whole_batch(tiny, fit_here, na
     assert furthest_weights(whole, parts) < ROUNDING
 
 
-@pytest.mark.parametrize("name", BALANCES)
+@pytest.mark.parametrize("name", slow_except(BALANCES, "MMPareto"))
 def test_in_fp16_the_unscaled_gradients_are_changed_and_an_overflow_leaves_nothing_behind(parts, monkeypatch, name):
     from fusion.training import Engine
 
@@ -304,8 +305,8 @@ def test_fp16_gives_the_coefficients_of_float32(parts, name):
     assert found[0] == pytest.approx(found[1], abs=0.02)
 
 
-@pytest.mark.parametrize("name", BALANCES)
-@pytest.mark.parametrize("stop", [5, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_except(BALANCES, "MMPareto"))
+@pytest.mark.parametrize("stop", slow_except([5, 12], 5))
 def test_a_resumed_run_is_balanced_as_the_whole_one(interrupted_and_whole, fit_here, name, stop):
     stopped, whole = interrupted_and_whole(stop, *use(name), "--trainer.max_epochs=3")
     assert_same_end(fit_here("--resume", stopped.folder), whole)

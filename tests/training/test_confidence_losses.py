@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_cases import slow_except
 from tiny_world import ROUNDING, furthest_weights
 from torch.nn.functional import cross_entropy
 
@@ -177,7 +178,7 @@ def test_pdf_brings_confidences_near_the_true_class_s_probability(parts):
     assert errors[1] < errors[0]
 
 
-@methods
+@pytest.mark.parametrize("method", slow_except([QMF_RUN, PDF_RUN, HALF], QMF_RUN), ids=["QMF", "PDF", "PDF detached"])
 def test_a_run_that_was_interrupted_goes_on_to_the_bit(tiny, assert_resumes_to_the_bit, method):
     assert_resumes_to_the_bit("--recipe", tiny(), *method, "--model.modality_dropout=0.2")
 

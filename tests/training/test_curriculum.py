@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from slow_cases import slow_except
 from tiny_world import ROUNDING, assert_same_end, furthest_weights
 from torch.nn.functional import cross_entropy
 
@@ -68,8 +69,8 @@ def test_the_losses_of_a_first_pass_say_it(parts):
     assert data.losses[seen.rows[8]].max() <= np.sort(data.losses)[int(np.ceil(share * len(data.losses))) - 1]
 
 
-@pytest.mark.parametrize("what", ["text_length", pytest.param("loss", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stop", [5, pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", slow_except(["text_length", "loss"], "text_length"))
+@pytest.mark.parametrize("stop", slow_except([5, 11], 5))
 def test_a_resumed_run_lets_in_what_the_whole_one_does(interrupted_and_whole, fit_here, what, stop):
     stopped, whole = interrupted_and_whole(stop, *by(what), "--trainer.max_epochs=3")
     assert_same_end(fit_here("--resume", stopped.folder), whole)

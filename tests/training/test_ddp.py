@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from slow_cases import slow_except
 from tiny_world import ROUNDING, TWO, furthest, furthest_weights
 
 COUNTED = """
@@ -101,9 +102,7 @@ def one_in_ten(i, row):
     return row | {"label": "rare" if i % 10 == 0 else "usual"}
 
 
-@pytest.mark.parametrize(
-    "balance", ["null", "MMPareto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("UnimodalLosses", "OGMGE"))]
-)
+@pytest.mark.parametrize("balance", slow_except(["null", "MMPareto", "UnimodalLosses", "OGMGE"], "MMPareto"))
 def test_weighted_means_are_over_the_whole_update_however_it_is_accumulated(tiny, write_manifest, fit_here, balance):
     recipe = tiny(manifest=write_manifest(one_in_ten))
     options = ["--recipe", recipe, *WEIGHTED, f"--model.balance={balance}"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from slow_cases import slow_except
 from tiny_world import ROUNDING, assert_same_end, furthest_weights
 
 from fusion.errors import UserError
@@ -91,7 +92,7 @@ def test_the_rest_learns_beside_a_frozen_part_as_it_would_without(parts):
 THAW = '--model.freeze={"image": {"until_update": 5}, "text.*embeddings*": {"until_update": 11}}'
 
 
-@pytest.mark.parametrize("stop", [3, pytest.param(5, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", slow_except([3, 5, 9], 3))
 def test_a_resumed_run_thaws_when_the_whole_one_does(interrupted_and_whole, fit_here, stop):
     stopped, whole = interrupted_and_whole(stop, THAW)
     assert_same_end(fit_here("--resume", stopped.folder), whole)

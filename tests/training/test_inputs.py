@@ -8,6 +8,7 @@ import pandas
 import pytest
 import torch
 import yaml
+from slow_cases import slow_except
 from tiny_world import BERT, ROUNDING, SHORT, furthest_weights
 
 import fusion
@@ -48,6 +49,7 @@ SETS = {
 FP16 = ["--recipe=engine/amp", "--trainer.accelerator=cpu"]
 TWO_RANKS = ["--recipe=engine/ddp", "--trainer.accelerator=cpu", "--trainer.devices=2"]
 every_set = pytest.mark.parametrize("inputs", SETS)
+every_set_slowly = pytest.mark.parametrize("inputs", slow_except(SETS, "image, text and table"))
 
 
 @pytest.fixture
@@ -112,8 +114,8 @@ def test_inputs_train_by_recipe_alone_and_answer_alike_from_files_and_from_pytho
         assert 0 < found.present[name].sum() <= len(written)
 
 
-@every_set
-@pytest.mark.parametrize("options", [[], FP16, ["--model.mixing.mixup=1"]], ids=["fp32", "fp16", "mixed"])
+@every_set_slowly
+@pytest.mark.parametrize("options", slow_except([[], FP16, ["--model.mixing.mixup=1"]], FP16), ids=["fp32", "fp16", "mixed"])
 def test_a_run_over_inputs_goes_on_to_the_bit(of_inputs, assert_resumes_to_the_bit, inputs, options):
     assert_resumes_to_the_bit("--recipe", of_inputs(inputs), *options, "--model.modality_dropout=0.3")
 
@@ -129,7 +131,7 @@ def test_a_run_over_inputs_that_is_killed_ends_where_an_undisturbed_one_does(of_
     assert " updates\n" in output  # a checkpoint that the run went on from
 
 
-@every_set
+@every_set_slowly
 def test_two_ranks_train_what_one_does(of_inputs, fit_here, fit_on_two, inputs):
     recipe = of_inputs(inputs)
     one, (two, _) = fit_here("--recipe", recipe, runs="one"), fit_on_two(recipe, runs="two")

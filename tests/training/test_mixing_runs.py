@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from slow_cases import slow_except
 from tiny_world import BERT, NO_VALIDATION, SHORT
 from torch.nn.functional import cross_entropy
 
@@ -61,7 +62,7 @@ def test_a_batch_that_is_not_mixed_trains_as_without_the_option(tiny, fit_here):
 TASKS = {"MultiLabel": "{}", "Ordinal": "{}", "Regression": "{}", "Classification": "{class_weights: balanced, label_smoothing: 0.1}"}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", slow_except(TASKS, "MultiLabel"))
 def test_samples_of_every_task_are_mixed(tiny, write_manifest, fit_here, task):
     manifest = write_manifest(lambda i, row: row | {"label": str(len(row["text"]) % 3)})
     whole = ["--recipe", tiny(manifest=manifest), f"--model.task={{class_path: {task}, init_args: {TASKS[task]}}}", *SHORT]

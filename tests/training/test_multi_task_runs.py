@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from slow_cases import slow_except
 from test_precision import FP16
 from tiny_world import ROUNDING, furthest, furthest_weights, rows_and_predictions
 
@@ -59,8 +60,8 @@ def test_an_alignment_beside_other_tasks_is_right_over_ranks_and_accumulation(se
     assert "retrieval_recall_1" in whole.results()["test"]
 
 
-@pytest.mark.parametrize("weighting", ["gradnorm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("uncertainty", "dynamic"))])
-@pytest.mark.parametrize("precision", [pytest.param([], marks=pytest.mark.slow), FP16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("weighting", slow_except(["gradnorm", "uncertainty", "dynamic"], "gradnorm"))
+@pytest.mark.parametrize("precision", slow_except([[], FP16], FP16), ids=["fp32", "fp16"])
 def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(several, assert_resumes_to_the_bit, weighting, precision):
     assert_resumes_to_the_bit(
         "--recipe", several(), *options(TASKS, f"--model.task.weighting={weighting}"), *precision, "--trainer.max_epochs=4"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from slow_cases import slow_except
 from tiny_world import REPOSITORY, TWO, Run, assert_same_end, newest
 
 import fusion.session as command
@@ -23,10 +24,7 @@ from fusion.training.means import Means
 # An epoch has 8 batches of 16; the run has two epochs.
 
 
-SLOWER = [pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 7, 9, 15)]
-
-
-@pytest.mark.parametrize("stop", [4, 8, 12, *SLOWER])
+@pytest.mark.parametrize("stop", slow_except([1, 4, 7, 8, 9, 12, 15], 4, 12))
 def test_a_run_stopped_anywhere_and_resumed_ends_like_the_uninterrupted_one(interrupted_and_whole, fit_here, stop):
     stopped, whole = interrupted_and_whole(stop)
     assert stopped.checkpoint()["fusion"]["updates"] == stop
@@ -48,7 +46,7 @@ def test_the_same_command_twice_gives_the_same_weights(tiny, fit_here):
     assert_same_end(fit_here("--recipe", recipe, runs="first"), fit_here("--recipe", recipe, runs="second"))
 
 
-@pytest.mark.parametrize("stop", [3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", slow_except([3, 4], 3))
 def test_a_run_that_accumulates_finishes_its_update_before_it_stops(interrupted_and_whole, fit_here, stop):
     stopped, whole = interrupted_and_whole(stop, "--trainer.accumulate_grad_batches=2")
     assert stopped.checkpoint()["fusion"]["updates"] == 2
@@ -89,7 +87,7 @@ def test_resume_is_exact_with_workers_and_augmentation(interrupted_and_whole, fi
     assert_same_end(fit_here("--resume", stopped.folder), whole)
 
 
-@pytest.mark.parametrize("stop", [12, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (3, 8))])
+@pytest.mark.parametrize("stop", slow_except([3, 8, 12], 12))
 def test_the_log_of_a_resumed_run_tells_the_whole_run(interrupted_and_whole, fit_here, stop):
     stopped, whole = interrupted_and_whole(stop)
     resumed = fit_here("--resume", stopped.folder)
@@ -130,7 +128,7 @@ EMA = ("--recipe", "engine/ema", "--trainer.callbacks.decay=0.8")
 
 @pytest.mark.parametrize(
     ("stop", "updates", "options"),
-    [(2, 8, []), (6, 16, EMA), (2, 4, [TWICE]), pytest.param(9, 12, [TWICE, *EMA], marks=pytest.mark.slow)],
+    slow_except([(2, 8, []), (6, 16, EMA), (2, 4, [TWICE]), (9, 12, [TWICE, *EMA])], (6, 16, EMA)),
 )
 def test_a_validation_that_was_cut_short_is_made_anew(interrupted_and_whole, fit_here, stop, updates, options):
     stopped, whole = interrupted_and_whole(stop, "--data.eval_batch_size=4", *options, in_validation=True)  # four batches
@@ -145,7 +143,7 @@ def test_a_validation_that_was_cut_short_is_made_anew(interrupted_and_whole, fit
         assert difference_of(resumed.checkpoint().get(part), whole.checkpoint().get(part)) is None
 
 
-@pytest.mark.parametrize("batch", [4, 8])
+@pytest.mark.parametrize("batch", slow_except([4, 8], 4))
 def test_a_run_that_died_in_a_validation_after_which_a_checkpoint_was_due_makes_it_anew(tiny, fit_here, monkeypatch, tmp_path, batch):
     recipe, options = tiny(dropout=0.4), ["--checkpoint.every_updates=4", TWICE, "--data.eval_batch_size=4"]
     whole = fit_here("--recipe", recipe, *options, runs="whole")

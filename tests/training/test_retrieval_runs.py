@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from lightning.pytorch import Callback
+from slow_cases import slow_except
 from test_precision import FP16
 from tiny_world import ROUNDING, furthest, furthest_weights, rows_and_predictions
 
@@ -131,7 +132,7 @@ def test_two_ranks_with_accumulation_and_dropout_resume_to_the_bit(pairs, fit_on
     assert furthest_weights(whole, resumed) == 0
 
 
-@pytest.mark.parametrize("precision", [pytest.param([], marks=pytest.mark.slow), FP16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("precision", slow_except([[], FP16], FP16), ids=["fp32", "fp16"])
 def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(pairs, assert_resumes_to_the_bit, precision):
     assert_resumes_to_the_bit("--recipe", pairs(), *CHUNKS, *DROPOUT, *precision)
 

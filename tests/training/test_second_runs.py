@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from slow_cases import slow_except
 from tiny_world import ROUNDING, assert_same_end, furthest_weights
 
 import fusion.session as fit_module
@@ -366,13 +367,13 @@ def test_a_recipe_that_was_edited_since_is_rejected(stopped, fit_here, change, w
 HARMLESS = ["--data.num_workers=1", "--trainer.log_every_n_steps=3", "--data.memory_gib=0", "--trainer.enable_model_summary=true"]
 
 
-@pytest.mark.parametrize("option", [HARMLESS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in HARMLESS[1:])])
+@pytest.mark.parametrize("option", slow_except(HARMLESS, HARMLESS[0]))
 def test_what_changes_nothing_that_is_past_may_differ(interrupted_and_whole, fit_here, option):
     stopped, whole = interrupted_and_whole(4)
     assert_same_end(fit_here("--resume", stopped.folder, option), whole)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4)])
+@pytest.mark.parametrize(("before", "after"), slow_except([(1, 4), (4, 1), (2, 4)], (2, 4)))
 def test_a_run_may_go_on_with_another_accumulation(tiny, fit_here, stop_after, monkeypatch, before, after):
     """From the middle of an epoch: its place there is counted in updates."""
     recipe = tiny()

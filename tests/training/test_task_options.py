@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from slow_cases import slow_except
 from tiny_world import ROUNDING, SHORT, furthest_weights, rows_and_predictions
 
 import fusion
@@ -67,7 +68,7 @@ def test_a_run_scores_and_predicts_as_its_model_does_elsewhere(of_task, fit_here
         assert all(0 < float(found[i]["deviation_place"]) < spread for i in given)
 
 
-@every_task
+@pytest.mark.parametrize("task", slow_except(TASKS, "tuned"))
 def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(of_task, assert_resumes_to_the_bit, task):
     assert_resumes_to_the_bit("--recipe", of_task(task), *TASKS[task])
 

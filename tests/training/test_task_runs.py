@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from slow_cases import slow_except
 from tiny_world import ROUNDING, SHORT, furthest, furthest_weights, rows_and_predictions
 
 import fusion
@@ -63,12 +64,12 @@ def test_a_run_is_scored_and_predicts_in_the_task_s_own_terms(of_task, fit_here,
         assert 1000 < min(answers) < max(answers) < 1060  # in the target's units
 
 
-@pytest.mark.parametrize("task", [LABELS, NUMBER])
+@pytest.mark.parametrize("task", slow_except([LABELS, NUMBER], LABELS))
 def test_a_run_that_was_interrupted_goes_on_to_the_bit(of_task, assert_resumes_to_the_bit, task):
     assert_resumes_to_the_bit("--recipe", of_task(task), task, "--model.balance=OGMGE", "--model.modality_dropout=0.2")
 
 
-@pytest.mark.parametrize("task", [LABELS, pytest.param(NUMBER, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", slow_except([LABELS, NUMBER], LABELS))
 def test_two_ranks_and_accumulated_batches_train_what_one_does(of_task, fit_here, fit_on_two, task):
     recipe = of_task(task)
     one = fit_here("--recipe", recipe, task, runs="one")
@@ -80,7 +81,7 @@ def test_two_ranks_and_accumulated_batches_train_what_one_does(of_task, fit_here
     assert two.results()["test"] == pytest.approx(one.results()["test"], abs=1e-3)
 
 
-@pytest.mark.parametrize("task", [LABELS, pytest.param(NUMBER, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", slow_except([LABELS, NUMBER], LABELS))
 def test_ranks_without_a_sample_to_score_take_part_in_the_scores(of_task, fit_here, fit_on_two, tmp_path, task):
     """One sample to validate, three to test, over two ranks."""
     recipe = of_task(task)
