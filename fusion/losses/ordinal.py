@@ -20,6 +20,25 @@ def cumulative_logits(output: Tensor) -> Tensor:
     return torch.cat([output[:, :1], output[:, :1] - softplus(output[:, 1:]).cumsum(dim=1)], dim=1)
 
 
+def cumulative_log_probabilities(output: Tensor) -> Tensor:
+    """Log probabilities (B, C) of the classes, of which `cumulative_link_loss` is minus that of the right one; exact also where they are
+    far below 0.
+
+    Args:
+        output: (B, C - 1), as `cumulative_logits` takes them.
+
+    >>> cumulative_log_probabilities(torch.tensor([[0.0, 0.0]])).exp().sum()
+    tensor(1.)
+    """
+    logits = cumulative_logits(output)
+    none = logits.new_zeros(len(logits), 1)
+    above = torch.cat([none, logsigmoid(logits)], dim=1)
+    not_above = torch.cat([logsigmoid(-logits), none], dim=1)
+    # s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)); here a - b = softplus(output_k), so that the last factor is s(output_k).
+    gap = torch.cat([none, logsigmoid(output[:, 1:].to(logits.dtype)), none], dim=1)
+    return above + not_above + gap
+
+
 def cumulative_link_loss(input: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100) -> Tensor:
     """Negative log likelihood of a cumulative link model: the probability of a class is the difference of two sigmoids.
 
@@ -39,16 +58,9 @@ def cumulative_link_loss(input: Tensor, target: Tensor, *, weight: Tensor | None
     >>> float(cumulative_link_loss(torch.zeros(1, 1), torch.tensor([0])))  # log(2)
     0.69314...
     """
-    logits = cumulative_logits(input)
     ignored = target == ignore_index
     chosen = target.where(~ignored, 0)
-    classes = logits.shape[1] + 1
-    above_last = logsigmoid(logits.gather(1, (chosen - 1).clamp(min=0)[:, None])[:, 0])
-    not_above = logsigmoid(-logits.gather(1, chosen.clamp(max=classes - 2)[:, None])[:, 0])
-    # s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)); here a - b = softplus(output_k), so that the last factor is s(output_k).
-    gap = logsigmoid(input.to(logits.dtype).gather(1, chosen.clamp(max=classes - 2)[:, None])[:, 0])
-    log_p = torch.where(chosen == 0, not_above, torch.where(chosen == classes - 1, above_last, above_last + not_above + gap))
-    loss = -log_p
+    loss = -cumulative_log_probabilities(input).gather(1, chosen[:, None])[:, 0]
     if weight is not None:
         loss = loss * weight[chosen]
     return loss.masked_fill(ignored, 0.0)
