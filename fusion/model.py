@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusion.encoders.base import Encoder
 from fusion.errors import UserError, construction, nearest
-from fusion.features import Features, promote
+from fusion.features import Features, as_one_token, promote
 from fusion.heads.base import FusionHead, FusionOutput, Stage
 
 HeadFactory = Callable[[Mapping[str, Any], int], FusionHead]
@@ -35,6 +35,7 @@ class FusionModel(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.head = head
         self.recompute_head = False
+        self.reported: list[str] = []  # modalities of which the output has the pooled features
 
     @classmethod
     def build(cls, encoders: Mapping[str, Encoder], head: HeadFactory, out_dim: int) -> "FusionModel":
@@ -53,7 +54,12 @@ class FusionModel(nn.Module):
         inputs: by name, the encoder's input (Images, Texts, Columns). modality_mask: by name, (B,) bool, False for samples whose input is
         treated as missing.
         """
-        return self.fuse(self.encode(inputs, modality_mask))
+        features = self.encode(inputs, modality_mask)
+        output = self.fuse(features)
+        if not self.reported:
+            return output
+        pooled = {name: as_one_token(f[-1] if isinstance(f, list) else f).pooled for name, f in features.items() if name in self.reported}
+        return output._replace(features=pooled | (output.features or {}))
 
     def encode(self, inputs: Mapping[str, Any], modality_mask: Mapping[str, Tensor] | None = None) -> dict[str, Features | list[Features]]:
         """Returns, by name, the features of each input that the head reads; a list with one entry per depth if it reads levels.
@@ -73,6 +79,20 @@ class FusionModel(nn.Module):
     def fuse(self, features: Mapping[str, Features | list[Features]]) -> FusionOutput:
         """Applies the head to features from `encode`; with stored features, heads can be trained and compared without encoders."""
         return checkpoint(self.head, features, use_reentrant=False) if self.recompute_head and self.training else self.head(features)
+
+    def report_features(self, names: Collection[str]) -> dict[str, int]:
+        """From now on the output has the pooled features of these modalities (of the last level, if the head reads several), and for
+        "fused" those that the head's last layer reads. Returns their widths. Raises UserError for a name that the model doesn't have.
+        """
+        layer = self.head.classifier
+        known = {name: self.head.dims[name] for name in self.encoders} | ({} if layer is None else {"fused": layer.in_features})
+        for name in names:
+            if name not in known:
+                why = f"its head {type(self.head).__name__} has no fused features before its last layer. " if name == "fused" else ""
+                raise UserError(f"the model has no features '{name}': {why}{nearest(name, known)}")
+        self.reported = [name for name in names if name in self.encoders]
+        self.head.reports_fused = "fused" in names
+        return {name: known[name] for name in names}
 
     def parts(self) -> dict[str, nn.Module]:
         """The encoders by modality, then the head."""

@@ -47,6 +47,7 @@ from fusion.training.callbacks.progress import EpochLines
 from fusion.training.callbacks.run_folder import METRICS, RunFolder, new_run_folder, read_metrics
 from fusion.training.callbacks.signals import AgreeFirst, Interrupted, SaveInTime, SeedEachStep
 from fusion.training.checks import check_before_training, validates
+from fusion.training.distillation import report_line
 from fusion.training.distributed.lost_ranks import lost_a_rank
 from fusion.training.mixing import report, shares
 from fusion.training.weights import load_weights
@@ -99,6 +100,8 @@ def train(arguments: Sequence[str]) -> Outcome:
         if not validates(trainer, data.splits):
             checkpoint.without_validation()
         check_before_training(trainer, model, data)
+        with heartbeat("computing the teacher's outputs"):
+            model.ask_teacher(data)
         if resumed is not None and start is not None:
             reject_data_changes(resumed, start, state["fusion"], data)
         print_data_notes(data)
@@ -205,6 +208,7 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
     best = checkpoint.best_model_path or checkpoint.last_model_path or None  # None for a run without a single update
     # Read first, since testing loads the best checkpoint's numbers.
     updates, mixing = model.updates, None if model.mixer is None else shares(model.mixer.totals(model))
+    teacher = None if model.distillation is None else model.distillation.report(model)
     scores: dict[str, float] = {}
     lines: list[list[str]] = []
     counted: dict[str, int] = {}
@@ -231,6 +235,7 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
         rates = [round(rate, 1) for lines in trainer.callbacks if isinstance(lines, EpochLines) for rate in lines.rates]  # type: ignore[attr-defined]
         results = {"test": finite(scores), "val": validated(run.folder, model.task), "updates": updates, **counted}
         results |= {} if mixing is None else {"mixing": mixing}
+        results |= {} if teacher is None else {"teacher": teacher}
         for name, content in (
             ("results.json", results),
             ("timing.json", {"samples_per_s": rates}),
@@ -241,6 +246,8 @@ def finish(trainer: Trainer, model: Engine, data: FusionData, checkpoint: ModelC
     print_rank_zero("\n" + aligned(lines) if lines else "\nno test samples: nothing scored")
     if mixing is not None:
         print_rank_zero(f"\n{report(mixing)}")
+    if teacher is not None:
+        print_rank_zero(f"\n{report_line(teacher)}")
     print_rank_zero(f"\nrun folder  {run.folder}")
     if best is None:
         print_rank_zero("no update was made, so there is no checkpoint: this model can't be used")

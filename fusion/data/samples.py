@@ -23,6 +23,8 @@ class Batch(NamedTuple):
 
     ahead: with the first accumulated batch of an update, the others of this rank, where the loader looks ahead.
 
+    teacher: of a training batch, what the teacher gives for each sample (B, ...), by name; None without a teacher.
+
     mixture: how the inputs are mixed with one another; the targets are those before. None: they aren't.
     """
 
@@ -32,6 +34,7 @@ class Batch(NamedTuple):
     update_target: Tensor | None = None
     ahead: "Ahead | None" = None
     mixture: Mixture | None = None
+    teacher: dict[str, Tensor] | None = None
 
 
 class Ahead:
@@ -44,8 +47,10 @@ class Ahead:
 class Samples(Dataset[Batch]):
     """The samples of one split; indexing with a Draw gives a whole Batch at once.
 
-    target: (n, ...) as the task encodes it. stores: the inputs, by name.
+    target: (n, ...) as the task encodes it. stores: the inputs, by name. teacher: what a teacher gives for each sample (n, ...), by name.
     """
+
+    teacher: Mapping[str, np.ndarray] | None = None
 
     def __init__(self, target: np.ndarray, stores: Mapping[str, Store]) -> None:
         self.target, self.stores = target, dict(stores)
@@ -54,7 +59,7 @@ class Samples(Dataset[Batch]):
         return len(self.target)
 
     def unaugmented(self) -> "Samples":
-        """The same without augmentation."""
+        """The same for evaluation: without augmentation and teacher."""
         return Samples(self.target, {name: store.unaugmented() for name, store in self.stores.items()})
 
     def blocks(self) -> np.ndarray:
@@ -73,7 +78,8 @@ class Samples(Dataset[Batch]):
         filled = np.where(sample == PLACEHOLDER, 0, sample)
         inputs = {name: store.batch(filled, draw.seed) for name, store in self.stores.items()}
         of_update = torch.from_numpy(self.target[np.asarray(draw.update)]) if len(draw.update) else None
-        return Batch(inputs, torch.from_numpy(self.target[filled]), torch.from_numpy(sample), of_update)
+        teacher = None if self.teacher is None else {name: torch.from_numpy(rows[filled]) for name, rows in self.teacher.items()}
+        return Batch(inputs, torch.from_numpy(self.target[filled]), torch.from_numpy(sample), of_update, teacher=teacher)
 
 
 class Updates(DataLoader[Batch]):

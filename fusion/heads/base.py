@@ -21,13 +21,15 @@ class FusionOutput(NamedTuple):
     output (B, out_dim); by_modality: each modality's own prediction (B, out_dim), if the head makes one.
     The row of a sample without the modality is meaningless there. auxiliary (B,): in training, each sample's weighted auxiliary loss, to be
     added to the loss of the output; None if the head has none. confidence: by modality (B,), the head's prediction of the probability that
-    the modality gives to the true class; None if it makes none.
+    the modality gives to the true class; None if it makes none. features: by modality its pooled features (B, D), zero where it is absent,
+    and under "fused" what the last layer reads; those that FusionModel.report_features asks for, None for none.
     """
 
     output: Tensor
     by_modality: dict[str, Tensor]
     auxiliary: Tensor | None = None
     confidence: dict[str, Tensor] | None = None
+    features: dict[str, Tensor] | None = None
 
 
 class FusionHead(nn.Module):
@@ -79,12 +81,17 @@ class FusionHead(nn.Module):
         self.classifier = None if width is None else nn.Linear(width, out_dim)
         self.unimodal = nn.ModuleDict({name: nn.Linear(dim, out_dim) for name, dim in dims.items()}) if unimodal else None
         self.missing_tokens = MissingTokens(type(self).__name__, dims) if missing == "learned" else None
+        self.reports_fused = False  # whether the output has the features that `classifier` reads
         self.detached = False  # whether the unimodal predictions are probes, which pass no gradient to the features
 
     def forward(self, features: Mapping[str, Features | Tensor]) -> FusionOutput:
         clean = self.read(features)
+        return self.classify(self.fuse(clean), self.predict_alone(clean))
+
+    def classify(self, fused: Tensor, by_modality: dict[str, Tensor]) -> FusionOutput:
+        """The output for the fused features (B, width)."""
         assert self.classifier is not None  # heads without one override forward
-        return FusionOutput(self.classifier(self.fuse(clean)), self.predict_alone(clean))
+        return FusionOutput(self.classifier(fused), by_modality, features={"fused": fused} if self.reports_fused else None)
 
     def fuse(self, features: dict[str, Features]) -> Tensor:
         """Returns the fused features (B, width) from features that are complete, in order, and zero where masked."""

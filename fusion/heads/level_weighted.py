@@ -73,10 +73,7 @@ class LevelWeighted(FusionHead):
 
     def forward(self, features: Mapping[str, Features | Tensor | Sequence[Features | Tensor]]) -> FusionOutput:
         clean = self.read_levels(features)
-        assert self.classifier is not None
-        return FusionOutput(
-            self.classifier(self.fuse_levels(clean)), self.predict_alone({name: levels[-1] for name, levels in clean.items()})
-        )
+        return self.classify(self.fuse_levels(clean), self.predict_alone({name: levels[-1] for name, levels in clean.items()}))
 
     def read_levels(self, features: Mapping[str, Features | Tensor | Sequence[Features | Tensor]]) -> dict[str, list[Features]]:
         """Like `read`, for the levels of each modality."""

@@ -96,7 +96,10 @@ class FusionCLI(LateCLI):
             raise UserError(plain_message(str(error), parser, recipes)) from error
         for key in PATH_KEYS:  # so that the saved recipe doesn't depend on the working folder
             if self.config.data[key]:
-                self.config.data[key] = os.path.abspath(os.path.expanduser(self.config.data[key]))
+                self.config.data[key] = absolute_path(self.config.data[key])
+        teacher = self.config.model.teacher
+        if teacher is not None and teacher.runs:
+            teacher.runs = absolute_path(teacher.runs) if isinstance(teacher.runs, str) else list(map(absolute_path, teacher.runs))
 
     def instantiate_classes(self) -> None:
         """Does nothing: the classes are instantiated by `make`, not when parsing."""
@@ -164,6 +167,10 @@ class FusionCLI(LateCLI):
                 f"{cls[1] if cls else 'a class'} has an option whose value, {match[1]}, can't be stored in a recipe; "
                 "give that option as text or as a number"
             ) from error
+
+
+def absolute_path(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path)) if path else path
 
 
 def own_ddp(settings: Any) -> DDP | None:

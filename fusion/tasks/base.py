@@ -45,6 +45,7 @@ class Task(Rebuildable, nn.Module, ABC):
     loss compares it with the others of its update (see `contrast`). draws_apart: whether no two samples of an update may have the same
     number in one of the columns of the target. scores_loss: whether `scores` include the loss, since single samples have none.
     mixable: whether a sample can be mixed with another one together with its target (model.mixing): its loss must not depend on others.
+    distillable: whether a model can learn from another one of the same task (model.teacher). softened: whether that has a temperature.
     """
 
     monitor: str
@@ -60,6 +61,8 @@ class Task(Rebuildable, nn.Module, ABC):
     draws_apart: ClassVar[bool] = False
     scores_loss: ClassVar[bool] = False
     mixable: ClassVar[bool] = True
+    distillable: ClassVar[bool] = False
+    softened: ClassVar[bool] = False
 
     names: list[str]  # of the outputs: classes, labels
 
@@ -174,6 +177,22 @@ class Task(Rebuildable, nn.Module, ABC):
             return each(output, target)
         partner, weight = mixture
         return weight * each(output, target) + (1 - weight) * each(output, target.index_select(0, partner))
+
+    # Distillation, where `distillable`
+
+    def teacher_outputs(self, output: Tensor) -> Tensor:
+        """Returns the outputs of a teacher by name, (B, len(names)), of which a student picks its own names: logits, or numbers in the
+        target's own units."""
+        raise NotImplementedError
+
+    def soft_target(self, outputs: Tensor, temperature: float) -> Tensor:
+        """Returns the student's target (B, len(names)) from the `teacher_outputs` of its names; of several teachers the mean of their
+        targets is used."""
+        raise NotImplementedError
+
+    def distillation_loss(self, output: Tensor, soft_target: Tensor, temperature: float) -> Tensor:
+        """Returns the loss (B,) of each sample by the teacher's soft target: 0 where the student equals the teacher."""
+        raise NotImplementedError
 
     # Scores and answers
 

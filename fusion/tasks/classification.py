@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, one_hot, pad
 from torchmetrics import MetricCollection
 
 from fusion.errors import UserError
-from fusion.losses import effective_number_weights, focal_loss
+from fusion.losses import effective_number_weights, focal_loss, soft_target_loss
 from fusion.processing.answers import Classes
 from fusion.tasks.base import OnUnseen, Task, checked_weights, reject_unused
 from fusion.tasks.metrics import RANKED, binary_scores, classification_metrics, one_against_rest
@@ -52,7 +52,7 @@ class Classification(Task):
     headline: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy", "balanced": "balanced_accuracy", "F1 macro": "f1_macro"}
     baseline = "majority"
     figure_names = ("accuracy",)
-    one_of_classes = True
+    one_of_classes = distillable = softened = True
     class_weight: Tensor | None
     prior: Tensor | None
 
@@ -145,6 +145,15 @@ class Classification(Task):
 
     def confidence(self, output: Tensor, target: Tensor) -> Tensor:
         return output.float().softmax(dim=1).gather(1, target[:, None])[:, 0]
+
+    def teacher_outputs(self, output: Tensor) -> Tensor:
+        return output.float()
+
+    def soft_target(self, outputs: Tensor, temperature: float) -> Tensor:
+        return (outputs / temperature).softmax(dim=1)
+
+    def distillation_loss(self, output: Tensor, soft_target: Tensor, temperature: float) -> Tensor:
+        return soft_target_loss(output, soft_target, temperature=temperature)
 
     def values(self, output: Tensor) -> Tensor:
         return output.float().softmax(dim=1)

@@ -14,7 +14,7 @@ from torchmetrics import MetricCollection
 
 from fusion.cell_text import canonical, cell_text
 from fusion.errors import UserError
-from fusion.losses import asymmetric_loss, binary_focal_loss
+from fusion.losses import asymmetric_loss, binary_focal_loss, soft_label_loss
 from fusion.processing.answers import Labels
 from fusion.tasks.base import OnUnseen, Task, checked_weights, reject_unused
 from fusion.tasks.classification import by_name, counted, reject_unseen
@@ -66,7 +66,7 @@ class MultiLabel(Task):
     }
     baseline = "majority"
     figure_names = ("subset_accuracy",)
-    takes_lists = True
+    takes_lists = distillable = softened = True
     tuned = ("thresholds",)
 
     pos_weight: Tensor | None
@@ -212,6 +212,15 @@ class MultiLabel(Task):
 
     def plain_loss(self, output: Tensor, target: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(output, target[:, : output.shape[1]].to(output.dtype), reduction="none").mean(dim=1)
+
+    def teacher_outputs(self, output: Tensor) -> Tensor:
+        return output.float()
+
+    def soft_target(self, outputs: Tensor, temperature: float) -> Tensor:
+        return (outputs / temperature).sigmoid()
+
+    def distillation_loss(self, output: Tensor, soft_target: Tensor, temperature: float) -> Tensor:
+        return soft_label_loss(output, soft_target, temperature=temperature)
 
     def values(self, output: Tensor) -> Tensor:
         return output.float().sigmoid()

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassCohenKappa
 
 from fusion.cell_text import NUMBER
 from fusion.errors import UserError
-from fusion.losses import cumulative_link_loss, cumulative_logits
+from fusion.losses import cumulative_link_loss, cumulative_log_probabilities, cumulative_logits, soft_target_loss
 from fusion.processing.answers import OrderedClasses
 from fusion.tasks.base import OnUnseen, Task
 from fusion.tasks.classification import by_name, counted, reject_unseen
@@ -47,6 +47,7 @@ class Ordinal(Task):
     headline: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy", "MAE": "mae", "kappa": "quadratic_kappa"}
     baseline = "median"
     figure_names = ("accuracy",)
+    distillable = softened = True
 
     def __init__(self, order: list[str] | None = None) -> None:
         super().__init__()
@@ -93,6 +94,16 @@ class Ordinal(Task):
 
     def plain_loss(self, output: Tensor, target: Tensor) -> Tensor:
         return self.loss(output, target).where(target >= 0, torch.nan)
+
+    def teacher_outputs(self, output: Tensor) -> Tensor:
+        """Log probabilities, which are logits of the classes."""
+        return cumulative_log_probabilities(output)
+
+    def soft_target(self, outputs: Tensor, temperature: float) -> Tensor:
+        return (outputs / temperature).softmax(dim=1)
+
+    def distillation_loss(self, output: Tensor, soft_target: Tensor, temperature: float) -> Tensor:
+        return soft_target_loss(cumulative_log_probabilities(output), soft_target, temperature=temperature)
 
     def values(self, output: Tensor) -> Tensor:
         above = cumulative_logits(output.float()).sigmoid()

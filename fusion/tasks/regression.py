@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 from fusion.cell_text import NUMBER
 from fusion.errors import UserError
 from fusion.inputs import Mixture
-from fusion.losses import gaussian_loss, quantile_loss
+from fusion.losses import feature_loss, gaussian_loss, quantile_loss
 from fusion.processing.answers import Numbers
 from fusion.tasks.base import OnUnseen, Task, reject_unused
 from fusion.tasks.metrics import collected, collecting, number_scores
@@ -60,7 +60,7 @@ class Regression(Task):
     minimised = frozenset({"loss", "mae", "rmse", "interval_width"})
     headline: ClassVar[Mapping[str, str]] = {"MAE": "mae", "RMSE": "rmse", "R2": "r2"}
     baseline = "median"
-    takes_lists = True
+    takes_lists = distillable = True
 
     def __init__(
         self,
@@ -193,6 +193,25 @@ class Regression(Task):
             return each(output, target)
         partner, weight = mixture
         return each(output, weight * target + (1 - weight) * target.index_select(0, partner))
+
+    # Distillation
+
+    def teacher_outputs(self, output: Tensor) -> Tensor:
+        """The answers: of quantiles the middle one, of a Gaussian the mean."""
+        answers = self.answer_outputs(output.double())
+        return answers * answers.new_tensor(self.deviation) + answers.new_tensor(self.mean)
+
+    def soft_target(self, outputs: Tensor, temperature: float) -> Tensor:
+        return ((outputs - outputs.new_tensor(self.mean)) / outputs.new_tensor(self.deviation)).float()
+
+    def distillation_loss(self, output: Tensor, soft_target: Tensor, temperature: float) -> Tensor:
+        """Half the squared difference of the answers, in deviations, averaged over the targets; numbers have no temperature."""
+        return feature_loss(self.answer_outputs(output), soft_target)
+
+    def answer_outputs(self, output: Tensor) -> Tensor:
+        """(B, T) of the outputs those that are the answers."""
+        outputs = output.unflatten(1, (len(self.names), self.width))
+        return (outputs.sort(dim=2).values if self.form == "quantile" else outputs)[..., self.answer_place]
 
     # Scores and answers
 

@@ -3,6 +3,7 @@
 from fusion.training.balance import OGMGE, Balance, GradientBlending, MMPareto, UnimodalLosses
 from fusion.training.callbacks.early_stopping import StopEarly
 from fusion.training.confidence_losses import PDF, QMF
+from fusion.training.distillation import Teacher
 from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP
 from fusion.training.engine import Engine
@@ -51,6 +52,7 @@ __all__ = [
     "Schedule",
     "Step",
     "StopEarly",
+    "Teacher",
     "UnimodalLosses",
     "WarmupStableDecay",
 ]

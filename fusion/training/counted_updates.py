@@ -59,7 +59,7 @@ class CountedUpdates(LightningModule):
     def new_optimizer(self) -> Optimizer:
         """The optimiser of the recipe, with its parameter groups; the module must be attached to a trainer."""
         assert self.model is not None
-        groups = parameter_groups(self.model, self.rates, self.freezing.later(self.model))
+        groups = [*parameter_groups(self.model, self.rates, self.freezing.later(self.model)), *self.further_groups()]
         self.own_schedules: list[Schedule | None] = [group.pop("schedule", None) for group in groups]
         with construction():
             optimizer = self.make_optimizer(groups, **self.fused())
@@ -69,6 +69,10 @@ class CountedUpdates(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] *= group["rate"]
         return optimizer
+
+    def further_groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters that are trained with the model, but are no part of it."""
+        return []
 
     def fused(self) -> dict[str, bool]:
         """fused=True where the optimiser has this option and the recipe doesn't set it: one kernel for all parameters, several times faster

@@ -26,6 +26,7 @@ from fusion.tasks import Classification, MultiTask, Task
 from fusion.training.balance import Balance, Predictions
 from fusion.training.contrast import Contrast
 from fusion.training.counted_updates import CountedUpdates
+from fusion.training.distillation import Distillation, Teacher
 from fusion.training.distributed.collectives import summed
 from fusion.training.distributed.ddp import DDP
 from fusion.training.distributed.fsdp import FSDP, shard
@@ -66,6 +67,7 @@ class Engine(CountedUpdates):
             the confidences of late heads: QMF, PDF.
         modality_dropout: probability of removing each modality of a training sample, keeping at least one.
         mixing: mixup and CutMix of training samples, all inputs and the target together; none at the default.
+        teacher: a trained run, or an ensemble of several, whose outputs and features are learned too; none at the default.
         allow_unused: continue with a warning where parameters get no gradient at the first update.
     """
 
@@ -87,6 +89,7 @@ class Engine(CountedUpdates):
         balance: Balance | None = None,
         modality_dropout: float = 0.0,
         mixing: Mixing | None = None,
+        teacher: Teacher | None = None,
         allow_unused: bool = False,
     ) -> None:
         super().__init__()
@@ -122,6 +125,7 @@ class Engine(CountedUpdates):
             raise UserError(f"model.modality_dropout is {modality_dropout}; expected a probability, from 0 to below 1")
         self.modality_dropout, self.allow_unused = modality_dropout, allow_unused
         self.mixer = None if mixing is None else Mixer(mixing, self.task)
+        self.distillation = None if teacher is None else Distillation(teacher, self.task)
         self.means = Means()
         self.contrast = Contrast()
         gradnorm = isinstance(self.task, MultiTask) and self.task.weighting == "gradnorm"
@@ -178,7 +182,16 @@ class Engine(CountedUpdates):
         return self.model
 
     def setup(self, stage: str) -> None:
-        self.build(self.trainer.datamodule)  # type: ignore[attr-defined]
+        data: FusionData = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.build(data)
+        if stage == "fit":
+            self.ask_teacher(data)
+
+    def ask_teacher(self, data: FusionData) -> None:
+        """Compute what the teacher, if there is one, gives for the training samples. Done once."""
+        if self.distillation is not None:
+            assert self.model is not None
+            self.distillation.begin(self.model, self.task, data)
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
@@ -191,7 +204,12 @@ class Engine(CountedUpdates):
             if factory_parts(self.make_optimizer, Optimizer)[0] is Muon:
                 raise UserError("Muon needs whole matrices, but FSDP shards them over the devices; use --model.optimizer=torch.optim.AdamW")
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            if self.distillation is not None and self.distillation.maps:
+                raise UserError("model.teacher.features: their maps are not sharded by FSDP; leave them out, or use engine/ddp")
             shard(self.model, strategy.device_mesh["data_parallel"], dtype)
+
+    def further_groups(self) -> list[dict[str, Any]]:
+        return [] if self.distillation is None else self.distillation.parameter_groups()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.model is not None
@@ -217,6 +235,8 @@ class Engine(CountedUpdates):
             output, loss = self.output_and_loss(batch)
         plain = partial(self.task.batch_figures, output.detach())
         figures = plain(batch.target) if self.mixer is None else self.mixer.figures(plain, batch)
+        if self.distillation is not None:
+            figures |= self.distillation.figures
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         self.means.note({"loss": loss, **figures}, len(batch.target), begins_update=first)
         return loss
@@ -230,6 +250,8 @@ class Engine(CountedUpdates):
             loss = self.task.weighted(losses, output.output).mean()  # type: ignore[operator]
         else:
             loss = self.loss(output.output, batch.target, batch.update_target, batch.mixture)
+        if self.distillation is not None:
+            loss = self.distillation.total(loss, self.task, output, batch, retained)
         if self.balance is not None:
             present = retained or presence(batch.inputs)
             each = self.unimodal_losses(output.by_modality, batch, present)
@@ -287,8 +309,9 @@ class Engine(CountedUpdates):
 
     def metric_names(self) -> list[str]:
         """Names of the metrics logged in training and validation, without those of the balancing method and the strategy."""
-        mixing = FIGURES if self.mixer is not None else ()
-        training = [f"train/{name}_{over}" for name in ("loss", *self.task.figure_names, *mixing) for over in ("step", "epoch")]
+        further = FIGURES if self.mixer is not None else ()
+        further += self.distillation.figure_names if self.distillation is not None else ()
+        training = [f"train/{name}_{over}" for name in ("loss", *self.task.figure_names, *further) for over in ("step", "epoch")]
         return ["train/lr", *training, *(f"val/{name}" for name in (*self.task.metric_names(), "loss"))]
 
     @torch.no_grad()
@@ -367,6 +390,7 @@ class Engine(CountedUpdates):
             "balance": self.balance.state_dict() if self.balance is not None else {},
             "compression": self.compression_state(),
             "mixing": self.mixer.totals(self) if self.mixer is not None else {},
+            "teacher": self.distillation.state(self) if self.distillation is not None else {},
             "epoch_sums": self.means.epoch_sums(self),
             "updates": self.updates,
             "skipped": self.skipped,
@@ -386,6 +410,8 @@ class Engine(CountedUpdates):
             self.balance.load_state_dict(checkpoint["fusion"]["balance"])
         if self.mixer is not None:
             self.mixer.load(checkpoint["fusion"]["mixing"], self.trainer.global_rank)
+        if self.distillation is not None:
+            self.distillation.load(checkpoint["fusion"]["teacher"], self.trainer.global_rank)
         if isinstance(self.trainer.strategy, DDP):
             self.trainer.strategy.load_compression_state(checkpoint["fusion"]["compression"])
 

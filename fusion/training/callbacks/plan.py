@@ -99,6 +99,7 @@ def training_lines(trainer: Trainer, module: Engine) -> list[str]:
         *schedule_lines(module),
         *curriculum_lines(data, module.horizon),
         *([f"  mixing: {module.mixer.settings}"] if module.mixer is not None else []),
+        *([f"  teacher: {module.distillation.settings}"] if module.distillation is not None else []),
         f"  precision {trainer.precision}; {trainer.world_size} x {device.type}; strategy {type(trainer.strategy).__name__}",
         "",
     ]
