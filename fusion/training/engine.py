@@ -309,7 +309,7 @@ class Engine(CountedUpdates):
 
     def metric_names(self) -> list[str]:
         """Names of the metrics logged in training and validation, without those of the balancing method and the strategy."""
-        further = FIGURES if self.mixer is not None else ()
+        further: tuple[str, ...] = FIGURES if self.mixer is not None else ()
         further += self.distillation.figure_names if self.distillation is not None else ()
         training = [f"train/{name}_{over}" for name in ("loss", *self.task.figure_names, *further) for over in ("step", "epoch")]
         return ["train/lr", *training, *(f"val/{name}" for name in (*self.task.metric_names(), "loss"))]

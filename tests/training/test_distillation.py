@@ -298,10 +298,11 @@ def test_two_ranks_train_what_one_trains_and_ask_the_teacher_once(tiny, fit_here
 
 @pytest.mark.slow
 def test_fsdp_learns_from_outputs_and_rejects_features(tiny, fit_here, fit_on_two, teacher):
-    one = fit_here("--recipe", tiny(), of(teacher), runs="one")
+    adam = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.0015", "--model.optimizer.weight_decay=0.02"]
+    one = fit_here("--recipe", tiny(), of(teacher), *adam, runs="one")
     fsdp = ["--recipe", "engine/fsdp", "--trainer.accelerator=cpu", "--trainer.devices=2"]
     two, _ = fit_on_two(tiny(), of(teacher), engine=fsdp, runs="two")
-    assert two.results()["teacher"]["shares"] == pytest.approx(one.results()["teacher"]["shares"], abs=1e-4)
+    assert two.column("train/teacher_loss_step") == pytest.approx(one.column("train/teacher_loss_step"), abs=ROUNDING)
     with pytest.raises(AssertionError, match="maps are not sharded by FSDP"):
         fit_on_two(tiny(), of(teacher), FEATURES, engine=fsdp, runs="features")
 
