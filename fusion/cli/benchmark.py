@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion.benchmarks.distilled import benchmark_distilled
 from fusion.benchmarks.gpu import benchmark_gpu
 from fusion.benchmarks.heads import benchmark_heads, curve
 from fusion.benchmarks.kills import benchmark_kills
@@ -18,7 +19,7 @@ from fusion.cli.options import Options
 from fusion.errors import UserError, nearest
 from fusion.heads import available
 
-BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "table", "retrieval", "gpu")
+BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "table", "retrieval", "distilled", "gpu")
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -37,6 +38,8 @@ def benchmark(arguments: Sequence[str]) -> int:
             "                                   --recipe NAME [any option of fit]\n"
             "       fusion benchmark table [--rows N] [--rounds N]\n"
             "       fusion benchmark retrieval [--pairs N] [--chunk N] [--rounds N] --recipe NAME [any option of fit]\n"
+            "       fusion benchmark distilled [--seeds N] [--teachers N] [--teacher OPTIONS | --given RUN ...] --recipe NAME\n"
+            "                                  [any option of fit]\n"
             "       fusion benchmark gpu [--scenes N]\n\n"
             "overhead: samples per second of the whole fit loop, of a bare PyTorch loop fed by the same loader, and of a bare loop\n"
             "over batches already in memory; same model and optimiser, alternating in one process.\n"
@@ -51,6 +54,9 @@ def benchmark(arguments: Sequence[str]) -> int:
             "table: time and memory of reading a large CSV manifest, compared with pyarrow's reader alone.\n"
             "retrieval: time and memory of a contrastive update in accumulated batches, compared with all pairs at once and with one\n"
             "such batch; and of ranking 5,000 images and 25,000 captions.\n"
+            "distilled: validation and test scores of a model trained alone and by a teacher (model.teacher), over several seeds, with\n"
+            "the interval of the difference; --teacher: the options of fit in which the teachers differ from it, as one argument;\n"
+            "--teachers: how many, whose probabilities are averaged; --given: finished runs instead.\n"
             "gpu: one page of checks and measurements of this machine's GPUs, in under ten minutes; without one, those that need none."
         )
         return 0
@@ -75,6 +81,9 @@ def benchmark(arguments: Sequence[str]) -> int:
     if words[0] == "pretrained":
         options, rest = own_options(words, heads="*", seeds=3, shares=["400", "2000", "all"], csv=None)
         return benchmark_pretrained(rest, options.heads, options.seeds, options.shares, options.csv and Path(options.csv))
+    if words[0] == "distilled":
+        options, rest = own_options(words, seeds=6, teachers=1, teacher="", given=[])
+        return benchmark_distilled(rest, options.seeds, options.teachers, options.teacher, options.given)
     if words[0] == "ranks":
         options, rest = own_options(words, ranks=2, rounds=1, compress=["fp16", "sign"], csv=None)
         return benchmark_ranks(rest, options.ranks, options.rounds, options.compress, options.csv and Path(options.csv))

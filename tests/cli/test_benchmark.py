@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from small_runs import TINY, Run
+from small_runs import TINY, InProcess, Run
 
 from fusion.benchmarks.findings import Finding
 from fusion.benchmarks.gpu import findings
@@ -70,6 +70,38 @@ def test_heads_are_compared_on_shares_of_the_data_and_finished_runs_are_kept(com
     assert int(rows[1]["updates"]) > 2
     again = command("benchmark", *asked, *TINY)
     assert again.stdout == "\n" + done.stdout.partition("\n\n")[2]
+
+
+@pytest.mark.slow
+def test_a_student_is_compared_with_itself_by_a_teacher_over_seeds(command: Run, trained: Path) -> None:
+    done = command("benchmark", "distilled", "--seeds=2", "--teachers=2", "--teacher=--model.head.dim=48", *TINY)
+    assert done.returncode == 0, done.stderr
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"(?:^teacher|^student): ([\d,]+) parameters", done.stdout, re.MULTILINE)]
+    assert len(sizes) == 3
+    assert sizes[0] == sizes[1] > sizes[2]
+    line = r" +(0\.\d{4}) +(0\.\d{4}) +([+-]0\.\d{4}) +(0\.\d{4}) +(0\.\d{4}) +([+-]0\.\d{4})$"
+    rows = [[float(x) for x in re.findall(rf"^{name}{line}", done.stdout, re.MULTILINE)[0]] for name in ("seed 0", "seed 1", "mean")]
+    for row in rows:
+        assert [row[2], row[5]] == pytest.approx([row[1] - row[0], row[4] - row[3]], abs=2e-4)
+    assert rows[2] == pytest.approx([(a + b) / 2 for a, b in zip(*rows[:2], strict=True)], abs=2e-4)
+    assert re.search(r"^95 % interval +\S+ to \S+ +\S+ to \S+$", done.stdout, re.MULTILINE)
+    given = command("benchmark", "distilled", "--seeds=2", "--given", str(trained), *TINY, "--data.train_samples=64")
+    assert given.returncode == 0, given.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds=1"], "--seeds is 1; expected at least 2"),
+        (["--teachers=0"], "--teachers is 0; expected at least 1"),
+        (["--teacher=--model.head=Gated", "--given", "run"], "give either --teacher (options of the teachers to train) or --given"),
+        (["--given", "nowhere"], "nowhere has no results.json; expected the folder of a finished run"),
+    ],
+)
+def test_a_comparison_with_a_teacher_that_cannot_be_meant_is_rejected(in_process: InProcess, options: list[str], message: str) -> None:
+    status, told = in_process("benchmark", ["distilled", *options, *TINY])
+    assert status == 2
+    assert message in told
 
 
 @pytest.mark.slow
