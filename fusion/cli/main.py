@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "write a run as a package for ONNX Runtime, torch.export or AOTInductor",
     "shrink": "make a run's model smaller, with size, latency and scores before and after",
     "push": "share a run's model on the Hugging Face Hub",
+    "serve": "serve a run or a package over HTTP",
     "launch": "train from a recipe on a Ray cluster",
     "schedule": "plot a recipe's learning rate over its updates, without training",
     "benchmark": "measure speed, memory, heads, several ranks, and recovery from kills",

@@ -1,0 +1,1 @@
+"""A trained model over HTTP, in one process."""

@@ -1,0 +1,259 @@
+"""The path of a request: admitted, decoded in the pool, batched, answered by its version, compared, counted."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fusion.deploy.serve.answers import Answer, agree
+from fusion.deploy.serve.batcher import Batcher, Waiting
+from fusion.deploy.serve.decoding import Pool
+from fusion.deploy.serve.fetching import Fetcher
+from fusion.deploy.serve.limits import Limits, Rejected, overloaded
+from fusion.deploy.serve.metrics import Metrics
+from fusion.deploy.serve.requests import values_of
+from fusion.deploy.serve.stacking import Row
+from fusion.deploy.serve.versions import Version, Versions
+from fusion.errors import first_line
+
+LOG = logging.getLogger("fusion")
+RATE_S = 10.0  # over which the rate of answers is measured, for Retry-After
+Result = Answer | Rejected
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request on its way, or a copy of one for a comparison, which nobody waits for and which has no future.
+
+    twin: the copy, or of which it is one. result: once the version has answered.
+    """
+
+    id: str
+    version: Version
+    body: bytes
+    content_type: str
+    since: float
+    future: "asyncio.Future[Answer] | None"
+    twin: "Job | None" = None
+    result: Result | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        return self.future is None
+
+    @property
+    def is_gone(self) -> bool:
+        return self.future is not None and self.future.done()
+
+
+class Service:
+    """Answers requests with the versions' models. Its methods are called by the event loop's thread.
+
+    Args:
+        versions: what is served.
+        limits: on requests and on the work in progress.
+        batch_size: the largest batch.
+        wait_ms: the longest time for which a sample waits for others while a thread is idle.
+        workers: number of batches that are run at once.
+        decoders: number of threads that decode images and tokenize texts.
+        url_hosts: hosts from which images may be fetched.
+    """
+
+    def __init__(
+        self,
+        versions: Versions,
+        limits: Limits,
+        *,
+        batch_size: int = 32,
+        wait_ms: float = 5.0,
+        workers: int = 1,
+        decoders: int = 2,
+        url_hosts: Sequence[str] = (),
+    ) -> None:
+        self.versions, self.limits, self.metrics = versions, limits, Metrics()
+        self.batcher = Batcher(self.run, lambda job: job.is_gone, batch_size=batch_size, wait_s=wait_ms / 1000, threads=workers)
+        self.pool = Pool(self.decode, decoders)
+        self.fetcher = Fetcher(url_hosts, limits)
+        self.depth = self.copies = self.memory = self.connections = 0
+        self.draining = False
+        self.ended: deque[float] = deque(maxlen=1000)  # times of the last answers
+        self.metrics.watch(lambda: self.depth, lambda: self.connections)
+        self.show_shares()
+
+    def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.batcher.start()
+        self.pool.start()
+
+    def close(self) -> None:
+        """End all threads once they have done what was admitted."""
+        self.pool.close()
+        self.batcher.close()
+        self.fetcher.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether all threads run."""
+        return self.pool.alive and self.batcher.alive
+
+    # Admission
+
+    def admit(self) -> None:
+        """Raises Rejected while too many requests are in progress."""
+        if self.depth >= self.limits.max_queue:
+            raise overloaded("queue", "too many requests are in progress", self.depth, self.rate())
+        if self.memory >= self.limits.max_memory:
+            raise overloaded("memory", "the requests in progress are too large", self.depth, self.rate())
+
+    def rate(self) -> float:
+        """Answers per second, of late."""
+        now = time.monotonic()
+        recent = sum(1 for ended in self.ended if ended > now - RATE_S)
+        return recent / min(RATE_S, now - self.ended[0]) if recent and now > self.ended[0] else 0.0
+
+    def submit(self, id: str, body: bytes, content_type: str) -> Job:
+        """Admits a request; its future gets an Answer or Rejected. `leave` must be called once it is done. Raises Rejected."""
+        self.admit()
+        version = self.versions.route(id)
+        job = Job(id, version, body, content_type, time.monotonic(), self.loop.create_future())
+        self.depth += 1
+        self.pool.put(job)
+        other = self.versions.compared_with(version)
+        if other is not None:
+            self.copy(job, other)
+        return job
+
+    def copy(self, job: Job, version: Version) -> None:
+        """Sends a copy to another version, which is the first thing to be shed: long before a request is."""
+        if self.depth > self.limits.max_queue // 2 or self.copies >= max(self.limits.max_queue // 4, 1):
+            self.metrics.count(self.metrics.rejections, "shadow")
+            return
+        self.copies += 1
+        job.twin = Job(job.id, version, job.body, job.content_type, job.since, None, twin=job)
+        self.pool.put(job.twin)
+
+    def leave(self, job: Job) -> None:
+        """The request has ended, with or without an answer."""
+        self.depth -= 1
+        if job.future is not None and not job.future.done():
+            job.future.cancel()
+
+    # In the pool's and the models' threads
+
+    def decode(self, job: Job) -> None:
+        """Preprocesses a request, and hands it to the batcher."""
+        if job.is_gone:
+            return
+        try:
+            values = values_of(job.body, job.content_type, job.version.inputs, self.limits)
+            if not self.fetcher.start(values, partial(self.preprocess, job)):
+                self.preprocess(job, values)
+        except Rejected as rejected:
+            self.deliver([job], [rejected])
+        except Exception as error:
+            self.deliver([job], [failed(job.version, error)])
+
+    def preprocess(self, job: Job, values: dict[str, Any] | Rejected) -> None:
+        try:
+            if isinstance(values, Rejected):
+                raise values
+            row = job.version.row(values)
+            self.batcher.add(Waiting(job.version, row, job, second=job.is_copy))
+        except Rejected as rejected:
+            self.deliver([job], [rejected])
+        except Exception as error:
+            self.deliver([job], [failed(job.version, error)])
+
+    def run(self, version: Version, jobs: list[Job], rows: list[Row]) -> None:
+        """Answers a batch. If the model fails, each sample is tried alone, so that one costs the others nothing."""
+        began = time.perf_counter()
+        results: list[Result]
+        try:
+            results = [answer or not_finite(version) for answer in version.answers(rows)]
+        except Exception as error:
+            results = [failed(version, error)] if len(rows) == 1 else [self.alone(version, row) for row in rows]
+        seconds = time.perf_counter() - began
+        self.metrics.batch_size.observe(len(rows))
+        self.metrics.batch_seconds.labels(version.name).observe(seconds)
+        self.deliver(jobs, results)
+
+    def alone(self, version: Version, row: Row) -> Result:
+        try:
+            return version.answers([row])[0] or not_finite(version)
+        except Exception as error:
+            return failed(version, error)
+
+    def deliver(self, jobs: list[Job], results: list[Result]) -> None:
+        self.loop.call_soon_threadsafe(self.delivered, jobs, results)
+
+    # In the event loop again
+
+    def delivered(self, jobs: list[Job], results: list[Result]) -> None:
+        """Passes results to those who wait for them; a request whose canary fails is answered by the main version."""
+        now = time.monotonic()
+        for job, result in zip(jobs, results, strict=True):
+            has_failed = isinstance(result, Rejected) and result.status >= 500
+            if has_failed:
+                self.metrics.count(self.metrics.failures, job.version.name)
+            self.record(job, result, has_failed, now)
+            if job.future is None:
+                self.copies -= 1
+            elif has_failed and job.version is not self.versions.main and not job.future.done():
+                if job.twin is not None:  # there is nothing to compare any more
+                    job.twin = job.twin.twin = None
+                job.version = self.versions.main
+                self.pool.put(job)
+            elif not job.future.done():
+                if isinstance(result, Rejected):
+                    job.future.set_exception(result)
+                else:
+                    self.ended.append(now)
+                    self.metrics.answered(result)
+                    job.future.set_result(result)
+
+    def record(self, job: Job, result: Result, has_failed: bool, now: float) -> None:
+        """Adds an outcome to the version's watch, and rolls it back if it exceeds a limit."""
+        job.result = result
+        if job.version.watch is not None:
+            job.version.watch.ended(failed=has_failed, seconds=None if job.is_copy else now - job.since)
+            self.judge(job.version)
+        twin = job.twin
+        if twin is not None and isinstance(result, Answer) and isinstance(twin.result, Answer):
+            version = job.version if job.version is not self.versions.main else twin.version
+            agreed = agree(result.answer, twin.result.answer)
+            self.metrics.count(self.metrics.comparisons, version.name)
+            if not agreed:
+                self.metrics.count(self.metrics.disagreements, version.name)
+            if version.watch is not None:
+                version.watch.compared(agreed=agreed)
+                self.judge(version)
+
+    def judge(self, version: Version) -> None:
+        verdict = self.versions.judge(version)
+        if verdict is not None:
+            LOG.warning("%s is rolled back: %s", version.name, verdict.message)
+            self.metrics.count(self.metrics.rollbacks, version.name, verdict.reason)
+            self.show_shares()
+
+    def show_shares(self) -> None:
+        """Sets the gauge of the versions' shares."""
+        self.metrics.share.clear()
+        shares = {version: share for version, share in self.versions.canaries}
+        for version, role in self.versions.roles().items():
+            share = shares.get(version, 1 - sum(shares.values()) if role == "main" else 0.0)
+            self.metrics.share.labels(version.name, role).set(share)
+
+
+def failed(version: Version, error: Exception) -> Rejected:
+    """The answer to a request for which the model failed; the error goes to the log alone."""
+    LOG.warning("%s failed: %s: %s", version.name, type(error).__name__, first_line(error))
+    return Rejected(500, "failed", "the model failed for this sample")
+
+
+def not_finite(version: Version) -> Rejected:
+    LOG.warning("%s failed: its output is not finite", version.name)
+    return Rejected(500, "failed", "the model's output for this sample is not finite")
