@@ -51,9 +51,9 @@ def parser_of() -> Options:
     parser.add_argument("--port", type=int, default=8000, help="0 for any")
     parser.add_argument("--batch_size", type=above_zero, default=32, help="the largest batch")
     parser.add_argument("--wait_ms", type=float, default=5.0, help="the longest time for which a sample waits for others to fill a batch")
-    parser.add_argument("--workers", type=above_zero, help="batches that are run at once; a core each on a CPU (at most 4), 1 on a GPU")
-    parser.add_argument("--threads", type=above_zero, help="threads of one batch; the cores divided by the workers")
-    parser.add_argument("--decoders", type=above_zero, default=2, help="threads that decode images and tokenize texts")
+    parser.add_argument("--runs", type=above_zero, help="batches that are run at once; None: on a CPU one per core, up to 4, on a GPU 1")
+    parser.add_argument("--threads", type=above_zero, help="threads of one batch; None: the cores divided by --runs")
+    parser.add_argument("--pool", type=above_zero, help="threads that decode images, tokenize texts and run batches; None: the cores, up to 8")
     parser.add_argument(
         "--canary", action="append", default=[], metavar="PATH=5%%", help="another version for a share of the requests, by the hash of their ids"
     )
@@ -73,7 +73,7 @@ def run(path: str, options: Any) -> int:
     from fusion.deploy.serve.canary import RollbackLimits
     from fusion.deploy.serve.control import Control, canary_of, ready
     from fusion.deploy.serve.limits import Limits
-    from fusion.deploy.serve.model import concurrency, load
+    from fusion.deploy.serve.model import concurrency, has_gpu, load
     from fusion.deploy.serve.server import Server, bound_socket, listen, url_of
     from fusion.deploy.serve.service import Service
     from fusion.deploy.serve.versions import Versions, check_shares
@@ -84,8 +84,8 @@ def run(path: str, options: Any) -> int:
     canaries = [canary_of(one) for one in options.canary]
     check_shares([share for _, share in canaries])
     bound = bound_socket(options.host, options.port)
-    workers, threads = concurrency(options.workers, options.threads)
-    load_one = partial(load, threads=threads, max_megapixels=limits.max_megapixels)
+    spread = concurrency(options.runs, options.threads, options.pool, gpu=has_gpu())
+    load_one = partial(load, threads=spread.threads, max_megapixels=limits.max_megapixels)
     versions = Versions(ready(path, load_one, options.batch_size), rollback)
     for canary, share in canaries:
         versions.add_canary(ready(canary, load_one, options.batch_size), share)
@@ -96,15 +96,15 @@ def run(path: str, options: Any) -> int:
         limits,
         batch_size=options.batch_size,
         wait_ms=options.wait_ms,
-        workers=workers,
-        decoders=options.decoders,
+        runs=spread.runs,
+        threads=spread.pool,
         url_hosts=options.url_hosts,
     )
     control = Control(service, load_one, options.batch_size, os.environ.get(TOKEN))
     server = Server(app_of(service, control), service)
     listen(bound)
     served = ", ".join(f"{version.name} ({role})" for version, role in versions.roles().items())
-    print_rank_zero(f"serving {served} at {url_of(bound)}: batches of {options.batch_size}, {workers} at once with {threads} threads each")
+    print_rank_zero(f"serving {served} at {url_of(bound)}: batches of {options.batch_size}, {spread.runs} at once")
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(server.serve_until_signal(bound))

@@ -90,14 +90,23 @@ def load(path: str | Path, *, threads: int, max_megapixels: float) -> Loaded:
     return Loaded(model, version)
 
 
-def concurrency(workers: int | None, threads: int | None) -> tuple[int, int]:
-    """How many batches are run at once, and by how many threads each: on a GPU one; on a CPU one per core, up to 4, which share the cores.
+class Concurrency(NamedTuple):
+    """How work is spread. runs: batches at once. threads: of one batch. pool: threads that preprocess and run batches."""
 
-    Batches side by side use cores better than the threads of one batch, which wait for each other at every layer.
+    runs: int
+    threads: int
+    pool: int
+
+
+def concurrency(runs: int | None = None, threads: int | None = None, pool: int | None = None, *, gpu: bool = False) -> Concurrency:
+    """The given numbers, and the best for this machine where they are None.
+
+    On a CPU one batch for each core, up to 4: batches side by side use cores better than the threads of one batch, which wait for each other
+    at every layer. On a GPU one batch at once.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = workers or min(cores, 4)
-    return workers, threads or max(cores // workers, 1)
+    runs = runs or (1 if gpu else min(cores, 4))
+    return Concurrency(runs, threads or max(cores // runs, 1), pool or min(max(cores, runs, 2), 8))
 
 
 def version_of(path: Path) -> str:
@@ -113,3 +122,12 @@ def version_of(path: Path) -> str:
     named = path.resolve()
     name = named.parent.name if named.name == "model" else named.stem if named.is_file() else named.name
     return f"{name}-{digest.hexdigest()[:8]}"
+
+
+def has_gpu() -> bool:
+    """Whether runs are loaded to a GPU; False where torch is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())

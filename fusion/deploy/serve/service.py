@@ -11,7 +11,7 @@ from typing import Any
 
 from fusion.deploy.serve.answers import Answer, agree
 from fusion.deploy.serve.batcher import Batcher, Waiting
-from fusion.deploy.serve.decoding import Pool
+from fusion.deploy.serve.pool import Pool
 from fusion.deploy.serve.fetching import Fetcher
 from fusion.deploy.serve.limits import Limits, Rejected, overloaded
 from fusion.deploy.serve.metrics import Metrics
@@ -58,8 +58,8 @@ class Service:
         limits: on requests and on the work in progress.
         batch_size: the largest batch.
         wait_ms: the longest time for which a sample waits for others while a thread is idle.
-        workers: number of batches that are run at once.
-        decoders: number of threads that decode images and tokenize texts.
+        runs: number of batches that are run at once.
+        threads: number of threads that preprocess requests and run batches.
         url_hosts: hosts from which images may be fetched.
     """
 
@@ -70,13 +70,13 @@ class Service:
         *,
         batch_size: int = 32,
         wait_ms: float = 5.0,
-        workers: int = 1,
-        decoders: int = 2,
+        runs: int = 1,
+        threads: int = 2,
         url_hosts: Sequence[str] = (),
     ) -> None:
         self.versions, self.limits, self.metrics = versions, limits, Metrics()
-        self.batcher = Batcher(self.run, lambda job: job.is_gone, batch_size=batch_size, wait_s=wait_ms / 1000, threads=workers)
-        self.pool = Pool(self.decode, decoders)
+        batcher = Batcher(lambda job: job.is_gone, batch_size=batch_size, wait_s=wait_ms / 1000)
+        self.pool = Pool(self.decode, self.run, batcher, threads=threads, runs=runs)
         self.fetcher = Fetcher(url_hosts, limits)
         self.depth = self.copies = self.memory = self.connections = 0
         self.draining = False
@@ -86,19 +86,17 @@ class Service:
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.batcher.start()
         self.pool.start()
 
     def close(self) -> None:
         """End all threads once they have done what was admitted."""
         self.pool.close()
-        self.batcher.close()
         self.fetcher.close()
 
     @property
     def alive(self) -> bool:
         """Whether all threads run."""
-        return self.pool.alive and self.batcher.alive
+        return self.pool.alive
 
     # Admission
 
@@ -134,7 +132,7 @@ class Service:
             return
         self.copies += 1
         job.twin = Job(job.id, version, job.body, job.content_type, job.since, None, twin=job)
-        self.pool.put(job.twin)
+        self.pool.put(job.twin, second=True)
 
     def leave(self, job: Job) -> None:
         """The request has ended, with or without an answer."""
@@ -142,34 +140,39 @@ class Service:
         if job.future is not None and not job.future.done():
             job.future.cancel()
 
-    # In the pool's and the models' threads
+    # In the pool's threads
 
-    def decode(self, job: Job) -> None:
-        """Preprocesses a request, and hands it to the batcher."""
+    def decode(self, job: Job) -> Waiting | None:
+        """Preprocesses a request. None for one that has ended, or of which images are still to be fetched."""
         if job.is_gone:
-            return
+            return None
         try:
             values = values_of(job.body, job.content_type, job.version.inputs, self.limits)
-            if not self.fetcher.start(values, partial(self.preprocess, job)):
-                self.preprocess(job, values)
+            return None if self.fetcher.start(values, partial(self.fetched, job)) else self.waiting(job, values)
         except Rejected as rejected:
             self.deliver([job], [rejected])
         except Exception as error:
             self.deliver([job], [failed(job.version, error)])
+        return None
 
-    def preprocess(self, job: Job, values: dict[str, Any] | Rejected) -> None:
+    def waiting(self, job: Job, values: dict[str, Any]) -> Waiting:
+        return Waiting(job.version, job.version.row(values), job, second=job.is_copy)
+
+    def fetched(self, job: Job, values: dict[str, Any] | Rejected) -> None:
+        """In a thread that has fetched images: preprocesses the request."""
         try:
             if isinstance(values, Rejected):
                 raise values
-            row = job.version.row(values)
-            self.batcher.add(Waiting(job.version, row, job, second=job.is_copy))
+            self.pool.add([self.waiting(job, values)])
         except Rejected as rejected:
             self.deliver([job], [rejected])
         except Exception as error:
             self.deliver([job], [failed(job.version, error)])
 
-    def run(self, version: Version, jobs: list[Job], rows: list[Row]) -> None:
+    def run(self, batch: list[Waiting]) -> None:
         """Answers a batch. If the model fails, each sample is tried alone, so that one costs the others nothing."""
+        version: Version = batch[0].job.version
+        jobs, rows = [one.job for one in batch], [one.row for one in batch]
         began = time.perf_counter()
         results: list[Result]
         try:
