@@ -1,6 +1,7 @@
 """Load on a server: connections that send their next request as soon as the last one is answered. Run as a process of its own."""
 
 import asyncio
+import importlib.util
 import json
 import resource
 import sys
@@ -120,12 +121,9 @@ def main() -> None:
     url, connections, seconds, path = sys.argv[1:]
     stored = json.loads(Path(path).read_text())
     load = Load([one.encode("latin-1") for one in stored["requests"]], [one.encode() for one in stored["expected"]])
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        from asyncio import new_event_loop
+    loop_factory = importlib.import_module("uvloop" if importlib.util.find_spec("uvloop") else "asyncio").new_event_loop
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
         print(json.dumps(asdict(runner.run(measure(url, load, int(connections), float(seconds))))))
 
 

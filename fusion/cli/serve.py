@@ -22,7 +22,9 @@ def serve(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     try:
         from fusion.deploy.serve.control import send_command
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fusion"):
+            raise
         raise UserError(f'fusion serve needs packages that are not installed ({error.name}): pip install "fusion[serve]"') from error
     parser = parser_of()
     options = parser.parse_args(list(arguments))
@@ -53,9 +55,9 @@ def parser_of() -> Options:
     parser.add_argument("--wait_ms", type=float, default=5.0, help="the longest time for which a sample waits for others to fill a batch")
     parser.add_argument("--runs", type=above_zero, help="batches that are run at once; None: on a CPU one per core, up to 4, on a GPU 1")
     parser.add_argument("--threads", type=above_zero, help="threads of one batch; None: the cores divided by --runs")
-    parser.add_argument("--pool", type=above_zero, help="threads that decode images, tokenize texts and run batches; None: the cores, up to 8")
+    parser.add_argument("--pool", type=above_zero, help="threads that preprocess requests and run batches; None: the cores, up to 8")
     parser.add_argument(
-        "--canary", action="append", default=[], metavar="PATH=5%%", help="another version for a share of the requests, by the hash of their ids"
+        "--canary", action="append", default=[], metavar="PATH=5%%", help="another version for a share of the requests, by their ids' hash"
     )
     parser.add_argument("--shadow", metavar="PATH", help="another version that gets a copy of each request and answers nobody")
     parser.add_argument("--url_hosts", nargs="*", default=[], metavar="HOST", help="hosts from which images may be fetched by URL")
@@ -64,7 +66,7 @@ def parser_of() -> Options:
         for field in fields(settings):
             text = (described[field.name] or "").replace("\n", " ").replace("%", "%%")
             parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=text)
-    parser.epilog = f"The environment variable {TOKEN} sets a token that commands must carry; without it they are taken from this machine only."
+    parser.epilog = f"The environment variable {TOKEN}: a token that commands must carry; without it they are taken from this machine only."
     return parser
 
 
@@ -78,7 +80,8 @@ def run(path: str, options: Any) -> int:
     from fusion.deploy.serve.service import Service
     from fusion.deploy.serve.versions import Versions, check_shares
 
-    limits, rollback = (settings(**{field.name: getattr(options, field.name) for field in fields(settings)}) for settings in (Limits, RollbackLimits))
+    limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
+    rollback = RollbackLimits(**{field.name: getattr(options, field.name) for field in fields(RollbackLimits)})
     if options.wait_ms < 0:
         raise UserError(f"--wait_ms is {options.wait_ms:g}; expected 0 or more")
     canaries = [canary_of(one) for one in options.canary]

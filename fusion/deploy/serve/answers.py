@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusion.deploy.serve.model import Predictions
+from fusion.predictions import Predictions
 
 TOLERANCE = 0.05  # relative difference from which on two numbers count as different answers
 
@@ -15,7 +15,7 @@ TOLERANCE = 0.05  # relative difference from which on two numbers count as diffe
 class Answer(NamedTuple):
     """One sample's answer.
 
-    answer: a class, a list of labels, a number, or a dict of these by task. confidence: the highest probability, None for numbers. missing:
+    answer: a class, a list of labels, a number, or a dict of these by task. confidence: its probability, None for numbers. missing:
     the inputs that the sample doesn't have. json: the response's fields without the request's id, from the first key on, closed by }.
     """
 
@@ -25,22 +25,21 @@ class Answer(NamedTuple):
     json: bytes
 
 
-def answers_of(predictions: Predictions, version: str) -> list[Answer | None]:
-    """The answer of each sample; None where a value is not finite, which JSON can't express."""
+def answers_of(predictions: Predictions, confidence: np.ndarray | None, version: str) -> list[Answer | None]:
+    """The answer of each sample; None where a value is not finite, which JSON can't express. confidence: (n,) their probabilities."""
     finite = np.isfinite(predictions.values).all(axis=1)
     present = {name: mask.tolist() for name, mask in predictions.present.items()}
-    rows = predictions.values.tolist()
+    confidences = [None] * len(finite) if confidence is None else confidence.tolist()
     found: list[Answer | None] = []
-    for i, (answer, row) in enumerate(zip(predictions.answers, rows, strict=True)):
+    for i, (answer, row) in enumerate(zip(predictions.answers, predictions.values.tolist(), strict=True)):
         if not finite[i]:
             found.append(None)
             continue
-        classes = has_classes(answer)
         named = dict(zip(predictions.names, row, strict=True)) if len(predictions.names) == len(row) else row
-        own = {name: bool(mask[i]) for name, mask in present.items()}
-        fields = {"answer": answer, "probabilities" if classes else "values": named, "present": own, "version": version}
+        own = {name: mask[i] for name, mask in present.items()}
+        fields = {"answer": answer, "probabilities" if has_classes(answer) else "values": named, "present": own, "version": version}
         missing = [name for name, is_present in own.items() if not is_present]
-        found.append(Answer(answer, max(row) if classes else None, missing, json.dumps(fields)[1:].encode()))
+        found.append(Answer(answer, confidences[i], missing, json.dumps(fields)[1:].encode()))
     return found
 
 

@@ -1,10 +1,15 @@
 """Dynamic batching: which of the samples that wait are run together, and when. Without threads, see pool.py."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from fusion.deploy.serve.stacking import Row
+
+class Row(NamedTuple):
+    """One preprocessed sample. inputs: by name, each a batch of one. length: a batch is padded to that of its longest sample."""
+
+    inputs: Mapping[str, Any]
+    length: int
 
 
 @dataclass(slots=True, eq=False)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,56 +12,99 @@ import numpy as np
 
 import fusion
 from fusion.errors import UserError
+from fusion.predictions import Output, Predictions, RawPredictor
 
 
-class Preprocessor(Protocol):
-    """Converts one input's raw values to what the model reads.
+class Reads(Protocol):
+    """Converts one input's raw values to arrays: a fusion.processing.Preprocessor, or the like of it.
 
-    noun: "image", "text" or "table".
+    form: "image", "text", "table"; anything else takes single values.
     """
 
-    noun: str
+    form: str
 
-    def raw(self, values: Any, name: str) -> list[Any]:
-        """Cells, one for each sample, from raw values; None for a missing one. Raises UserError."""
+    def raw(self, values: Any, name: str) -> list[Any]: ...
 
-    def batch(self, cells: list[Any], unreadable: dict[int, UserError]) -> Any:
-        """The model's input for these cells: a NamedTuple of arrays or tensors; errors of unreadable ones go to `unreadable` by position."""
+    def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> Any: ...
 
-
-class Predictions(Protocol):
-    """Predictions of N samples. answers: of each sample. values: (N, K). names: of the K, where they have any. present: by input, (N,)."""
-
-    answers: list[Any]
-    values: np.ndarray
-    names: list[str]
-    present: dict[str, np.ndarray]
+    def concat(self, parts: Sequence[Any]) -> Any: ...
 
 
 class Model(Protocol):
-    """A trained model: `run` a batch of inputs by name, `gather` its outputs into predictions.
+    """A trained model.
 
-    modalities: names of the inputs. preprocessors: of each input.
+    preprocessors: of its inputs, by name. run: the output of a batch of their arrays. gather: predictions from outputs. confidence: (n,)
+    the probability of each answer, from values (n, K); None for numbers.
     """
-
-    @property
-    def modalities(self) -> list[str]: ...
 
     @property
     def preprocessors(self) -> Mapping[str, Any]: ...
 
-    def run(self, inputs: Mapping[str, Any]) -> Any: ...
+    def run(self, inputs: Mapping[str, Any]) -> Output: ...
 
-    def gather(self, outputs: Iterable[Any]) -> Any: ...
+    def gather(self, outputs: Iterable[Output]) -> Predictions: ...
+
+    def confidence(self, values: np.ndarray) -> np.ndarray | None: ...
 
 
-class OfRun:
-    """The predictor of a run, as a Model."""
+class Served:
+    """The predictor of a run or a package, as a Model: its preprocessors make arrays without torch, one sample at a time."""
 
-    def __init__(self, predictor: Any) -> None:
-        self.modalities: list[str] = predictor.modalities
-        self.preprocessors: Mapping[str, Any] = predictor.processor.inputs
-        self.run, self.gather = predictor.run, predictor.gather
+    def __init__(self, predictor: RawPredictor) -> None:
+        self.predictor, self.gather = predictor, predictor.gather
+        self.preprocessors: dict[str, Any] = {}
+        self.converters: dict[str, Callable[[Any], Any]] = {}  # from arrays to the predictor's own inputs
+        for name, reader in predictor.preprocessors.items():
+            if hasattr(reader, "concat"):
+                self.preprocessors[name] = reader
+            else:
+                self.preprocessors[name], self.converters[name] = of_kind(reader)
+        answering: Any = predictor.answering
+        self.answering = answering if not hasattr(answering, "answering") else made_by(answering)
+
+    def run(self, inputs: Mapping[str, Any]) -> Output:
+        return self.predictor.run({name: self.converters[name](one) if name in self.converters else one for name, one in inputs.items()})
+
+    def confidence(self, values: np.ndarray) -> np.ndarray | None:
+        return None if self.answering is None else self.answering.confidence(values)
+
+
+def made_by(task: Any) -> Any:
+    """What makes a task's answers; None for a task of one's own that doesn't say."""
+    try:
+        return task.answering()
+    except UserError:
+        return None
+
+
+def of_kind(kind: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The preprocessor of a run's kind of input, and what makes the encoder's input of its arrays."""
+    from fusion.data.kinds.image import images_of
+    from fusion.data.kinds.table import columns_of
+    from fusion.data.kinds.text import texts_of
+
+    try:
+        preprocessor = kind.preprocessor()
+    except UserError:
+        return ByCells(kind), lambda batch: batch
+    makers: dict[str, Callable[[Any], Any]] = {"image": images_of, "text": texts_of, "table": columns_of}
+    return preprocessor, makers[preprocessor.form]
+
+
+class ByCells:
+    """The preprocessor of a kind of one's own, which makes batches of cells alone: a sample's cell is kept until its batch is made."""
+
+    form = "value"
+
+    def __init__(self, kind: Any) -> None:
+        self.kind, self.raw = kind, kind.raw
+
+    def batch(self, cells: Sequence[Any], unreadable: dict[int, UserError]) -> list[Any]:
+        self.kind.batch(cells, unreadable)
+        return list(cells)
+
+    def concat(self, parts: Sequence[list[Any]]) -> Any:
+        return self.kind.batch([cell for part in parts for cell in part], {})
 
 
 class Loaded(NamedTuple):
@@ -79,14 +122,13 @@ def load(path: str | Path, *, threads: int, max_megapixels: float) -> Loaded:
     """
     path = Path(path).expanduser()
     version = version_of(path)
-    predictor: Any = fusion.load(str(path))
-    model: Model = predictor if hasattr(predictor, "preprocessors") else OfRun(predictor)
+    model = Served(fusion.load(str(path)))
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
     for preprocessor in model.preprocessors.values():
-        spec = getattr(preprocessor, "spec", None)
-        if hasattr(spec, "max_megapixels"):
-            preprocessor.spec = dataclasses.replace(spec, max_megapixels=min(spec.max_megapixels, max_megapixels))
+        if preprocessor.form == "image":
+            most = min(preprocessor.spec.max_megapixels, max_megapixels)
+            preprocessor.spec = dataclasses.replace(preprocessor.spec, max_megapixels=most)
     return Loaded(model, version)
 
 
@@ -101,8 +143,8 @@ class Concurrency(NamedTuple):
 def concurrency(runs: int | None = None, threads: int | None = None, pool: int | None = None, *, gpu: bool = False) -> Concurrency:
     """The given numbers, and the best for this machine where they are None.
 
-    On a CPU one batch for each core, up to 4: batches side by side use cores better than the threads of one batch, which wait for each other
-    at every layer. On a GPU one batch at once.
+    On a CPU one batch for each core, up to 4: batches side by side use cores better than the threads of one batch, which wait for each
+    other at every layer. On a GPU one batch at once.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     runs = runs or (1 if gpu else min(cores, 4))

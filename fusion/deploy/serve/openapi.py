@@ -54,12 +54,12 @@ def schema_of(service: Service) -> dict[str, Any]:
 def json_schema(version: Version) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name, one in version.inputs.items():
-        if one.noun == "image":
+        if one.form == "image":
             properties[name] = {"oneOf": [IMAGE, {"type": "array", "items": IMAGE, "maxItems": 8}, {"type": "null"}]}
-        elif one.noun == "text":
+        elif one.form == "text":
             properties[name] = {"type": ["string", "null"]}
-        elif one.noun == "table":
-            columns = {column: SCALAR for column in version.reads[name][1:]}
+        elif one.form == "table":
+            columns = dict.fromkeys(version.reads[name][1:], SCALAR)
             properties[name] = {"type": ["object", "null"], "properties": columns, "additionalProperties": False}
         else:
             properties[name] = SCALAR
@@ -69,7 +69,7 @@ def json_schema(version: Version) -> dict[str, Any]:
 def form_schema(version: Version) -> dict[str, Any]:
     file = {"type": "string", "format": "binary"}
     kinds = {"image": file, "table": {"type": "string", "description": "a JSON object"}}
-    return {"type": "object", "properties": {name: kinds.get(one.noun, {"type": "string"}) for name, one in version.inputs.items()}}
+    return {"type": "object", "properties": {name: kinds.get(one.form, {"type": "string"}) for name, one in version.inputs.items()}}
 
 
 def answer_schema(version: Version) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def answer_schema(version: Version) -> dict[str, Any]:
 def example_of(version: Version) -> dict[str, Any]:
     examples = {"image": "iVBORw0KGgo...", "text": "a text"}
     return {
-        name: dict.fromkeys(version.reads[name][1:], 1) if one.noun == "table" else examples.get(one.noun, "a value")
+        name: dict.fromkeys(version.reads[name][1:], 1) if one.form == "table" else examples.get(one.form, "a value")
         for name, one in version.inputs.items()
     }
 
@@ -103,8 +103,8 @@ def page_of(schema: dict[str, Any]) -> str:
     answer = html.escape(json.dumps(schema["components"]["schemas"]["Answer"], indent=2))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>fusion</title>'
-        "<style>body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{background:#f4f4f4;padding:1em;overflow:auto}"
-        "td{padding-right:1em}</style>"
+        "<style>body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{background:#f4f4f4;padding:1em;"
+        "overflow:auto}td{padding-right:1em}</style>"
         f"<h1>fusion</h1><p>Version <code>{html.escape(schema['info']['version'])}</code>, as <a href='openapi.json'>openapi.json</a>"
         f"<h2><code>POST /predict</code></h2><p>{html.escape(post['summary'])}."
         f"<pre>curl -X POST -H 'content-type: application/json' -d '{html.escape(example)}' http://HOST:PORT/predict</pre>"

@@ -59,7 +59,10 @@ class Pool:
         """Samples that wait for a model."""
         with self.changed:
             now = time.monotonic()
-            if any([self.batcher.add(one, now) for one in waiting]) and self.idle:
+            urgent = 0
+            for one in waiting:
+                urgent += self.batcher.add(one, now)
+            if urgent and self.idle:
                 self.changed.notify()
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusion.deploy.serve.limits import Limits, Rejected
-from fusion.deploy.serve.model import Preprocessor
+from fusion.deploy.serve.model import Reads
 from fusion.deploy.serve.multipart import parts_of
 from fusion.errors import nearest
 
@@ -19,7 +19,7 @@ class Url(str):
     """Where an image is to be fetched from."""
 
 
-def values_of(body: bytes, content_type: str, inputs: Mapping[str, Preprocessor], limits: Limits) -> dict[str, Any]:
+def values_of(body: bytes, content_type: str, inputs: Mapping[str, Reads], limits: Limits) -> dict[str, Any]:
     """The raw values in a body, by input: a text, an image's bytes, a list of images (bytes or Url), a table's row by column.
 
     Missing ones are left out. Raises Rejected.
@@ -35,7 +35,7 @@ def values_of(body: bytes, content_type: str, inputs: Mapping[str, Preprocessor]
     for name, value in given.items():
         if name not in inputs:
             raise Rejected(422, "invalid", f"unknown input {name[:100]!r}. {nearest(name[:100], inputs)}")
-        checked = CHECKS.get(inputs[name].noun, scalar_of)(value, name, inputs[name], limits)
+        checked = CHECKS.get(inputs[name].form, scalar_of)(value, name, inputs[name], limits)
         if checked is not None:
             values[name] = checked
     if not values:
@@ -84,29 +84,29 @@ def kind_of(value: Any) -> str:
 # Multipart
 
 
-def form_of(body: bytes, content_type: str, inputs: Mapping[str, Preprocessor]) -> dict[str, Any]:
+def form_of(body: bytes, content_type: str, inputs: Mapping[str, Reads]) -> dict[str, Any]:
     """The parts of a form by name: images as bytes, texts decoded, a table's row as JSON."""
     given: dict[str, Any] = {}
     for name, content in parts_of(body, content_type):
-        noun = inputs[name].noun if name in inputs else ""
+        form = inputs[name].form if name in inputs else ""
         value: Any = content or None
-        if value is not None and noun == "table":
+        if value is not None and form == "table":
             value = object_of(content)
-        elif value is not None and noun != "image":
+        elif value is not None and form != "image":
             try:
                 value = content.decode()
             except UnicodeDecodeError:
                 raise Rejected(400, "malformed", f"the part {name[:100]!r} is not UTF-8") from None
-        if name in given and noun != "image":
+        if name in given and form != "image":
             raise Rejected(422, "invalid", f"the part {name[:100]!r} occurs twice")
-        given[name] = [*given.get(name, []), value] if noun == "image" else value
+        given[name] = [*given.get(name, []), value] if form == "image" else value
     return given
 
 
 # Values
 
 
-def text_of(value: Any, name: str, _: Preprocessor, limits: Limits) -> str | None:
+def text_of(value: Any, name: str, _: Reads, limits: Limits) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
@@ -116,7 +116,7 @@ def text_of(value: Any, name: str, _: Preprocessor, limits: Limits) -> str | Non
     return value if value and not value.isspace() else None
 
 
-def images_of(value: Any, name: str, _: Preprocessor, limits: Limits) -> Any:
+def images_of(value: Any, name: str, _: Reads, limits: Limits) -> Any:
     if not isinstance(value, list):
         return image_of(value, name)
     if len(value) > MAX_IMAGES:
@@ -150,7 +150,7 @@ def image_of(value: Any, name: str) -> bytes | Url | None:
 def row_of(value: Any, name: str, preprocessor: Any, limits: Limits) -> dict[str, Any] | None:
     if value is None:
         return None
-    columns = list(preprocessor.columns)
+    columns = list(preprocessor.names)
     if not isinstance(value, dict):
         raise Rejected(422, "invalid", f"{name} is {kind_of(value)}; expected an object with {', '.join(columns)}")
     for column, cell in value.items():
@@ -161,7 +161,7 @@ def row_of(value: Any, name: str, preprocessor: Any, limits: Limits) -> dict[str
     return row if any(cell is not None for cell in row.values()) else None
 
 
-def scalar_of(value: Any, name: str, preprocessor: Preprocessor, limits: Limits) -> Any:
+def scalar_of(value: Any, name: str, preprocessor: Reads, limits: Limits) -> Any:
     if isinstance(value, dict | list):
         raise Rejected(422, "invalid", f"{name} is {kind_of(value)}; expected a string, a number, a boolean or null")
     if isinstance(value, float) and not math.isfinite(value):  # 1e999

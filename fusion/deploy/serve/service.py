@@ -10,13 +10,12 @@ from functools import partial
 from typing import Any
 
 from fusion.deploy.serve.answers import Answer, agree
-from fusion.deploy.serve.batcher import Batcher, Waiting
-from fusion.deploy.serve.pool import Pool
+from fusion.deploy.serve.batcher import Batcher, Row, Waiting
 from fusion.deploy.serve.fetching import Fetcher
 from fusion.deploy.serve.limits import Limits, Rejected, overloaded
 from fusion.deploy.serve.metrics import Metrics
+from fusion.deploy.serve.pool import Pool
 from fusion.deploy.serve.requests import values_of
-from fusion.deploy.serve.stacking import Row
 from fusion.deploy.serve.versions import Version, Versions
 from fusion.errors import first_line
 
@@ -245,7 +244,7 @@ class Service:
     def show_shares(self) -> None:
         """Sets the gauge of the versions' shares."""
         self.metrics.share.clear()
-        shares = {version: share for version, share in self.versions.canaries}
+        shares = dict(self.versions.canaries)
         for version, role in self.versions.roles().items():
             share = shares.get(version, 1 - sum(shares.values()) if role == "main" else 0.0)
             self.metrics.share.labels(version.name, role).set(share)

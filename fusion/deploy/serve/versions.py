@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from fusion.deploy.serve.answers import Answer, answers_of
+from fusion.deploy.serve.batcher import Row
 from fusion.deploy.serve.canary import RollbackLimits, Verdict, Watch
 from fusion.deploy.serve.limits import Rejected
-from fusion.deploy.serve.model import Loaded, Preprocessor
-from fusion.deploy.serve.stacking import Row, row_of, stacked
+from fusion.deploy.serve.model import Loaded, Reads
 from fusion.errors import UserError, first_line
 
 Load = Callable[[str | Path], Loaded]
@@ -29,23 +29,22 @@ class Version:
         self.model, self.name = loaded
         self.path = str(path)
         self.watch: Watch | None = None
-        self.pad_ids = {name: pad_id_of(one) for name, one in self.inputs.items() if one.noun == "text"}
 
     @property
-    def inputs(self) -> Mapping[str, Preprocessor]:
+    def inputs(self) -> Mapping[str, Reads]:
         return self.model.preprocessors
 
     @property
     def reads(self) -> dict[str, tuple[str, ...]]:
         """Its inputs, with their kinds and columns of a table."""
-        return {name: (one.noun, *(getattr(one, "columns", ()) if one.noun == "table" else ())) for name, one in self.inputs.items()}
+        return {name: (one.form, *(getattr(one, "names", ()) if one.form == "table" else ())) for name, one in self.inputs.items()}
 
     def row(self, values: Mapping[str, Any]) -> Row:
         """A sample's preprocessed inputs, from its raw values. Raises Rejected for what can't be read."""
         inputs = {}
         for name, preprocessor in self.inputs.items():
             value = values.get(name)
-            if preprocessor.noun == "table" and value is not None:
+            if preprocessor.form == "table" and value is not None:
                 value = {column: [cell] for column, cell in value.items()}
             try:
                 cells = [None] if value is None else preprocessor.raw(value if isinstance(value, dict) else [value], name)
@@ -59,23 +58,26 @@ class Version:
 
     def answers(self, rows: Sequence[Row]) -> list[Answer | None]:
         """The answers of a batch; None for one that is not finite."""
-        inputs = {name: stacked([row.inputs[name] for row in rows], self.pad_ids.get(name, 0)) for name in self.inputs}
-        return answers_of(self.model.gather([self.model.run(inputs)]), self.name)
+        inputs = {name: one.concat([row.inputs[name] for row in rows]) for name, one in self.inputs.items()}
+        predictions = self.model.gather([self.model.run(inputs)])
+        return answers_of(predictions, self.model.confidence(predictions.values), self.name)
 
     def warm_up(self, batch_size: int) -> None:
         """Run the model, so that the first requests don't pay for it. Raises UserError for a model that can't run."""
-        cells = {"image": [np.zeros((8, 8, 3), dtype=np.uint8)], "text": ["a"]}
+        values = {"image": [np.zeros((8, 8, 3), dtype=np.uint8)], "text": ["a"]}
         try:
-            inputs = {name: one.batch(one.raw(cells[one.noun], name) if one.noun in cells else [None], {}) for name, one in self.inputs.items()}
+            cells = {name: one.raw(values[one.form], name) if one.form in values else [None] for name, one in self.inputs.items()}
+            row = row_of({name: one.batch(cells[name], {}) for name, one in self.inputs.items()})
             for size in (1, batch_size):
-                self.answers([row_of(inputs)] * size)
+                self.answers([row] * size)
         except Exception as error:  # whatever a model may raise
             raise UserError(f"{self.path} can't run: {type(error).__name__}: {first_line(error)}") from error
 
 
-def pad_id_of(preprocessor: Preprocessor) -> int:
-    """The id of padding: a missing text beside another one consists of it."""
-    return int(preprocessor.batch(preprocessor.raw(["a", None], "text"), {}).ids[1, 0])
+def row_of(inputs: Mapping[str, Any]) -> Row:
+    """A sample's row, from a batch of one. Its length is that of its texts in tokens, and the number of its images."""
+    wide = (getattr(one, field, None) for one in inputs.values() for field in ("ids", "image_mask"))
+    return Row(inputs, sum(array.shape[1] for array in wide if array is not None))
 
 
 @dataclass
@@ -185,7 +187,7 @@ class Versions:
 
     def summary(self) -> dict[str, Any]:
         """The versions and events, for the control command."""
-        shares = {version: share for version, share in self.canaries}
+        shares = dict(self.canaries)
         listed = [
             {"version": version.name, "role": role, "path": version.path}
             | ({"share": shares[version]} if version in shares else {})
