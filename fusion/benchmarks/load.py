@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -101,10 +102,10 @@ class Connection(asyncio.Protocol):
 async def measure(url: str, load: Load, connections: int, seconds: float) -> Measured:
     """Loads a server for some seconds."""
     loop, parts = asyncio.get_running_loop(), urlsplit(url)
-    closed = [loop.create_future() for _ in range(connections)]
+    closed: list[asyncio.Future[None]] = [loop.create_future() for _ in range(connections)]
     began, cpu = time.perf_counter(), time.process_time()
     for one in closed:
-        await loop.create_connection(lambda one=one: Connection(load, one), parts.hostname, parts.port)
+        await loop.create_connection(partial(Connection, load, one), parts.hostname or "", parts.port or 80)
     await asyncio.sleep(seconds)
     load.ended = True
     lasted, used = time.perf_counter() - began, time.process_time() - cpu

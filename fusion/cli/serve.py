@@ -53,6 +53,7 @@ def parser_of() -> Options:
     parser.add_argument("--port", type=int, default=8000, help="0 for any")
     parser.add_argument("--batch_size", type=above_zero, default=32, help="the largest batch")
     parser.add_argument("--wait_ms", type=float, default=5.0, help="the longest time for which a sample waits for others to fill a batch")
+    parser.add_argument("--device", help="cpu or cuda; None: the CPU, and for runs the GPU if there is one")
     parser.add_argument("--runs", type=above_zero, help="batches that are run at once; None: on a CPU one per core, up to 4, on a GPU 1")
     parser.add_argument("--threads", type=above_zero, help="threads of one batch; None: the cores divided by --runs")
     parser.add_argument("--pool", type=above_zero, help="threads that preprocess requests and run batches; None: the cores, up to 8")
@@ -87,8 +88,9 @@ def run(path: str, options: Any) -> int:
     canaries = [canary_of(one) for one in options.canary]
     check_shares([share for _, share in canaries])
     bound = bound_socket(options.host, options.port)
-    spread = concurrency(options.runs, options.threads, options.pool, gpu=has_gpu())
-    load_one = partial(load, threads=spread.threads, max_megapixels=limits.max_megapixels)
+    on_gpu = has_gpu() if options.device is None else options.device != "cpu"
+    spread = concurrency(options.runs, options.threads, options.pool, gpu=on_gpu)
+    load_one = partial(load, threads=spread.threads, max_megapixels=limits.max_megapixels, device=options.device)
     versions = Versions(ready(path, load_one, options.batch_size), rollback)
     for canary, share in canaries:
         versions.add_canary(ready(canary, load_one, options.batch_size), share)

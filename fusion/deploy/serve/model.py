@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-import fusion
 from fusion.errors import UserError
+from fusion.packages.folder import is_package
 from fusion.predictions import Output, Predictions, RawPredictor
 
 
@@ -114,22 +114,56 @@ class Loaded(NamedTuple):
     version: str
 
 
-def load(path: str | Path, *, threads: int, max_megapixels: float) -> Loaded:
+def load(path: str | Path, *, threads: int, max_megapixels: float, device: str | None = None) -> Loaded:
     """Load a model for serving. Raises UserError for anything but a run or a package.
 
     path: a run, a model's folder, a checkpoint or a package. threads: of one call of the model. max_megapixels: larger images are rejected;
-    a lower limit of the model's own is kept.
+    a lower limit of the model's own is kept. device: None for the CPU, and for runs the GPU if there is one.
     """
     path = Path(path).expanduser()
-    version = version_of(path)
-    model = Served(fusion.load(str(path)))
+    if not path.exists():
+        raise UserError(f"there is no run or package {path}")
+    options: dict[str, Any] = {} if device is None else {"device": device}
+    packaged = is_package(path)
+    predictor: Any
+    if packaged:
+        from fusion.packages.package import Package
+
+        predictor = Package.load(path, threads=threads, **options)
+    else:
+        from fusion.predictor import Predictor  # which imports torch
+
+        predictor = Predictor.load(path, **options)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
+    model = Served(predictor)
     for preprocessor in model.preprocessors.values():
         if preprocessor.form == "image":
             most = min(preprocessor.spec.max_megapixels, max_megapixels)
             preprocessor.spec = dataclasses.replace(preprocessor.spec, max_megapixels=most)
-    return Loaded(model, version)
+    return Loaded(model, f"{name_of(path)}-{(predictor.version if packaged else digest_of(path))[:8]}")
+
+
+def name_of(path: Path) -> str:
+    """The name of a model's folder; of a run that of the run's, of a file that of the file.
+
+    >>> name_of(Path("runs/shoes/2026-01-01/model")), name_of(Path("packages/shoes")), name_of(Path("best.ckpt"))
+    ('2026-01-01', 'shoes', 'best')
+    """
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.stem if path.suffix == ".ckpt" else path.name
+
+
+def digest_of(path: Path) -> str:
+    """The digest of a run's model: of its files, with their names."""
+    folder = path / "model" if (path / "model").is_dir() else path
+    if folder.is_dir() and not (folder / "model.json").is_file():  # a run that was not validated has checkpoints alone
+        folder = folder / "checkpoints"
+    digest = hashlib.sha256()
+    for file in sorted(one for one in folder.rglob("*") if one.is_file()) if folder.is_dir() else [folder]:
+        with open(file, "rb") as content:
+            digest.update(f"{file.name}\0".encode() + hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 class Concurrency(NamedTuple):
@@ -149,21 +183,6 @@ def concurrency(runs: int | None = None, threads: int | None = None, pool: int |
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     runs = runs or (1 if gpu else min(cores, 4))
     return Concurrency(runs, threads or max(cores // runs, 1), pool or min(max(cores, runs, 2), 8))
-
-
-def version_of(path: Path) -> str:
-    """A model's version: the name of its folder, and 8 digits of the digest of its files. Raises UserError where there are none."""
-    if not path.exists():
-        raise UserError(f"there is no run or package {path}")
-    folder = path / "model" if (path / "model").is_dir() else path
-    files = sorted(one for one in folder.rglob("*") if one.is_file()) if folder.is_dir() else [folder]
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as content:
-            digest.update(f"{file.relative_to(folder)}\0".encode() + hashlib.file_digest(content, "sha256").digest())
-    named = path.resolve()
-    name = named.parent.name if named.name == "model" else named.stem if named.is_file() else named.name
-    return f"{name}-{digest.hexdigest()[:8]}"
 
 
 def has_gpu() -> bool:

@@ -4,6 +4,7 @@ import html
 import json
 from typing import Any
 
+from fusion.deploy.serve.requests import max_images_of
 from fusion.deploy.serve.service import Service
 from fusion.deploy.serve.versions import Version
 
@@ -55,7 +56,7 @@ def json_schema(version: Version) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name, one in version.inputs.items():
         if one.form == "image":
-            properties[name] = {"oneOf": [IMAGE, {"type": "array", "items": IMAGE, "maxItems": 8}, {"type": "null"}]}
+            properties[name] = {"oneOf": [IMAGE, {"type": "array", "items": IMAGE, "maxItems": max_images_of(one)}, {"type": "null"}]}
         elif one.form == "text":
             properties[name] = {"type": ["string", "null"]}
         elif one.form == "table":

@@ -116,13 +116,19 @@ def text_of(value: Any, name: str, _: Reads, limits: Limits) -> str | None:
     return value if value and not value.isspace() else None
 
 
-def images_of(value: Any, name: str, _: Reads, limits: Limits) -> Any:
+def images_of(value: Any, name: str, preprocessor: Any, limits: Limits) -> Any:
     if not isinstance(value, list):
         return image_of(value, name)
-    if len(value) > MAX_IMAGES:
-        raise Rejected(422, "invalid", f"{name} has {len(value)} images, expected at most {MAX_IMAGES}")
+    most = max_images_of(preprocessor)
+    if len(value) > most:
+        raise Rejected(422, "invalid", f"{name} has {len(value)} images, expected at most {most}")
     images = [image for image in (image_of(one, name) for one in value) if image is not None]
     return images if len(images) > 1 else images[0] if images else None
+
+
+def max_images_of(preprocessor: Any) -> int:
+    """How many images a sample may have: one, if every sample of train had at most one."""
+    return MAX_IMAGES if preprocessor.max_images > 1 else 1
 
 
 def image_of(value: Any, name: str) -> bytes | Url | None:
