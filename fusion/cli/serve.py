@@ -80,6 +80,7 @@ def run(path: str, options: Any) -> int:
     from fusion.deploy.serve.server import Server, bound_socket, listen, url_of
     from fusion.deploy.serve.service import Service
     from fusion.deploy.serve.versions import Versions, check_shares
+    from fusion.packages.folder import is_package
 
     limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
     rollback = RollbackLimits(**{field.name: getattr(options, field.name) for field in fields(RollbackLimits)})
@@ -88,7 +89,7 @@ def run(path: str, options: Any) -> int:
     canaries = [canary_of(one) for one in options.canary]
     check_shares([share for _, share in canaries])
     bound = bound_socket(options.host, options.port)
-    on_gpu = has_gpu() if options.device is None else options.device != "cpu"
+    on_gpu = options.device == "cuda" or (options.device is None and not is_package(path) and has_gpu())
     spread = concurrency(options.runs, options.threads, options.pool, gpu=on_gpu)
     load_one = partial(load, threads=spread.threads, max_megapixels=limits.max_megapixels, device=options.device)
     versions = Versions(ready(path, load_one, options.batch_size), rollback)

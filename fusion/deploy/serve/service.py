@@ -195,44 +195,50 @@ class Service:
     # In the event loop again
 
     def delivered(self, jobs: list[Job], results: list[Result]) -> None:
-        """Passes results to those who wait for them; a request whose canary fails is answered by the main version."""
-        now = time.monotonic()
+        """Passes results to those who wait for them, and then counts them."""
+        now, versions = time.monotonic(), [job.version for job in jobs]
         for job, result in zip(jobs, results, strict=True):
-            has_failed = isinstance(result, Rejected) and result.status >= 500
-            if has_failed:
-                self.metrics.count(self.metrics.failures, job.version.name)
-            self.record(job, result, has_failed, now)
-            if job.future is None:
-                self.copies -= 1
-            elif has_failed and job.version is not self.versions.main and not job.future.done():
-                if job.twin is not None:  # there is nothing to compare any more
-                    job.twin = job.twin.twin = None
-                job.version = self.versions.main
-                self.pool.put(job)
-            elif not job.future.done():
-                if isinstance(result, Rejected):
-                    job.future.set_exception(result)
-                else:
-                    self.ended.append(now)
-                    self.metrics.answered(result)
-                    job.future.set_result(result)
+            self.settle(job, result, now)
+        for job, version, result in zip(jobs, versions, results, strict=True):
+            self.record(job, version, result, now)
 
-    def record(self, job: Job, result: Result, has_failed: bool, now: float) -> None:
+    def settle(self, job: Job, result: Result, now: float) -> None:
+        """Ends a job with its result; a request whose canary fails goes to the main version instead."""
+        if job.future is None:
+            self.copies -= 1
+        elif job.future.done():
+            return
+        elif isinstance(result, Answer):
+            self.ended.append(now)
+            self.metrics.answered(result)
+            job.future.set_result(result)
+        elif result.status >= 500 and job.version is not self.versions.main:
+            if job.twin is not None:  # there is nothing to compare any more
+                job.twin.twin = None
+            job.version, job.twin = self.versions.main, None
+            self.pool.put(job)
+        else:
+            job.future.set_exception(result)
+
+    def record(self, job: Job, version: Version, result: Result, now: float) -> None:
         """Adds an outcome to the version's watch, and rolls it back if it exceeds a limit."""
+        has_failed = isinstance(result, Rejected) and result.status >= 500
+        if has_failed:
+            self.metrics.count(self.metrics.failures, version.name)
+        if version.watch is not None:
+            version.watch.ended(failed=has_failed, seconds=None if job.is_copy else now - job.since)
+            self.judge(version)
         job.result = result
-        if job.version.watch is not None:
-            job.version.watch.ended(failed=has_failed, seconds=None if job.is_copy else now - job.since)
-            self.judge(job.version)
         twin = job.twin
         if twin is not None and isinstance(result, Answer) and isinstance(twin.result, Answer):
-            version = job.version if job.version is not self.versions.main else twin.version
+            newer = version if version is not self.versions.main else twin.version
             agreed = agree(result.answer, twin.result.answer)
-            self.metrics.count(self.metrics.comparisons, version.name)
+            self.metrics.count(self.metrics.comparisons, newer.name)
             if not agreed:
-                self.metrics.count(self.metrics.disagreements, version.name)
-            if version.watch is not None:
-                version.watch.compared(agreed=agreed)
-                self.judge(version)
+                self.metrics.count(self.metrics.disagreements, newer.name)
+            if newer.watch is not None:
+                newer.watch.compared(agreed=agreed)
+                self.judge(newer)
 
     def judge(self, version: Version) -> None:
         verdict = self.versions.judge(version)
