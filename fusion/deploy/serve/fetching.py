@@ -61,8 +61,8 @@ class Fetcher:
         if parts.scheme not in ("http", "https"):
             raise Rejected(422, "url", f"{url[:100]!r} is neither base64 nor an http URL")
         if not names & self.hosts:
-            allowed = f"only of {', '.join(sorted(self.hosts))}" if self.hosts else "not by this server"
-            raise Rejected(422, "url", f"images are fetched {allowed}; send the image in base64")
+            allowed = f"fetched only of {', '.join(sorted(self.hosts))}" if self.hosts else "not fetched by this server"
+            raise Rejected(422, "url", f"images are {allowed}; send the image in base64")
 
     def run(self, values: dict[str, Any], then: Callable[[dict[str, Any] | Rejected], None]) -> None:
         result: dict[str, Any] | Rejected

@@ -120,7 +120,7 @@ class Body:
                 parts.clear()
                 await self.discard()
                 raise self.too_large()
-            if self.service.memory > self.service.limits.max_memory:
+            if not self.ended and self.service.memory > self.service.limits.max_memory:
                 raise overloaded("memory", "the requests in progress are too large")
         return b"".join(parts)
 

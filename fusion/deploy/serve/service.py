@@ -101,10 +101,13 @@ class Service:
 
     def admit(self) -> None:
         """Raises Rejected while too many requests are in progress."""
-        if self.depth >= self.limits.max_queue:
-            raise overloaded("queue", "too many requests are in progress", self.depth, self.rate())
+        self.check_depth()
         if self.memory >= self.limits.max_memory:
             raise overloaded("memory", "the requests in progress are too large", self.depth, self.rate())
+
+    def check_depth(self) -> None:
+        if self.depth >= self.limits.max_queue:
+            raise overloaded("queue", "too many requests are in progress", self.depth, self.rate())
 
     def rate(self) -> float:
         """Answers per second, of late."""
@@ -114,7 +117,7 @@ class Service:
 
     def submit(self, id: str, body: bytes, content_type: str) -> Job:
         """Admits a request; its future gets an Answer or Rejected. `leave` must be called once it is done. Raises Rejected."""
-        self.admit()
+        self.check_depth()  # again, since its body was read after `admit`
         version = self.versions.route(id)
         job = Job(id, version, body, content_type, time.monotonic(), self.loop.create_future())
         self.depth += 1
