@@ -3,13 +3,12 @@
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
-
-import docstring_parser
 
 from fusion.cli.options import Options, above_zero
 from fusion.console import print_rank_zero
@@ -42,6 +41,7 @@ def parser_of() -> Options:
     from fusion.deploy.serve.limits import Limits
 
     commands = "; ".join(f"{name} {what}" if what.startswith(("[", "PATH")) else f"{name}: {what}" for name, what in COMMANDS.items())
+    commands = commands.replace("%", "%%")
     parser = Options(
         "fusion serve",
         "Serve a run or a package over HTTP: POST /predict; /docs, /openapi.json, /healthz, /readyz, /metrics. SIGTERM answers what is in "
@@ -58,14 +58,18 @@ def parser_of() -> Options:
     parser.add_argument("--threads", type=above_zero, help="threads of one batch; None: the cores divided by --runs")
     parser.add_argument("--pool", type=above_zero, help="threads that preprocess requests and run batches; None: the cores, up to 8")
     parser.add_argument(
-        "--canary", action="append", default=[], metavar="PATH=5%%", help="another version for a share of the requests, by their ids' hash"
+        "--canary",
+        action="append",
+        default=[],
+        metavar="PATH=SHARE",
+        help="another version for a share of the requests, as new=5%%",
     )
     parser.add_argument("--shadow", metavar="PATH", help="another version that gets a copy of each request and answers nobody")
     parser.add_argument("--url_hosts", nargs="*", default=[], metavar="HOST", help="hosts from which images may be fetched by URL")
     for settings in (Limits, RollbackLimits):
-        described = {one.arg_name: one.description for one in docstring_parser.parse(settings.__doc__ or "").params}
+        described = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", settings.__doc__ or "", re.MULTILINE))
         for field in fields(settings):
-            text = (described[field.name] or "").replace("\n", " ").replace("%", "%%")
+            text = " ".join(described[field.name].split()).replace("%", "%%")
             parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=text)
     parser.epilog = f"The environment variable {TOKEN}: a token that commands must carry; without it they are taken from this machine only."
     return parser

@@ -158,11 +158,11 @@ class InThread(Server):
 
 
 @contextlib.contextmanager
-def listening(service: Service) -> Iterator[tuple[str, int]]:
-    """Host and port of a server with real sockets, in a thread."""
+def listening(service: Service, load: Any = lambda path: Loaded(Parity(), str(path))) -> Iterator[tuple[str, int]]:
+    """Host and port of a server with real sockets, in a thread. load: of the control commands."""
     bound = bound_socket("127.0.0.1", 0)
     bound.listen(100)
-    server = InThread(app_of(service, Control(service, lambda path: Loaded(Parity(), str(path)), 4)), service)
+    server = InThread(app_of(service, Control(service, load, 4)), service)
     thread = threading.Thread(target=asyncio.run, args=[server.serve_until_signal(bound)], daemon=True)
     thread.start()
     try:

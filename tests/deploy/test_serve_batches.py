@@ -131,7 +131,11 @@ def test_a_thread_takes_the_most_urgent_work_and_copies_last():
     held.pool.close()
     assert [what for what, *_ in held.done].count("run") == 3
     assert held.done[:4] == [("preprocess", "first"), ("preprocess", "second"), ("run", "first", "second"), ("preprocess", "third")]
-    assert [one for one in held.done if "copy" in str(one)] == [("preprocess", "copy 1"), ("preprocess", "copy 2"), ("run", "copy 1", "copy 2")]
+    assert [one for one in held.done if "copy" in str(one)] == [
+        ("preprocess", "copy 1"),
+        ("preprocess", "copy 2"),
+        ("run", "copy 1", "copy 2"),
+    ]
 
 
 def test_no_more_batches_run_at_once_than_are_allowed():

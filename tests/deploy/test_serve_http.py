@@ -2,7 +2,6 @@
 
 import contextlib
 import http.server
-import json
 import re
 import socket
 import threading
@@ -182,7 +181,7 @@ def test_a_request_that_waits_too_long_is_answered_503():
     with listening(service) as address:
         status, headers, body = exchange(address, A)
         assert (status, body["error"], "retry-after" in headers) == (503, "the answer took longer than 0.2 s", True)
-        assert service.depth == 0
+        wait_for(lambda: service.depth == 0)
         model.gate.set()
 
 
@@ -299,7 +298,11 @@ def test_the_interface_is_described_without_anything_from_elsewhere():
 
     schema, page = asked(service_of(), ask)
     body = schema["paths"]["/predict"]["post"]["requestBody"]["content"]
-    assert list(body["application/json"]["schema"]["properties"]) == list(body["multipart/form-data"]["schema"]["properties"]) == ["image", "text"]
+    assert (
+        list(body["application/json"]["schema"]["properties"])
+        == list(body["multipart/form-data"]["schema"]["properties"])
+        == ["image", "text"]
+    )
     assert {"200", "400", "408", "413", "415", "422", "500", "503"} == set(schema["paths"]["/predict"]["post"]["responses"])
     assert not re.findall(r"(?:src|href)=.?(?:https?:)?//|<script|@import", page)
     assert "POST /predict" in page
@@ -345,10 +348,10 @@ def test_the_control_command_prints_the_versions_and_reports_refusals():
         assert send_command(url, ["canary", "new=5%"])["versions"][1]["share"] == 0.05
         assert send_command(url, ["promote"])["versions"][0]["version"] == "new"
         assert send_command(url, ["status"])["versions"][1]["role"] == "previous"
+        send_command(url, ["canary", "b=60%"])
         with pytest.raises(UserError, match=r"the canaries get 60 % \+ 50 % = 110 %"):
-            send_command(url, ["canary", "b=60%"])
             send_command(url, ["canary", "c=50%"])
-        with pytest.raises(UserError, match="unknown command 'promot'. Did you mean promote"):
+        with pytest.raises(UserError, match=r"unknown command 'promot'\. Did you mean promote"):
             send_command(url, ["promot"])
     with pytest.raises(UserError, match=f"status: no server answers at {url}"):
         send_command(url, ["status"])
@@ -406,7 +409,8 @@ def test_an_image_by_url_is_fetched_from_an_allowed_host_alone(host):
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("none", "answered 404"), ("elsewhere", "answered 302"), ("large", "more than 0.1 MB"), ("held", "can't be fetched")]
+    ("path", "message"),
+    [("none", "answered 404"), ("elsewhere", "answered 302"), ("large", "more than 0.1 MB"), ("held", "can't be fetched")],
 )
 def test_what_cannot_be_fetched_is_a_422(host, path, message):
     service = service_of(url_hosts=[host], limits=Limits(max_body_mb=0.1, read_timeout_s=0.3))
@@ -434,17 +438,14 @@ def test_a_slow_host_delays_no_other_request(host):
 
 def test_no_more_images_are_fetched_at_once_than_there_is_room_for(host):
     fetcher, done = Fetcher([host], Limits()), threading.Semaphore(0)
-    started = 0
+    held = {"image": Url(f"http://{host}/held.png")}
+    assert all(fetcher.start(held, lambda _: done.release()) for _ in range(64))
     with pytest.raises(Rejected, match="too many images are being fetched") as rejected:
-        for _ in range(1000):
-            assert fetcher.start({"image": Url(f"http://{host}/held.png")}, lambda _: done.release())
-            started += 1
+        fetcher.start(held, lambda _: done.release())
     Pictures.hold.set()
-    assert (started, rejected.value.status, rejected.value.retry_after_s) == (64, 503, 1)
-    for _ in range(started):
+    assert (rejected.value.status, rejected.value.retry_after_s) == (503, 1)
+    for _ in range(64):
         assert done.acquire(timeout=30)
     assert fetcher.start({"image": Url(f"http://{host}/a.png")}, lambda _: done.release())
     assert done.acquire(timeout=30)
     fetcher.close()
-
-

@@ -26,7 +26,9 @@ def read(body: object, content_type: str = "application/json", **limits: float) 
 
 
 def form(*parts: tuple[str, bytes], boundary: str = "frontier") -> bytes:
-    lines = b"".join(b'--frontier\r\ncontent-disposition: form-data; name="%s"\r\n\r\n%s\r\n' % (name.encode(), content) for name, content in parts)
+    lines = b"".join(
+        b'--frontier\r\ncontent-disposition: form-data; name="%s"\r\n\r\n%s\r\n' % (name.encode(), content) for name, content in parts
+    )
     return lines + f"--{boundary}--\r\n".encode()
 
 
@@ -44,7 +46,13 @@ BOMB = b"\x89PNG\r\n\x1a\n" + b"".join(
 def test_json_and_a_form_give_the_same_values():
     facts = {"price": 3.5, "brand": "a"}
     as_json = read({"image": encoded(PICTURE), "text": "é?", "facts": facts, "photos": [encoded(PICTURE), encoded(PICTURE[::-1])]})
-    parts = [("image", PICTURE), ("text", "é?".encode()), ("facts", json.dumps(facts).encode()), ("photos", PICTURE), ("photos", PICTURE[::-1])]
+    parts = [
+        ("image", PICTURE),
+        ("text", "é?".encode()),
+        ("facts", json.dumps(facts).encode()),
+        ("photos", PICTURE),
+        ("photos", PICTURE[::-1]),
+    ]
     assert as_json == read(form(*parts), MULTIPART)
     assert as_json == {"image": PICTURE, "text": "é?", "facts": facts, "photos": [PICTURE, PICTURE[::-1]]}
 
@@ -91,7 +99,12 @@ BAD = {
     "one image": (b'{"image": ["aa==", "aa=="]}', "application/json", 422, "image has 2 images, expected at most 1"),
     "images": (b'{"photos": [' + b",".join([b'"aa=="'] * 9) + b"]}", "application/json", 422, "photos has 9 images, expected at most 8"),
     "long": (b'{"text": "%s"}' % (b"a" * 20_001), "application/json", 422, "text has 20,001 characters, limit 20,000"),
-    "type": (b"text=a", "application/x-www-form-urlencoded", 415, "application/x-www-form-urlencoded; expected application/json or multipart"),
+    "type": (
+        b"text=a",
+        "application/x-www-form-urlencoded",
+        415,
+        "application/x-www-form-urlencoded; expected application/json or multipart",
+    ),
     "no type": (b"{}", "", 415, "missing"),
     "boundary": (form(("text", b"a")), "multipart/form-data", 400, "no boundary"),
     "other boundary": (form(("text", b"a")), "multipart/form-data; boundary=wall", 400, "not multipart"),
@@ -114,8 +127,15 @@ def test_each_bad_body_has_its_status_and_reason(name):
 
 def test_bad_requests_cost_no_other_one():
     """Each of them between good ones, all at once: every good one is answered, and each bad one has its 4xx."""
-    bad = [(body, content_type, status) for name, (body, content_type, status, _) in BAD.items() if b"facts" not in body and b"photos" not in body]
-    bad += [(json.dumps({"image": encoded(content)}).encode(), "application/json", 422) for content in (BOMB, b"no image", PICTURE[:-30], b"\x93NUMPY")]
+    bad = [
+        (body, content_type, status)
+        for name, (body, content_type, status, _) in BAD.items()
+        if b"facts" not in body and b"photos" not in body
+    ]
+    bad += [
+        (json.dumps({"image": encoded(content)}).encode(), "application/json", 422)
+        for content in (BOMB, b"no image", PICTURE[:-30], b"\x93NUMPY")
+    ]
     bad += [(b'{"text": "\\ud800"}', "application/json", 200)]  # Parity reads any character
     service = service_of(Parity())
 
@@ -163,7 +183,9 @@ def test_the_answer_names_what_was_present():
     assert both.headers["x-request-id"] == "one"
     assert (text.json()["answer"], text.json()["present"]) == (parity_of("ab"), {"image": False, "text": True})
     assert (image.json()["answer"], image.json()["present"]) == (parity_of(None, picture(1)), {"image": True, "text": False})
-    assert counted(service, "fusion_missing_inputs_total", input="image") == counted(service, "fusion_missing_inputs_total", input="text") == 1
+    assert (
+        counted(service, "fusion_missing_inputs_total", input="image") == counted(service, "fusion_missing_inputs_total", input="text") == 1
+    )
 
 
 def test_a_body_is_read_within_its_bounds():

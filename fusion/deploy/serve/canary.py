@@ -12,18 +12,18 @@ class RollbackLimits:
     """When a canary, a shadow, or a version that was just promoted is rolled back. Raises UserError for values out of range.
 
     Args:
-        max_errors: share of its requests that fail.
-        max_latency_ms: 95th percentile of its latency.
-        max_disagreement: share of the requests for which its answer differs from the main version's.
-        window: its last requests, of which the shares are.
-        least: number of requests before which it is not judged.
+        max_errors: a canary is rolled back when a larger share of its last requests failed.
+        max_latency_ms: a canary is rolled back when the 95th percentile of its latency is higher.
+        max_disagreement: a canary is rolled back when a larger share of its answers differ from the main version's.
+        canary_window: how many of a canary's last requests count.
+        canary_least: number of requests before which a canary is not judged.
     """
 
     max_errors: float = 0.02
     max_latency_ms: float = 2000.0
     max_disagreement: float = 0.25
-    window: int = 500
-    least: int = 50
+    canary_window: int = 500
+    canary_least: int = 50
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -32,8 +32,8 @@ class RollbackLimits:
                 raise UserError(f"--{field.name} is {value}; expected a share between 0 and 1")
             if field.name not in ("max_errors", "max_disagreement") and not value > 0:
                 raise UserError(f"--{field.name} is {value}; expected a number above 0")
-        if self.least > self.window:
-            raise UserError(f"--least is {self.least}, above --window, {self.window}: no version would ever be judged")
+        if self.canary_least > self.canary_window:
+            raise UserError(f"--canary_least is {self.canary_least}, above --canary_window, {self.canary_window}: none would be judged")
 
 
 SLOW = 0.05  # share of the requests above the 95th percentile
@@ -70,7 +70,7 @@ class Shares:
 class Watch:
     """The outcomes of a version's last requests.
 
-    >>> watch = Watch(RollbackLimits(max_errors=0.1, window=20, least=10))
+    >>> watch = Watch(RollbackLimits(max_errors=0.1, canary_window=20, canary_least=10))
     >>> for i in range(10):
     ...     watch.ended(failed=i >= 8, seconds=0.01)
     >>> watch.verdict()
@@ -79,7 +79,7 @@ class Watch:
 
     def __init__(self, limits: RollbackLimits) -> None:
         self.limits = limits
-        self.failed, self.slow, self.differing = (Shares(limits.window) for _ in range(3))
+        self.failed, self.slow, self.differing = (Shares(limits.canary_window) for _ in range(3))
 
     def ended(self, *, failed: bool, seconds: float | None = None) -> None:
         """Adds a request; of a copy that answers nobody, without seconds."""
@@ -100,7 +100,7 @@ class Watch:
             "disagreement": (self.differing, limits.max_disagreement, "answers differed from the main version's"),
         }
         for reason, (shares, limit, what) in judged.items():
-            if len(shares) >= limits.least and shares.share > limit:
+            if len(shares) >= limits.canary_least and shares.share > limit:
                 return Verdict(reason, f"{shares.share:.1%} of its last {len(shares)} {what}, limit {limit:.0%}".replace("%", " %"))
         return None
 

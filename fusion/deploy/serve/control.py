@@ -26,7 +26,7 @@ COMMANDS = {
     "promote": "[VERSION]: make the canary or shadow the main version",
     "rollback": "end canaries and shadow; where there is none, return to the previous main version",
     "reload": "[PATH]: load the main version anew, or another one in its place, without losing a request",
-    "canary": "PATH=5%%: send a share of the requests to another version",
+    "canary": "PATH=5%: send a share of the requests to another version",
     "shadow": "PATH: send copies of all requests to another version",
 }
 
