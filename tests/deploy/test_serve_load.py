@@ -122,9 +122,7 @@ class Stages:
 
 def asked_here(paths, stages, sent, commands):
     """By a server in this process."""
-    service = service_of_path(
-        paths["main"], limits=Limits(max_queue=8), rollback=RollbackLimits(max_disagreement=1, max_latency_ms=60_000)
-    )
+    service = service_of_path(paths["main"], limits=Limits(max_queue=8), rollback=RollbackLimits(max_disagreement=1, max_latency_ms=60_000))
     with listening(service, partial(load, threads=1, max_megapixels=25.0)) as (host, port):
         asyncio.run(stages.all(f"http://{host}:{port}", sent, commands))
     assert (service.depth, service.copies, service.memory) == (0, 0, 0)

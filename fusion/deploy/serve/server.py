@@ -22,12 +22,14 @@ DRAIN_S = 30  # for requests in progress, when a signal has come
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket of this address, which doesn't listen yet. Raises UserError for a port in use, and a host that isn't this machine's."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port is {port}; expected a number up to 65535, 0 for any")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise no_port(error, host, port) from None
     return bound
 
@@ -40,10 +42,10 @@ def listen(bound: socket.socket) -> None:
         raise no_port(error, *bound.getsockname()[:2]) from None
 
 
-def no_port(error: OSError | OverflowError, host: str, port: int) -> UserError:
-    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+def no_port(error: OSError, host: str, port: int) -> UserError:
+    if error.errno == errno.EADDRINUSE:
         return UserError(f"port {port} of {host} is in use; choose another one: --port={port + 1}, or 0 for any")
-    return UserError(f"can't listen on port {port} of {host}: {getattr(error, 'strerror', None) or error}")
+    return UserError(f"can't listen on port {port} of {host}: {error.strerror or error}")
 
 
 class Server(uvicorn.Server):
