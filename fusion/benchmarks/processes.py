@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -35,3 +36,10 @@ def memory_mib(what: str) -> float:
 def forget_peak_memory() -> None:
     """From now on VmHWM is the peak since this call (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        return int(taken.getsockname()[1])

@@ -14,12 +14,14 @@ from fusion.benchmarks.overhead import benchmark_overhead
 from fusion.benchmarks.pretrained import benchmark_pretrained
 from fusion.benchmarks.ranks import benchmark_ranks
 from fusion.benchmarks.retrieval import benchmark_retrieval
+from fusion.benchmarks.serving import Setting, benchmark_serving
 from fusion.benchmarks.table import benchmark_table
 from fusion.cli.options import Options
 from fusion.errors import UserError, nearest
 from fusion.heads import available
+from fusion.packages.folder import is_package
 
-BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "table", "retrieval", "distilled", "gpu")
+BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "table", "retrieval", "distilled", "serve", "gpu")
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -40,6 +42,8 @@ def benchmark(arguments: Sequence[str]) -> int:
             "       fusion benchmark retrieval [--pairs N] [--chunk N] [--rounds N] --recipe NAME [any option of fit]\n"
             "       fusion benchmark distilled [--seeds N] [--teachers N] [--teacher OPTIONS | --given RUN ...] --recipe NAME\n"
             "                                  [any option of fit]\n"
+            "       fusion benchmark serve --run RUN_OR_PACKAGE [--against litserve] [--seconds N] [--rounds N] [--connections N]\n"
+            "                              [--batch_size N] [--pixels N] [--runs N] [--threads N]\n"
             "       fusion benchmark gpu [--scenes N]\n\n"
             "overhead: samples per second of the whole fit loop, of a bare PyTorch loop fed by the same loader, and of a bare loop\n"
             "over batches already in memory; same model and optimiser, alternating in one process.\n"
@@ -57,6 +61,8 @@ def benchmark(arguments: Sequence[str]) -> int:
             "distilled: validation and test scores of a model trained alone and by a teacher (model.teacher), over several seeds, with\n"
             "the interval of the difference; --teacher: the options of fit in which the teachers differ from it, as one argument;\n"
             "--teachers: how many, whose probabilities are averaged; --given: finished runs instead.\n"
+            "serve: requests per second and latency of fusion serve, compared with another server of the same model and with the model's\n"
+            "own batched throughput, the load generator on the same cores; --pixels: size of the pictures, by default the model's.\n"
             "gpu: one page of checks and measurements of this machine's GPUs, in under ten minutes; without one, those that need none."
         )
         return 0
@@ -69,6 +75,8 @@ def benchmark(arguments: Sequence[str]) -> int:
     if words[0] == "table":
         options = own_options_alone(words, rows=1_000_000, rounds=5)
         return benchmark_table(options.rows, options.rounds)
+    if words[0] == "serve":
+        return serving(words)
     if words[0] == "kills":
         options, rest = own_options(words, kills=20, seed=0)
         return benchmark_kills(rest, options.kills, options.seed)
@@ -109,6 +117,23 @@ def own_options_alone(words: Sequence[str], **defaults: Any) -> Any:
         known = ", ".join(f"--{name}" for name in defaults)
         raise UserError(f"fusion benchmark {words[0]}: unknown option {unknown[0]}. Known: {known}.")
     return options
+
+
+def serving(words: Sequence[str]) -> int:
+    """Measure the server."""
+    from fusion.deploy.serve.model import concurrency, has_gpu
+
+    numbers: dict[str, Any] = {"seconds": 20, "rounds": 3, "connections": 64, "batch_size": 32, "pixels": 0, "runs": 0, "threads": 0}
+    options = own_options_alone(words, run="", against=None, **numbers)
+    if not options.run:
+        raise UserError("fusion benchmark serve: --run is missing; expected a run or a package")
+    for name in ("seconds", "rounds", "connections", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")
+    path = Path(options.run).expanduser().resolve()
+    spread = concurrency(options.runs or None, options.threads or None, gpu=not is_package(path) and has_gpu())
+    sizes = (options.seconds, options.rounds, options.connections, options.batch_size, options.pixels or None)
+    return benchmark_serving(Setting(path, *sizes, spread.runs, spread.threads), options.against)
 
 
 def heads(arguments: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusion.benchmarks.processes import free_port
 from fusion.errors import INTERRUPTED, REQUEUE, USER_MISTAKE
 
 
@@ -120,9 +120,3 @@ os.execv(sys.executable, [sys.executable, "-m", "fusion", "fit", *sys.argv[1:]])
 def last_run(runs: str) -> str | None:
     """The latest run under this folder that has a checkpoint to resume from, or None."""
     return max((str(checkpoint.parent.parent) for checkpoint in Path(runs).glob("*/*/checkpoints/*.ckpt")), default=None)
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        return int(taken.getsockname()[1])

@@ -31,6 +31,11 @@ def values_of(body: bytes, content_type: str, inputs: Mapping[str, Reads], limit
         given = form_of(body, content_type, inputs)
     else:
         raise Rejected(415, "content_type", f"the content type is {kind or 'missing'}; expected {JSON} or {MULTIPART}")
+    return checked_values(given, inputs, limits)
+
+
+def checked_values(given: Mapping[str, Any], inputs: Mapping[str, Reads], limits: Limits) -> dict[str, Any]:
+    """The raw values in what was given, JSON's types and a form's bytes, by input. Raises Rejected."""
     values = {}
     for name, value in given.items():
         if name not in inputs:
