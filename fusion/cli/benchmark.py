@@ -11,6 +11,7 @@ from fusion.benchmarks.heads import benchmark_heads, curve
 from fusion.benchmarks.kills import benchmark_kills
 from fusion.benchmarks.memory import benchmark_memory
 from fusion.benchmarks.overhead import benchmark_overhead
+from fusion.benchmarks.packages import benchmark_packages
 from fusion.benchmarks.pretrained import benchmark_pretrained
 from fusion.benchmarks.ranks import benchmark_ranks
 from fusion.benchmarks.retrieval import benchmark_retrieval
@@ -21,7 +22,7 @@ from fusion.errors import UserError, nearest
 from fusion.heads import available
 from fusion.packages.folder import is_package
 
-BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "table", "retrieval", "distilled", "serve", "gpu")
+BENCHMARKS = ("overhead", "heads", "kills", "ranks", "memory", "pretrained", "table", "retrieval", "distilled", "packages", "serve", "gpu")
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -42,6 +43,7 @@ def benchmark(arguments: Sequence[str]) -> int:
             "       fusion benchmark retrieval [--pairs N] [--chunk N] [--rounds N] --recipe NAME [any option of fit]\n"
             "       fusion benchmark distilled [--seeds N] [--teachers N] [--teacher OPTIONS | --given RUN ...] --recipe NAME\n"
             "                                  [any option of fit]\n"
+            "       fusion benchmark packages --run RUN [--seconds N]\n"
             "       fusion benchmark serve --run RUN_OR_PACKAGE [--against litserve] [--seconds N] [--rounds N] [--connections N]\n"
             "                              [--batch_size N] [--pixels N] [--runs N] [--threads N]\n"
             "       fusion benchmark gpu [--scenes N]\n\n"
@@ -61,6 +63,7 @@ def benchmark(arguments: Sequence[str]) -> int:
             "distilled: validation and test scores of a model trained alone and by a teacher (model.teacher), over several seeds, with\n"
             "the interval of the difference; --teacher: the options of fit in which the teachers differ from it, as one argument;\n"
             "--teachers: how many, whose probabilities are averaged; --given: finished runs instead.\n"
+            "packages: latency and peak memory of a run's packages (onnx, torch, aot), beside PyTorch and torch.compile, in turns.\n"
             "serve: requests per second and latency of fusion serve, compared with another server of the same model and with the model's\n"
             "own batched throughput, the load generator on the same cores; --pixels: size of the pictures, by default the model's.\n"
             "gpu: one page of checks and measurements of this machine's GPUs, in under ten minutes; without one, those that need none."
@@ -72,6 +75,11 @@ def benchmark(arguments: Sequence[str]) -> int:
         return heads(words[1:])
     if words[0] == "gpu":
         return benchmark_gpu(own_options_alone(words, scenes=600).scenes)
+    if words[0] == "packages":
+        options = own_options_alone(words, run="", seconds=4)
+        if not options.run:
+            raise UserError("fusion benchmark packages: expected --run RUN")
+        return benchmark_packages(Path(options.run).expanduser(), options.seconds)
     if words[0] == "table":
         options = own_options_alone(words, rows=1_000_000, rounds=5)
         return benchmark_table(options.rows, options.rounds)

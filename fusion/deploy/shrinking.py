@@ -20,7 +20,7 @@ from fusion.predictor import Predictor, model_of
 from fusion.runs.bundle import WEIGHTS
 
 REPORT = "shrink.json"
-SENSITIVITY_SAMPLES = 64  # on which the cost of each layer alone is measured
+SENSITIVITY_SAMPLES = 16  # on which the cost of each layer alone is measured
 
 
 @dataclass(frozen=True)
