@@ -82,7 +82,8 @@ def test_every_head_trains_by_its_name_alone(
     monkeypatch.chdir(world)
     monkeypatch.setenv("FUSION_CACHE", str(world / "cache"))
     shape = [option for option in TINY if "head" not in option]
-    assert fit([*shape, f"--model.head={head}", f"--runs=runs-{head}"]) == 0
+    few = [f"--trainer.limit_{split}_batches=4" for split in ("train", "val", "test")]
+    assert fit([*shape, *few, f"--model.head={head}", f"--runs=runs-{head}"]) == 0
     assert f"head   {head}" in capsys.readouterr().out
 
 

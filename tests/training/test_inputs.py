@@ -120,9 +120,11 @@ def test_a_run_over_inputs_goes_on_to_the_bit(of_inputs, assert_resumes_to_the_b
     assert_resumes_to_the_bit("--recipe", of_inputs(inputs), *options, "--model.modality_dropout=0.3")
 
 
+KILLED = {"image, text and table": [[], [*FP16, *TWO_RANKS]], "text and text": [[]], "three pictures and text": [[*FP16, *TWO_RANKS]]}
+
+
 @pytest.mark.slow
-@every_set
-@pytest.mark.parametrize("options", [[], [*FP16, *TWO_RANKS]], ids=["fp32 on one rank", "fp16 on two"])
+@pytest.mark.parametrize(("inputs", "options"), [(name, options) for name, several in KILLED.items() for options in several])
 def test_a_run_over_inputs_that_is_killed_ends_where_an_undisturbed_one_does(of_inputs, inputs, options, capsys):
     long = ["--trainer.max_epochs=12", "--checkpoint.every_updates=4", "--model.modality_dropout=0.3"]
     assert benchmark_kills(["--recipe", str(of_inputs(inputs)), *options, *long], kills=2, seed=1) == 0

@@ -138,7 +138,7 @@ def test_a_resumed_run_of_two_ranks_reports_all_its_samples_once(tiny, fit_on_tw
 
 @pytest.mark.slow
 def test_a_compiled_model_mixes_alike(tiny, fit_here):
-    short = [*BOTH, *SHORT, *NO_VALIDATION, "--trainer.limit_test_batches=0"]
+    short = [*BOTH, *SHORT, *NO_VALIDATION, "--trainer.limit_test_batches=0", '--model.image.init_args.options={"depth": 1}']
     plain, compiled = (fit_here("--recipe", tiny(), *short, f"--model.compile={on}", runs=on) for on in ("false", "true"))
     assert compiled.column("train/loss_step") == pytest.approx(plain.column("train/loss_step"), abs=1e-5)
 
