@@ -170,7 +170,7 @@ class FusionCLI(LateCLI):
 
 
 def absolute_path(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path)) if path else path
+    return os.path.abspath(os.path.expanduser(path)) if path and "://" not in path else path
 
 
 def own_ddp(settings: Any) -> DDP | None:
