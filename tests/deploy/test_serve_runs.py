@@ -202,6 +202,19 @@ def test_the_version_changes_with_the_weights_and_not_with_the_place(run, tmp_pa
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_a_run_on_a_hub_is_served_without_importing_what_it_names(run, tmp_path, monkeypatch):
+    folder = shutil.copytree(run, tmp_path / "snapshot")
+    monkeypatch.setattr("fusion.deploy.hub.model_folder", lambda name: folder if name == "hf://ada/shoes@v1" else pytest.fail(name))
+    loaded = load("hf://ada/shoes@v1", threads=1, max_megapixels=1.0)
+    assert loaded.version == f"ada/shoes-{load(run, threads=1, max_megapixels=1.0).version.rsplit('-', 1)[1]}"
+    about = json.loads((folder / "model.json").read_text())
+    about["processor"]["task"]["class"] = "antigravity.Task"
+    (folder / "model.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="antigravity"):
+        load("hf://ada/shoes@v1", threads=1, max_megapixels=1.0)
+    assert "antigravity" not in sys.modules
+
+
 def test_what_is_no_model_is_rejected(tmp_path):
     with pytest.raises(UserError, match="there is no run or package"):
         load(tmp_path / "nowhere", threads=1, max_megapixels=1.0)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from fusion.errors import UserError
+from fusion.hub_files import SCHEME, is_hub_name
 from fusion.packages.folder import is_package
 from fusion.predictions import Output, Predictions, RawPredictor
 
@@ -117,23 +118,11 @@ class Loaded(NamedTuple):
 def load(path: str | Path, *, threads: int, max_megapixels: float, device: str | None = None) -> Loaded:
     """Load a model for serving. Raises UserError for anything but a run or a package.
 
-    path: a run, a model's folder, a checkpoint or a package. threads: of one call of the model. max_megapixels: larger images are rejected;
-    a lower limit of the model's own is kept. device: None for the CPU, and for runs the GPU if there is one.
+    path: a run, a model's folder, a checkpoint or a package, or a run on a hub, hf://USER/NAME. threads: of one call of the model.
+    max_megapixels: larger images are rejected; a lower limit of the model's own is kept. device: None for the CPU, and for runs the GPU if
+    there is one.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"there is no run or package {path}")
-    options: dict[str, Any] = {} if device is None else {"device": device}
-    packaged = is_package(path)
-    predictor: Any
-    if packaged:
-        from fusion.packages.package import Package
-
-        predictor = Package.load(path, threads=threads, **options)
-    else:
-        from fusion.predictor import Predictor  # which imports torch
-
-        predictor = Predictor.load(path, **options)
+    predictor, version = predictor_of(path, threads, {} if device is None else {"device": device})
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
     model = Served(predictor)
@@ -141,7 +130,29 @@ def load(path: str | Path, *, threads: int, max_megapixels: float, device: str |
         if preprocessor.form == "image":
             most = min(preprocessor.spec.max_megapixels, max_megapixels)
             preprocessor.spec = dataclasses.replace(preprocessor.spec, max_megapixels=most)
-    return Loaded(model, f"{name_of(path)}-{(predictor.version if packaged else digest_of(path))[:8]}")
+    return Loaded(model, version)
+
+
+def predictor_of(path: str | Path, threads: int, options: dict[str, Any]) -> tuple[RawPredictor, str]:
+    """A predictor, and its version. torch is imported for runs alone."""
+    if is_hub_name(path):
+        from fusion.deploy.hub import model_folder
+        from fusion.predictor import Predictor
+
+        folder = model_folder(str(path))
+        name = str(path).removeprefix(SCHEME).partition("@")[0]
+        return Predictor.from_file(folder, trusted=(), **options), f"{name}-{digest_of(folder)[:8]}"
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"there is no run or package {path}")
+    if is_package(path):
+        from fusion.packages.package import Package
+
+        package = Package.load(path, threads=threads, **options)
+        return package, f"{name_of(path)}-{package.version[:8]}"
+    from fusion.predictor import Predictor
+
+    return Predictor.load(path, **options), f"{name_of(path)}-{digest_of(path)[:8]}"
 
 
 def name_of(path: Path) -> str:
