@@ -80,7 +80,7 @@ def run(path: str, options: Any) -> int:
     from fusion.deploy.serve.canary import RollbackLimits
     from fusion.deploy.serve.control import Control, canary_of, ready
     from fusion.deploy.serve.limits import Limits
-    from fusion.deploy.serve.model import concurrency, has_gpu, load
+    from fusion.deploy.serve.model import bound_embedded_images, concurrency, has_gpu, load
     from fusion.deploy.serve.server import Server, bound_socket, listen, url_of
     from fusion.deploy.serve.service import Service
     from fusion.deploy.serve.versions import Versions, check_shares
@@ -95,6 +95,7 @@ def run(path: str, options: Any) -> int:
     bound = bound_socket(options.host, options.port)
     on_gpu = options.device == "cuda" or (options.device is None and not is_package(path) and has_gpu())
     spread = concurrency(options.runs, options.threads, options.pool, gpu=on_gpu)
+    bound_embedded_images(limits.max_megapixels)
     load_one = partial(load, threads=spread.threads, max_megapixels=limits.max_megapixels, device=options.device)
     versions = Versions(ready(path, load_one, options.batch_size), rollback)
     for canary, share in canaries:

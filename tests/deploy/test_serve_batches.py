@@ -138,6 +138,34 @@ def test_a_thread_takes_the_most_urgent_work_and_copies_last():
     ]
 
 
+def test_a_batch_is_run_on_time_though_another_thread_is_kept_by_a_job():
+    release, held, ran, done = threading.Event(), threading.Semaphore(0), threading.Semaphore(0), []
+
+    def preprocess(job):
+        if job == "slow":
+            held.release()
+            assert release.wait(PATIENCE_S)
+        return waiting(job)
+
+    def run(batch):
+        done.extend(names(batch))
+        ran.release()
+
+    pool = Pool(preprocess, run, Batcher(lambda job: False, batch_size=10, wait_s=0.01), threads=2, runs=2)
+    pool.start()
+    for i in range(50):
+        release.clear()
+        for job in ("quick", "slow") if i % 2 else ("slow", "quick"):
+            pool.put(job)
+        assert held.acquire(timeout=PATIENCE_S)
+        assert ran.acquire(timeout=PATIENCE_S)
+        assert done[-1] == "quick"
+        release.set()
+        assert ran.acquire(timeout=PATIENCE_S)
+    pool.close()
+    assert done == ["quick", "slow"] * 50
+
+
 def test_no_more_batches_run_at_once_than_are_allowed():
     held = Held(threads=3, runs=1, size=1)
     for one in ("a", "b", "c"):

@@ -1,15 +1,21 @@
 """Bodies of requests: what is read of them, and what is rejected, each with its status."""
 
 import base64
+import contextlib
+import io
 import json
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from serving import JSON, Parity, asked, counted, encoded, parity_of, picture, png, service_of
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from serving import JSON, Parity, asked, counted, encoded, parity_of, picture, png, service_of, version_of
 
 from fusion.deploy.serve.limits import Limits, Rejected
+from fusion.deploy.serve.model import bound_embedded_images
 from fusion.deploy.serve.requests import Url, values_of
 from fusion.processing.image import ImagePreprocessor
 from fusion.processing.images import ImageSpec
@@ -33,14 +39,18 @@ def form(*parts: tuple[str, bytes], boundary: str = "frontier") -> bytes:
 
 
 MULTIPART = "multipart/form-data; boundary=frontier"
-BOMB = b"\x89PNG\r\n\x1a\n" + b"".join(
-    struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-    for name, data in (
-        (b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(bytes(10_000_000))),
-        (b"IEND", b""),
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A small PNG whose header announces a large image."""
+    header, content = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), zlib.compress(bytes(10_000_000))
+    chunks = ((b"IHDR", header), (b"IDAT", content), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
-)
+
+
+BOMB = bomb(60_000, 60_000)
 
 
 def test_json_and_a_form_give_the_same_values():
@@ -157,6 +167,62 @@ def test_bad_requests_cost_no_other_one():
 def test_a_decompression_bomb_is_rejected_by_its_header():
     answer = asked(service_of(), lambda client: client.post("/predict", json={"image": encoded(BOMB)}))
     assert (answer.status_code, answer.json()["error"]) == (422, "its image can't be read: 3600.0 megapixels, limit 1")
+
+
+def test_a_bomb_inside_an_icon_is_rejected_by_its_own_header(monkeypatch):
+    inner = bomb(1_200, 1_000)
+    icon = b"\x00\x00\x01\x00\x01\x00" + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # restores it
+    bound_embedded_images(1.0)
+    answer = asked(service_of(), lambda client: client.post("/predict", json={"image": encoded(icon)}))
+    assert answer.status_code == 422
+    assert answer.json()["error"] == "its image can't be read: more megapixels than Pillow allows in this format"
+
+
+def fuzzed(body: bytes, content_type: str) -> None:
+    """Reads a body, which may be rejected, by a 4xx alone."""
+    try:
+        read(body, content_type)
+    except Rejected as rejected:
+        assert 400 <= rejected.status < 500  # noqa: PT017
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["http://a", "data:,", "aa=="]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([*INPUTS, "price", "x"]), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*INPUTS, "other"]), ANYTHING, max_size=4))
+def test_any_json_is_read_or_rejected_by_a_4xx(body):
+    fuzzed(json.dumps(body).encode(), "application/json")
+
+
+@given(
+    st.binary(max_size=200),
+    st.sampled_from(["application/json", MULTIPART, 'multipart/form-data; boundary="', "multipart/form-data; boundary=é"]),
+)
+def test_any_bytes_are_read_or_rejected_by_a_4xx(body, content_type):
+    fuzzed(body, content_type)
+    fuzzed(form(("text", body), ("facts", body)), content_type)
+
+
+@given(st.text(st.characters(codec="latin-1"), max_size=60))  # as headers are decoded
+def test_any_content_type_is_read_or_rejected_by_a_4xx(content_type):
+    fuzzed(form(("text", b"a")), content_type)
+    fuzzed(form(("text", b"a")), f"multipart/form-data; {content_type}")
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+@given(st.binary(max_size=120), st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO"]), st.integers(0, 400))
+def test_any_image_is_read_or_rejected_by_a_4xx(content, kind, at):
+    """Files with a part of them overwritten."""
+    file = io.BytesIO()
+    Image.fromarray(picture(0, 16)).save(file, kind)
+    spoilt = file.getvalue()[:at] + content + file.getvalue()[at + len(content) :]
+    with contextlib.suppress(Rejected):
+        version_of(Parity(), "main").row({"image": spoilt})
 
 
 def test_the_answer_names_what_was_present():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 from fusion.errors import UserError
 from fusion.hub_files import SCHEME, is_hub_name
@@ -175,6 +176,12 @@ def digest_of(path: Path) -> str:
         with open(file, "rb") as content:
             digest.update(f"{file.name}\0".encode() + hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
+
+
+def bound_embedded_images(max_megapixels: float) -> None:
+    """Bounds images inside other files (ICO, ICNS) in this process, whose size the outer headers don't say: Pillow rejects them beyond
+    twice its limit."""
+    Image.MAX_IMAGE_PIXELS = max(int(max_megapixels * 1e6 / 2), 1)
 
 
 class Concurrency(NamedTuple):
