@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
@@ -116,11 +115,7 @@ def run(path: str, options: Any) -> int:
     listen(bound)
     served = ", ".join(f"{version.name} ({role})" for version, role in versions.roles().items())
     print_rank_zero(f"serving {served} at {url_of(bound)}: batches of {options.batch_size}, {spread.runs} at once")
-    sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(server.serve_until_signal(bound))
     print_rank_zero(f"drained: {server.server_state.total_requests:,} requests answered")
     return 0
-
-
-SWITCH_S = 0.0005  # after which a thread gives way to others: an answer must not wait for Python's usual 5 ms each time
