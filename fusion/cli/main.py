@@ -50,7 +50,7 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
         # Imported here, so that help and mistyped commands don't wait for torch.
         with installed(f"fusion {name}"):
             command: Callable[[list[str]], int] = getattr(import_module(f"fusion.cli.{name}"), name)
-        with printing():
+        with printing(), installed(f"fusion {name}"):  # some packages are imported when they are needed
             status = command(words)
         together = True
     except UserError as error:

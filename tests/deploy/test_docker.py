@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from fusion.cli.serve import parser_of
+from fusion.deploy.serve.metrics import Metrics
+
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
@@ -95,8 +98,7 @@ def test_the_server_is_started_asked_and_stopped_as_it_expects() -> None:
     assert json.loads(last["CMD"]) == ["/model", "--host", "0.0.0.0", "--port", last["EXPOSE"]]
     assert f"http://127.0.0.1:{last['EXPOSE']}/healthz" in last["HEALTHCHECK"]
     assert last["STOPSIGNAL"] == "SIGTERM"
-    command = pytest.importorskip("fusion.cli.serve")
-    options = command.parser_of().parse_args(json.loads(last["CMD"]))
+    options = parser_of().parse_args(json.loads(last["CMD"]))
     assert (options.words, options.host, options.port) == (["/model"], "0.0.0.0", 8000)
 
 
@@ -184,7 +186,7 @@ def test_the_dashboard_shows_every_metric_of_the_request_that_it_serves() -> Non
 
 
 def test_the_server_defines_every_metric_and_label_of_the_dashboard() -> None:
-    metrics = pytest.importorskip("fusion.deploy.serve.metrics").Metrics()
+    metrics = Metrics()
     suffixes = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"], "Summary": ["_sum", "_count"]}
     defined: dict[str, set[str]] = {}
     for metric in vars(metrics).values():
