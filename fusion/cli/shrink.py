@@ -22,6 +22,7 @@ def shrink(arguments: Sequence[str]) -> int:
     parser.add_argument("--calibration_samples", type=above_zero, default=128, help="number of samples that calibrate")
     parser.add_argument("--samples", type=above_zero, default=2000, help="at most this many samples of each split are scored")
     parser.add_argument("--most_lost", type=share, default=0.005, help="of the main score, there; layers that cost more stay float32")
+    parser.add_argument("--most_changed", type=share, default=0.02, help="of its samples' answers; likewise")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing, for each model and number of samples")
     parser.add_argument("--replace", action="store_true", help="replace an earlier package in that folder")
     options = parser.parse_args(arguments)
@@ -33,6 +34,7 @@ def shrink(arguments: Sequence[str]) -> int:
         calibration_samples=options.calibration_samples,
         samples=options.samples,
         most_lost=options.most_lost,
+        most_changed=options.most_changed,
         seconds=options.seconds,
         replace=options.replace,
         report=lambda line: print(line, flush=True),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,14 @@ from fusion.errors import UserError
 
 RANGES = "ranges.json"  # of activations
 STATIC, DYNAMIC = ("Conv",), ("MatMul", "Gemm", "Gather")
+
+
+class Verdict(NamedTuple):
+    """What a quantised model costs on validation. fits: whether it stays within the limits. score: its main score. text: for the report."""
+
+    fits: bool
+    score: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -86,37 +94,35 @@ def quantised_within(
     source: Path,
     target: Path,
     calibration: Sequence[Mapping[str, np.ndarray]],
-    lost: Callable[[Path], tuple[float, float]],
+    judge: Callable[[Path], Verdict],
     difference: Callable[[Path], float],
-    most_lost: float,
     report: Callable[[str], None] = lambda line: None,
 ) -> Quantised:
-    """Quantises a model, leaving layers in float32 until at most `most_lost` of the score is lost on validation.
+    """Quantises a model, leaving layers in float32 until it stays within the limits on validation.
 
     Layers are excluded in the order of the difference that each alone makes to the values, the largest first: 1, 2, 4, ... of them. Only
-    convolutions are tried if the rest loses no more than that, or only the rest.
+    convolutions are tried if the model without them stays within the limits, or only the rest.
 
     Args:
         source: the .onnx file, prepared by `prepared`.
         target: file to write.
         calibration: batches by the names of the graph's inputs.
-        lost: of a model file, what is lost on validation, and its score.
+        judge: of a model file, what it costs on validation.
         difference: of a model file, the mean difference of its values from those of the source.
-        most_lost: limit of `lost`.
         report: called with a line for each attempt.
     """
     every = layers(source)
     count = quantise(source, target, calibration)
-    found, score = lost(target)
-    report(f"{count} layers in 8 bits: {score:.4f} on validation, {found:+.4f} lost")
-    if found <= most_lost:
-        return Quantised(count, [], score)
+    verdict = judge(target)
+    report(f"{count} layers in 8 bits: {verdict.text}")
+    if verdict.fits:
+        return Quantised(count, [], verdict.score)
     candidates = every
     for kind, group in by_kind(source).items():
         count = quantise(source, target, calibration, group)
-        found, score = lost(target)
-        report(f"{count} layers in 8 bits, without {kind}: {score:.4f} on validation, {found:+.4f} lost")
-        if found <= most_lost and len(group) < len(candidates):
+        verdict = judge(target)
+        report(f"{count} layers in 8 bits, without {kind}: {verdict.text}")
+        if verdict.fits and len(group) < len(candidates):
             candidates = group
     costs = {}
     for name in candidates:
@@ -127,10 +133,10 @@ def quantised_within(
     while True:
         chosen = ordered[:excluded]
         count = quantise(source, target, calibration, chosen)
-        found, score = lost(target)
-        report(f"{count} layers in 8 bits, {len(chosen)} excluded: {score:.4f} on validation, {found:+.4f} lost")
-        if found <= most_lost or len(chosen) == len(candidates):
-            return Quantised(count, chosen, score)
+        verdict = judge(target)
+        report(f"{count} layers in 8 bits, {len(chosen)} excluded: {verdict.text}")
+        if verdict.fits or len(chosen) == len(candidates):
+            return Quantised(count, chosen, verdict.score)
         excluded *= 2
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fusion.deploy.comparison import Compared, compare, in_eager, size_of
 from fusion.deploy.exporting import about_of, graph_of, write_graph, write_package
-from fusion.deploy.int8 import RANGES, Quantised, prepared, quantised_within
+from fusion.deploy.int8 import RANGES, Quantised, Verdict, prepared, quantised_within
 from fusion.deploy.split_arrays import SplitArrays, lost
 from fusion.errors import UserError
 from fusion.packages.folder import check_free, new_folder, write_json
@@ -42,6 +42,7 @@ def shrink_to_int8(
     calibration_samples: int = 128,
     samples: int | None = 2000,
     most_lost: float = 0.005,
+    most_changed: float = 0.02,
     seconds: float = 2.0,
     replace: bool = False,
     report: Callable[[str], None] = lambda line: None,
@@ -56,6 +57,8 @@ def shrink_to_int8(
         calibration_samples: number of samples that calibrate.
         samples: number of samples of each split that are scored; None for all.
         most_lost: how much of the task's main score may be lost on that split; layers that cost more stay in float32.
+        most_changed: the largest share of that split's samples whose answer (a class, the set of labels) may change: on few samples the
+            score alone says little.
         seconds: of timing, for each model and number of samples.
         replace: whether an earlier package may be replaced.
         report: called with a line for each attempt.
@@ -66,6 +69,8 @@ def shrink_to_int8(
         raise UserError("--calibration_split test: layers would be chosen by the samples that judge the result; expected val or train")
     if not 0 <= most_lost < 1:
         raise UserError(f"--most_lost is {most_lost}; expected from 0 to below 1, such as 0.005 for half a point")
+    if not 0 <= most_changed <= 1:
+        raise UserError(f"--most_changed is {most_changed}; expected a share, from 0 to 1")
     folder, source = Path(out).expanduser(), Path(run).expanduser()
     check_free(folder, replace=replace)
     path, note = model_of(source, checkpoint)
@@ -92,16 +97,19 @@ def shrink_to_int8(
         before = chosen.score(expected, score)
         report(f"float32: {before:.4f} on {calibration_split} ({len(chosen):,} samples)")
 
-        def lost_of(file: Path) -> tuple[float, float]:
-            found = chosen.score(chosen.values(load(file)), score)
-            return lost(predictor.processor.task, before, found), found
+        def judge(file: Path) -> Verdict:
+            values = chosen.values(load(file))
+            found, changed = chosen.score(values, score), chosen.changed(values, expected)
+            missing = lost(predictor.processor.task, before, found)
+            text = f"{found:.4f} on {calibration_split}, {missing:+.4f} lost, {changed:.1%} of the answers changed"
+            return Verdict(missing <= most_lost and changed <= most_changed, found, text)
 
         def difference_of(file: Path) -> float:
             batch = {name: array[:SENSITIVITY_SAMPLES] for name, array in chosen.batches[0].items()}
             return float(np.abs(load(file)(batch) - expected[:SENSITIVITY_SAMPLES]).mean())
 
         calibration = first_batches(chosen, calibration_samples)
-        quantised = quantised_within(ready, small, calibration, lost_of, difference_of, most_lost, report)
+        quantised = quantised_within(ready, small, calibration, judge, difference_of, report)
         models = {
             "float32 (PyTorch)": (in_eager(graph), size_of(path / WEIGHTS) if path.is_dir() else size_of(full)),
             "float32 (ONNX Runtime)": (load(full), size_of(full)),

@@ -80,6 +80,11 @@ class SplitArrays:
         """One score of values (n, K)."""
         return score(self.task, torch.from_numpy(values), self.cells).get(name, float("nan"))
 
+    def changed(self, values: np.ndarray, before: np.ndarray) -> float:
+        """The share of samples whose answer is another one than before; 0 for numbers, which always differ a little."""
+        now, then = self.task.answers(values), self.task.answers(before)
+        return 0.0 if isinstance(then[0], float) else float(np.mean([one != other for one, other in zip(now, then, strict=True)]))
+
     def interval(self, values: np.ndarray, name: str) -> tuple[float, float]:
         """A 95 % interval of a score over the drawing of samples: Wilson's for a share of right samples, which also holds near 0 and 1; for
         others the percentile bootstrap, always with the same 200 resamples."""

@@ -11,7 +11,7 @@ from torch import nn
 
 import fusion
 from fusion.cli.shrink import shrink
-from fusion.deploy.int8 import layers, prepared, quantised_within
+from fusion.deploy.int8 import Verdict, layers, prepared, quantised_within
 from fusion.deploy.latency import latencies
 from fusion.deploy.shrinking import shrink_to_int8
 from fusion.deploy.split_arrays import SplitArrays, lost
@@ -26,7 +26,17 @@ def run(tiny, fit_here):
 
 
 def test_a_run_in_8_bits_is_a_package_whose_report_says_what_it_cost(run, tmp_path, capsys):
-    words = ["--run", str(run.folder), "--method", "int8", "--out", str(tmp_path / "small"), "--most_lost=0.5", "--seconds=0.1"]
+    words = [
+        "--run",
+        str(run.folder),
+        "--method",
+        "int8",
+        "--out",
+        str(tmp_path / "small"),
+        "--most_lost=0.5",
+        "--most_changed=0.5",
+        "--seconds=0.1",
+    ]
     assert shrink(words) == 0
     printed = capsys.readouterr().out
     assert "layers in 8 bits" in printed
@@ -77,11 +87,11 @@ def test_the_layer_that_costs_is_left_in_32_bits_and_the_others_are_not(tmp_path
     def difference(file):
         return float(np.abs(OnnxRuntime(file, ["x"], 1)(arrays) - expected).mean())
 
-    def lost_of(file):
-        return difference(file), 1 - difference(file)
+    def within(limit):
+        return lambda file: Verdict(difference(file) <= limit, 1 - difference(file), "")
 
     lines = []
-    found = quantised_within(ready, small, [arrays], lost_of, difference, 0.02, lines.append)
+    found = quantised_within(ready, small, [arrays], within(0.02), difference, lines.append)
     assert len(layers(ready)) == 3
     assert len(found.excluded) == 1
     onnx = pytest.importorskip("onnx")
@@ -92,8 +102,8 @@ def test_the_layer_that_costs_is_left_in_32_bits_and_the_others_are_not(tmp_path
     assert 8 in weight.shape
     assert difference(small) <= 0.02
     assert len(lines) == 2
-    assert quantised_within(ready, small, [arrays], lost_of, difference, 1e9).excluded == []
-    everything = quantised_within(ready, small, [arrays], lost_of, difference, -1.0)
+    assert quantised_within(ready, small, [arrays], within(1e9), difference).excluded == []
+    everything = quantised_within(ready, small, [arrays], within(-1.0), difference)
     assert len(everything.excluded) == 3  # nothing helps, so that nothing is quantised
     assert difference(small) < 1e-5
 
@@ -113,6 +123,8 @@ def test_intervals_cover_what_they_say():
     each = np.where(np.arange(100) < 80, -math.log(0.8), -math.log(0.2))
     half = 1.96 * each.std() / 10  # by the central limit theorem
     assert (low, high) == pytest.approx((each.mean() - half, each.mean() + half), abs=0.03)
+    assert samples.changed(values, values) == 0
+    assert samples.changed(values, values[:, ::-1]) == 1
     assert samples.values(lambda arrays: arrays["x"]).tolist() == values.tolist()
 
 
