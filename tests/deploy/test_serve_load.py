@@ -139,8 +139,8 @@ def asked_of_a_process(paths, stages, sent, commands):
 
 @pytest.mark.parametrize(
     ("count", "ask"),
-    [(300, asked_here), pytest.param(10_000, asked_of_a_process, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
-    ids=["300", "10000"],
+    [(150, asked_here), pytest.param(10_000, asked_of_a_process, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    ids=["150", "10000"],
 )
 def test_distinct_requests_under_load_and_faults_are_answered_as_offline(count, ask, tmp_path):
     paths = {name: write_model(tmp_path / name / "model", seed=seed, table=True) for name, seed in (("main", 0), ("new", 1), ("newer", 2))}
