@@ -145,7 +145,7 @@ def fit_on_two(tmp_path):
     that has all modules loaded, since to load them takes longer than to train.
     """
 
-    def run(recipe, *arguments, engine=TWO, runs="runs"):
+    def run(recipe, *arguments, engine=TWO, runs="runs", timeout_s=100):
         goes_on = Path(recipe).is_dir()
         words = ["--resume", str(recipe), *arguments]
         if not goes_on:
@@ -156,7 +156,7 @@ def fit_on_two(tmp_path):
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join(100)
+            rank.join(timeout_s)
             rank.kill()
         told = [file.read_text() for file in prints]
         assert [rank.exitcode for rank in ranks] == [0, 0], "\n".join(told)

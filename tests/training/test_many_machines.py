@@ -105,7 +105,7 @@ def test_compiled_shares_train_what_the_others_do(tiny, fit_on_two):
     options = ["--trainer.max_steps=4", '--model.image.init_args.options={"depth": 2}', "--trainer.limit_val_batches=0"]
     losses = []
     for compiled in ("false", "true"):
-        run, _ = fit_on_two(tiny(), *options, f"--model.compile={compiled}", engine=FSDP, runs=compiled)
+        run, _ = fit_on_two(tiny(), *options, f"--model.compile={compiled}", engine=FSDP, runs=compiled, timeout_s=400)
         losses.append(run.column("train/loss_step"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
