@@ -82,11 +82,9 @@ def of(name: str) -> Any:
     return partial(HEADS[name], **SMALL.get(name, {}))
 
 
-every_target = pytest.mark.parametrize("to", ["onnx", pytest.param("torch", marks=pytest.mark.slow)])
-
-
-@pytest.mark.parametrize("name", [name if name == "CrossAttention" else pytest.param(name, marks=pytest.mark.slow) for name in HEADS])
-@every_target
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("to", ["onnx", "torch"])
 def test_every_head_is_exported(name: str, to: str, tmp_path: Path) -> None:
     assert_exports(graph(of(name)), to, tmp_path)
 
