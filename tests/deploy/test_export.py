@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_heads import SMALL
 from test_timm_families import ONE_BLOCK, smallest
-from test_transformers_text import CONFIGS, EVERY, make
+from test_transformers_text import EVERY, make
 
 from fusion.deploy.exporting import TOLERANCE, largest_difference, write_graph
 from fusion.deploy.graph import Graph, checked_batches
@@ -127,12 +127,14 @@ def test_every_kind_of_input_is_exported(name: str, tmp_path: Path) -> None:
     assert_exports(graph(partial(CrossAttention, dim=8, depth=1, num_heads=2, direction="both"), **KINDS[name]()), "onnx", tmp_path)
 
 
+# What heads read of an encoder: pooled features of every family, embeddings and levels of some that compute them in other ways.
+READINGS = [(kind, Concat) for kind in EVERY] + [(kind, LevelWeighted) for kind in ("bert", "t5", "gpt2")]
+READINGS += [(kind, JointTransformer) for kind in ("bert", "deberta-v2", "modernbert")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("head", [Concat, JointTransformer, LevelWeighted])
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize(("kind", "head"), READINGS)
 def test_every_family_of_text_encoders_is_exported(kind: str, head: type[FusionHead], tmp_path: Path) -> None:
-    if head is JointTransformer and kind not in CONFIGS:
-        pytest.skip("has no embeddings for early fusion")
     assert_exports(graph(of(head.__name__), image=images(), text=texts(kind)), "onnx", tmp_path)
 
 
