@@ -17,8 +17,9 @@ from fusion.errors import UserError
 from fusion.heads import FusionHead
 from fusion.model import FusionModel
 from fusion.predictions import Output, RawPredictor
+from fusion.pruning.widths import narrow
 from fusion.rebuilding import class_of, importing_only, rebuilt
-from fusion.runs.bundle import MODEL, is_bundle, of_checkpoint, read_bundle
+from fusion.runs.bundle import MODEL, PRUNED, is_bundle, of_checkpoint, read_bundle
 from fusion.runs.checkpoint_files import read_checkpoint
 from fusion.tasks import Task
 
@@ -61,6 +62,7 @@ class Predictor(RawPredictor):
             encoders = {name: rebuilt(spec, Encoder) for name, spec in about["encoders"].items()}
             head = partial(class_of(about["head"], FusionHead), **about["head"]["init"])
             model = FusionModel.build(encoders, head, processor.task.out_dim)
+            narrow(model, about.get(PRUNED, {}), str(path))
             add_adapters(model.encoders, about["adapters"])
         model.load_state_dict(weights)
         return cls(model, processor, device or ("cuda" if torch.cuda.is_available() else "cpu"))

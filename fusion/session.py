@@ -67,8 +67,11 @@ def fit(arguments: Sequence[str]) -> int:
         return train(arguments).status
 
 
-def train(arguments: Sequence[str]) -> Outcome:
-    """Train or resume a run as the command's arguments say, and score it. Raises UserError for invalid settings."""
+def train(arguments: Sequence[str], folder: Path | None = None) -> Outcome:
+    """Train or resume a run as the command's arguments say, and score it. Raises UserError for invalid settings.
+
+    folder: of a new run, which exists; None: a new one in the folder of runs.
+    """
     silence_harmless_warnings()
     cli, resumed = parse_settings(arguments)
     recipe = cli.resolved()
@@ -79,9 +82,9 @@ def train(arguments: Sequence[str]) -> Outcome:
     seed_everything(cli.config.seed_everything, workers=True)
     choose_kernels(cli.config.float32_matmul_precision)
     checkpoint = BestAndLast(cli.config.checkpoint.every_updates, cli.config.checkpoint.every_minutes)
-    folder = None
+    given, folder = folder, None
     if is_rank_zero():
-        folder = resumed or new_run_folder(Path(cli.config.runs), run_name(arguments))
+        folder = resumed or given or new_run_folder(Path(cli.config.runs), run_name(arguments))
     run = RunFolder(folder, recipe, checkpoint, log=cli.config.trainer.logger is None)
     try:
         start, warning = newest_intact(resumed / "checkpoints") if resumed is not None else (None, None)
@@ -113,7 +116,7 @@ def train(arguments: Sequence[str]) -> Outcome:
                     print_rank_zero(f"note: {note}")
             print_rank_zero(load_weights(model.model, file, data.processor))
     except BaseException:
-        if folder is not None and resumed is None:
+        if folder is not None and resumed is None and given is None:
             folder.rmdir()
         raise
     if folder is not None:

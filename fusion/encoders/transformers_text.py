@@ -50,6 +50,8 @@ class TransformersText(Encoder):
         dtype: dtype of the weights, regardless of that in the file; features of half-precision weights have torch's default dtype.
         resize_embeddings: enlarge the word embeddings for a tokenizer that has more tokens, which is rejected otherwise; the new ones start
             near the mean of the others.
+        trim_vocabulary: drop the embeddings of tokens that no training text has, except single characters and special tokens, so that other
+            words are divided into shorter pieces; for tokenizers of BERT's family (WordPiece).
         attention: attention implementation on GPUs: "sdpa" also computes padding, up to the longest text of a batch; "flash_attention_2"
             (needs the package flash-attn and half precision) skips padding, "flex_attention" skips blocks of 128 padded tokens. Not stored
             in checkpoints: the weights are the same, and predictions use "sdpa".
@@ -58,6 +60,7 @@ class TransformersText(Encoder):
     """
 
     takes = Texts
+    trim_vocabulary: bool = False
 
     def __init__(
         self,
@@ -70,12 +73,16 @@ class TransformersText(Encoder):
         frozen: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         resize_embeddings: bool = False,
+        trim_vocabulary: bool = False,
         attention: Literal["sdpa", "flash_attention_2", "flex_attention"] = "sdpa",
     ) -> None:
         super().__init__()
         if (name_or_path is None) == (config is None):
             raise UserError("text encoder: give exactly one of name_or_path (hub name or folder) and config (from scratch)")
+        if trim_vocabulary and config is not None:
+            raise UserError("text encoder: trim_vocabulary is for pretrained models; a model from scratch has a vocabulary of its texts")
         self.name_or_path, self.from_scratch = name_or_path, config is not None
+        self.trim_vocabulary = trim_vocabulary
         self.dtype, self.resize_embeddings = dtype_of(dtype), resize_embeddings
         check_pooling(pooling)
         if config is not None:
@@ -290,12 +297,25 @@ class TransformersText(Encoder):
             raise ValueError("only a text encoder made from a config has a vocabulary to fit")
         if size > self.vocab_size:
             raise UserError(f"{size} tokens don't fit the {self.vocab_size} embeddings of the text encoder")
+        self.keep_tokens(range(size))
+
+    def keep_tokens(self, rows: Sequence[int]) -> None:
+        """Keep the word embeddings of these tokens, in this order. Raises UserError where the padding token gets another id, by which some
+        models number their positions."""
         before = self.embedding.weight
-        after = torch.nn.Parameter(before.detach()[:size].clone(), requires_grad=before.requires_grad)
+        after = torch.nn.Parameter(before.detach()[list(rows)].clone(), requires_grad=before.requires_grad)
         for module in self.body.modules():  # several may share the weights (T5's)
             if isinstance(module, torch.nn.Embedding) and module.weight is before:
-                module.weight, module.num_embeddings = after, size
-        self.body.config.vocab_size = size
+                padding = module.padding_idx
+                if padding is not None and (padding >= len(rows) or rows[padding] != padding):
+                    raise UserError(f"text encoder: its padding token has the id {padding}, which must stay the same; it can't be trimmed")
+                module.weight, module.num_embeddings = after, len(rows)
+        config = self.body.config
+        now = {old: new for new, old in enumerate(rows)}
+        for name, old in config.to_dict().items():
+            if name.endswith("_token_id") and isinstance(old, int) and not isinstance(rows, range):
+                setattr(config, name, now.get(old))
+        config.vocab_size = len(rows)
 
     def cover_vocabulary(self, size: int) -> None:
         """Ensure that every id below `size` has an embedding: enlarges them if `resize_embeddings`, else raises UserError."""

@@ -16,6 +16,7 @@ FORMAT = 7  # version of checkpoints and of model.json
 MODEL = "model"  # folder name within a run's folder
 WEIGHTS, ABOUT = "model.safetensors", "model.json"
 NEEDED = ("format", "encoders", "head", "adapters", "processor")
+PRUNED = "pruned"  # the widths that pruning left, if any
 
 Weights = dict[str, Tensor]
 
@@ -31,7 +32,7 @@ def of_checkpoint(checkpoint: dict[str, Any], path: Path) -> tuple[dict[str, Any
     reject_other_format(about, path)
     assert about is not None
     weights = {key.removeprefix("model."): value for key, value in checkpoint["state_dict"].items() if key.startswith("model.")}
-    return {name: about[name] for name in NEEDED}, weights
+    return described(about), weights
 
 
 def write_bundle(folder: Path, about: dict[str, Any], weights: Weights) -> None:
@@ -41,9 +42,7 @@ def write_bundle(folder: Path, about: dict[str, Any], weights: Weights) -> None:
         temporary.mkdir()
         # Cloned, since safetensors rejects tensors that share memory (tied weights).
         save_file({name: weight.detach().cpu().clone().contiguous() for name, weight in weights.items()}, temporary / WEIGHTS)
-        (temporary / ABOUT).write_text(
-            json.dumps({name: about[name] for name in NEEDED}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        (temporary / ABOUT).write_text(json.dumps(described(about), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
@@ -65,6 +64,11 @@ def read_bundle(folder: Path) -> tuple[dict[str, Any], Weights]:
         return about, load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"can't read {folder / WEIGHTS} ({str(error).splitlines()[0]})") from error
+
+
+def described(about: dict[str, Any]) -> dict[str, Any]:
+    """What a model's description consists of."""
+    return {name: about[name] for name in NEEDED} | ({PRUNED: about[PRUNED]} if about.get(PRUNED) else {})
 
 
 def reject_other_format(about: Any, path: Path) -> None:

@@ -19,6 +19,7 @@ from fusion.training.optim.freezing import Freezing
 from fusion.training.optim.groups import Rate, parameter_groups
 from fusion.training.optim.precision import scaler_of
 from fusion.training.optim.schedules import Schedule
+from fusion.training.zeros import KeptZeros
 
 
 class CountedUpdates(LightningModule):
@@ -33,6 +34,7 @@ class CountedUpdates(LightningModule):
     rates: Mapping[str, Rate]
     freezing: Freezing
     means: Means
+    zeros: KeptZeros | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,6 +47,8 @@ class CountedUpdates(LightningModule):
         optimizer = self.new_optimizer()
         # GradScaler doesn't step the optimiser when it skips an update, so that counting steps counts the updates made.
         optimizer.register_step_post_hook(self.count_update)
+        if self.zeros is not None:
+            optimizer.register_step_post_hook(self.zeros.apply)
         horizon = self.trainer.estimated_stepping_batches
         if horizon == float("inf"):
             raise UserError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")

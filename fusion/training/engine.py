@@ -21,7 +21,8 @@ from fusion.heads import CrossAttention, FusionHead, FusionOutput, PerTask, Unim
 from fusion.inputs import Mixture
 from fusion.lightning_private import batches_that_stepped
 from fusion.model import FusionModel, check_part, factory_parts, head_spec, part_of, predicts_alone, with_unimodal
-from fusion.runs.bundle import FORMAT
+from fusion.pruning.widths import narrow
+from fusion.runs.bundle import FORMAT, PRUNED
 from fusion.tasks import Classification, MultiTask, Task
 from fusion.training.balance import Balance, Predictions
 from fusion.training.contrast import Contrast
@@ -39,6 +40,7 @@ from fusion.training.optim.muon import Muon
 from fusion.training.optim.precision import reject_trained_float16
 from fusion.training.optim.schedules import Constant, Schedule
 from fusion.training.task_gradients import TaskGradients, last_layers
+from fusion.training.zeros import KeptZeros
 
 ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01)
 
@@ -66,6 +68,10 @@ class Engine(CountedUpdates):
         balance: balances how fast the modalities learn: OGMGE, MMPareto, GradientBlending or UnimodalLosses; or trains
             the confidences of late heads: QMF, PDF.
         modality_dropout: probability of removing each modality of a training sample, keeping at least one.
+        pruned: numbers of units that pruning left, by the name of the layer that makes them (fusion shrink writes them); the model is
+            built with these. None: all.
+        keep_zeros: whether weights of linear layers and convolutions that are zero when training starts stay zero, as in a run that starts
+            from a sparse model.
         mixing: mixup and CutMix of training samples, all inputs and the target together; none at the default.
         teacher: a trained run, or an ensemble of several, whose outputs and features are learned too; none at the default.
         allow_unused: continue with a warning where parameters get no gradient at the first update.
@@ -90,6 +96,8 @@ class Engine(CountedUpdates):
         modality_dropout: float = 0.0,
         mixing: Mixing | None = None,
         teacher: Teacher | None = None,
+        pruned: dict[str, int] | None = None,
+        keep_zeros: bool = False,
         allow_unused: bool = False,
     ) -> None:
         super().__init__()
@@ -126,6 +134,12 @@ class Engine(CountedUpdates):
         self.modality_dropout, self.allow_unused = modality_dropout, allow_unused
         self.mixer = None if mixing is None else Mixer(mixing, self.task)
         self.distillation = None if teacher is None else Distillation(teacher, self.task)
+        self.pruned = pruned or {}
+        self.zeros = None
+        if keep_zeros:
+            if self.adapters:
+                raise UserError("model.keep_zeros and model.adapters: adapters begin at zero, which would stay; leave out one of them")
+            self.zeros = KeptZeros()
         self.means = Means()
         self.contrast = Contrast()
         gradnorm = isinstance(self.task, MultiTask) and self.task.weighting == "gradnorm"
@@ -163,6 +177,7 @@ class Engine(CountedUpdates):
                 self.mixer.check_encoders(model)
             self.head_spec = head_spec(model)
             self.model = model
+            narrow(model, self.pruned)
             add_adapters(self.model.encoders, self.adapters)
             self.model.head.detached = self.balance is not None and self.balance.detached
             self.model.checkpoint_activations(self.checkpointed)
@@ -197,6 +212,8 @@ class Engine(CountedUpdates):
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP) and not isinstance(self.model, FSDPModule):
             assert self.model is not None
+            if self.zeros is not None:
+                raise UserError("model.keep_zeros needs whole weights, but FSDP shards them; use engine/ddp")
             if self.task_gradients is not None:
                 raise UserError(
                     "task: weighting=gradnorm needs whole gradients, but FSDP shards them; use another weighting, or engine/ddp"
@@ -217,6 +234,9 @@ class Engine(CountedUpdates):
             rewrap_ddp(self.trainer)
 
     def on_train_start(self) -> None:
+        if self.zeros is not None:
+            assert self.model is not None
+            self.zeros.begin(self.model)
         if self.balance is not None:
             self.balance.begin(self)
 
@@ -383,6 +403,8 @@ class Engine(CountedUpdates):
             "encoders": self.specs,
             "head": self.head_spec,
             "adapters": self.adapters,
+            PRUNED: self.pruned,
+            "zeros": {} if self.zeros is None else self.zeros.state(),
             "processor": self.processor.state(),
             "samples": self.trainer.datamodule.record.digest(),  # type: ignore[attr-defined]
             "horizon": self.horizon,
@@ -406,6 +428,8 @@ class Engine(CountedUpdates):
             self.adjust_batch_progress(checkpoint)
         sums = checkpoint["fusion"]["epoch_sums"]
         self.means.sums = sums if self.trainer.global_rank == 0 else dict.fromkeys(sums, 0)
+        if self.zeros is not None:
+            self.zeros.load(checkpoint["fusion"]["zeros"])
         if self.balance is not None:
             self.balance.load_state_dict(checkpoint["fusion"]["balance"])
         if self.mixer is not None:

@@ -130,11 +130,15 @@ def weights_of_classes(model: FusionModel) -> tuple[set[str], set[str]]:
     if isinstance(head, PerTask):  # whose outputs are divided among tasks
         of_outputs = {id(p) for layer in head.output_layers() for p in layer.parameters()}
         return set(), {f"head.{name}" for name, p in head.named_parameters() if id(p) in of_outputs}
+    # Both built anew: the model's own may have been pruned.
     with torch.device("meta"):
-        wider = make_head(dict(model.encoders.items()), partial(type(head), **head.init_args), head.out_dim + 1).state_dict()  # type: ignore[arg-type]
+        same, wider = (
+            make_head(dict(model.encoders.items()), partial(type(head), **head.init_args), outputs).state_dict()  # type: ignore[arg-type]
+            for outputs in (head.out_dim, head.out_dim + 1)
+        )
     rows: set[str] = set()
     whole: set[str] = set()
-    for name, own in head.state_dict().items():
+    for name, own in same.items():
         if own.shape != wider[name].shape:
             has_rows = own.shape[0] == head.out_dim and own.shape[1:] == wider[name].shape[1:]
             (rows if has_rows else whole).add(f"head.{name}")

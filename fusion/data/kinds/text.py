@@ -16,6 +16,7 @@ from fusion.errors import UserError
 from fusion.processing.preprocessor import TextArrays
 from fusion.processing.text import TextPreprocessor
 from fusion.processing.tokenizer import Tokenizer, TokenStore
+from fusion.processing.vocabulary import trimmed
 
 NULLS = frozenset({"nan", "NaN", "NA", "N/A", "#N/A", "<NA>", "NaT", "None", "null", "NULL"})  # how programs write a missing value as text
 MAX_LENGTH = 64  # tokens
@@ -62,6 +63,10 @@ class TextInput(Kind):
         else:
             self.tokenizer = pretrained_tokenizer(str(encoder.name_or_path), max_length=max_length)
             encoder.cover_vocabulary(self.tokenizer.id_limit)
+            if encoder.trim_vocabulary:
+                what = f"text encoder: trim_vocabulary: the tokenizer of '{encoder.name_or_path}'"
+                self.tokenizer, rows = trimmed(self.tokenizer, [text for text in cells if text], what)
+                encoder.keep_tokens(rows)
 
     def store(self, cells: Sequence[Any], *, training: bool) -> Store:
         return TextStore(self.tokenizer, self.tokenizer.encode(cells))
