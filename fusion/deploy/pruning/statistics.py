@@ -1,6 +1,7 @@
 """Means and variances of the inputs of layers, over samples of a run."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ class Moments:
         self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, x: Tensor) -> None:
-        """x: (..., C), or (B, C, H, W) of a convolution."""
-        flat = (x.movedim(1, -1) if x.dim() == 4 else x).flatten(0, -2).double()
+        """x: (..., C)."""
+        flat = x.flatten(0, -2).double()
         self.count += len(flat)
         self.total, self.squares = self.total + flat.sum(0), self.squares + flat.square().sum(0)
 
@@ -34,9 +35,11 @@ class Moments:
 def input_moments(model: FusionModel, layers: Sequence[nn.Module], batches: Iterable[dict[str, Any]]) -> list[Moments]:
     """The moments of each layer's inputs, in evaluation mode. batches: without padding, which would count as well."""
     moments = [Moments() for _ in layers]
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, own=own: own.add(inputs[0])) for layer, own in zip(layers, moments, strict=True)
-    ]
+
+    def add(own: Moments, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        own.add(inputs[0].movedim(1, -1) if isinstance(layer, nn.Conv2d) else inputs[0])
+
+    hooks = [layer.register_forward_pre_hook(partial(add, own)) for layer, own in zip(layers, moments, strict=True)]
     model.eval()
     try:
         for inputs in batches:
