@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusion.pruning.layers import add_constant, keep_channels, keep_inputs, keep_outputs
+from fusion.pruning.layers import keep_channels, keep_inputs, keep_outputs
 
 Kind = Literal["feed-forward units", "attention heads", "channels"]
 
@@ -75,12 +75,3 @@ class Group:
             keep_inputs(layer, channels)
         for module, attribute, multiple in self.counts:
             setattr(module, attribute, len(units) * multiple)
-
-    def replace(self, units: Tensor, means: Sequence[Tensor]) -> None:
-        """Adds what these units contribute on average to the consumers' biases, before the units are removed.
-
-        means: for each consumer, the mean (C,) of each of its inputs.
-        """
-        channels = self.channels(units)
-        for (layer, norm), mean in zip(self.consumers, means, strict=True):
-            add_constant(layer, norm, channels, mean[channels])

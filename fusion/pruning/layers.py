@@ -1,4 +1,4 @@
-"""Channels of single layers: selected in place, and removed ones replaced by their mean."""
+"""Channels of single layers, selected in place."""
 
 from typing import Any
 
@@ -50,24 +50,3 @@ def selected(weight: Tensor, dim: int, channels: Tensor) -> nn.Parameter:
         last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         kept = kept.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     return nn.Parameter(kept, requires_grad=weight.requires_grad)
-
-
-@torch.no_grad()
-def add_constant(layer: Any, norm: Any, channels: Tensor, values: Tensor) -> None:
-    """Adds to a layer's outputs what these input channels contribute where they are constant.
-
-    Exact for linear layers and 1 x 1 convolutions; for others except at the border, where a convolution reads zeros.
-
-    channels, values: (K,) the inputs, and their constants. norm: batch normalisation of the outputs, which takes the constant from its
-    running mean where the layer has no bias.
-    """
-    weight = layer.weight.flatten(2).sum(2) if layer.weight.dim() > 2 else layer.weight
-    columns = weight.index_select(1, channels.to(weight.device)).double()
-    constant = columns @ values.to(columns)
-    bias = layer.bias
-    if isinstance(bias, Tensor):
-        bias.copy_(bias.double() + constant)
-    else:
-        assert isinstance(norm, _BatchNorm)
-        assert norm.running_mean is not None
-        norm.running_mean.copy_(norm.running_mean.double() - constant)

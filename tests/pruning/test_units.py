@@ -9,7 +9,8 @@ from test_transformers_text import make
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
-from fusion.deploy.pruning.statistics import input_moments
+from fusion.deploy.pruning.refit import RIDGE, refit
+from fusion.deploy.pruning.statistics import Moments, input_moments
 from fusion.encoders import Images, Texts, TimmImage
 from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError
@@ -17,6 +18,7 @@ from fusion.features import Features
 from fusion.heads import HEADS, Concat, CrossAttention, available
 from fusion.model import FusionModel, part_of
 from fusion.pruning.blocks import each_by_itself, find_groups, groups_of
+from fusion.pruning.groups import Consumer, Group, Producer
 from fusion.pruning.widths import narrow
 
 # By encoder, the kinds of units that can be removed from it.
@@ -141,8 +143,8 @@ def assert_folded(model):
     for group in groups.values():
         kept, gone = halves(group)
         own = [moments.pop(0) for _ in group.consumers]
-        assert own[0].variance[group.channels(gone)].abs().max() < 1e-9
-        group.replace(gone, [one.mean for one in own])
+        assert own[0].covariance.diagonal()[group.channels(gone)].max() < 1e-6
+        refit(group, kept, gone, own)
         group.keep(kept)
     assert (before - output(model, inputs)).abs().max() <= 1e-5 * max(1.0, float(before.abs().max()))
     for group in find_groups(plain).values():  # what the means are for
@@ -161,8 +163,7 @@ def test_constant_channels_before_a_padded_convolution_are_folded_but_at_the_bor
     make_constant(group, gone)
     x = torch.randn(2, block.conv1.in_channels, 9, 9)
     before = block(x)
-    mean = block.act1(block.bn1(block.conv1(x))).mean((0, 2, 3)).double()
-    group.replace(gone, [mean])
+    refit(group, kept, gone, input_moments(block, [block.conv2], [x]))
     group.keep(kept)
     difference = (before - block(x)).abs()
     assert difference[..., 1:-1, 1:-1].max() < 1e-5
@@ -184,7 +185,7 @@ def test_squeeze_and_excitation_without_a_removed_channel_gates_the_others_as_wi
     before = output(model, inputs)
     for group in groups.values():
         kept, gone = halves(group)
-        group.replace(gone, [moments.pop(0).mean for _ in group.consumers])
+        refit(group, kept, gone, [moments.pop(0) for _ in group.consumers])
         group.keep(kept)
     assert (before - output(model, inputs)).abs().max() <= 1e-5
 
@@ -219,6 +220,39 @@ def test_units_that_nothing_reads_are_removed_from_every_head_that_has_some(name
 
 def test_attention_heads_and_feed_forward_units_are_removed_from_the_heads_of_tokens():
     assert {"CrossAttention", "Bottleneck", "CoAttention", "JointTransformer", "Perceiver"} - set(PRUNABLE) <= {"JointTransformer"}
+
+
+@torch.no_grad()
+def test_a_unit_that_is_a_combination_of_others_is_removed_with_hardly_any_change():
+    torch.manual_seed(0)
+    pair = nn.Sequential(nn.Linear(3, 6), nn.Identity(), nn.Linear(6, 2))  # six units of three numbers
+    _, group = next(groups_of(pair))
+    x = torch.randn(200, 3)
+    before = pair(x)
+    moments = input_moments(pair, [pair[2]], [x])
+    refit(group, torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5]), moments)
+    group.keep(torch.tensor([0, 2, 4]))
+    error = (pair(x) - before).square().mean()
+    assert error < 0.01 * before.var()
+
+
+@torch.no_grad()
+def test_refitting_is_the_ridge_regression_of_the_output_on_the_units_that_are_kept():
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3)
+    group = Group("feed-forward units", [Producer(nn.Linear(2, 5))], [Consumer(layer)])
+    x = (torch.randn(300, 5) @ torch.randn(5, 5) + 1).double()
+    kept, removed = torch.tensor([0, 2, 3]), torch.tensor([1, 4])
+    own = Moments()
+    own.add(x)
+    weight, bias = layer.weight.double(), layer.bias.double()
+    target = x[:, removed] @ weight[:, removed].T  # what is to be replaced
+    centred = x[:, kept] - x[:, kept].mean(0)
+    ridge = RIDGE * x.var(0, correction=0).mean() * len(x)
+    slope = torch.linalg.solve(centred.T @ centred + ridge * torch.eye(3), centred.T @ (target - target.mean(0)))
+    refit(group, kept, removed, [own])
+    assert torch.allclose(layer.weight.double()[:, kept], weight[:, kept] + slope.T, atol=1e-4)
+    assert torch.allclose(layer.bias.double(), bias + target.mean(0) - x[:, kept].mean(0) @ slope, atol=1e-4)
 
 
 # Widths
@@ -307,7 +341,7 @@ def test_moments_are_those_of_all_positions():
         layer = nn.Conv2d(4, 1, 1) if x.dim() == 4 else nn.Linear(4, 1)
         (moments,) = input_moments(layer, [layer], [x[:1], x[1:]])
         assert torch.allclose(moments.mean, flat.double().mean(0))
-        assert torch.allclose(moments.variance, flat.double().var(0, correction=0))
+        assert torch.allclose(moments.covariance, flat.double().T.cov(correction=0), atol=1e-6)
 
 
 def test_the_moments_are_those_in_evaluation_mode():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fusion.deploy.pruning.refit import refit
 from fusion.deploy.pruning.statistics import Moments
 from fusion.errors import UserError
 from fusion.model import FusionModel
@@ -28,7 +29,7 @@ def importance_of(group: Group, moments: Moments, by: Importance) -> Tensor:
     """
     out = group.consumers[0].layer.weight.detach().transpose(0, 1).flatten(1).double().square().sum(1).cpu()
     if by == "variance":
-        return (out * moments.variance.cpu()).view(-1, group.size).sum(1)
+        return (out * moments.covariance.diagonal().cpu()).view(-1, group.size).sum(1)
     made = rows(group.producers[0].layer)[-len(out) :]
     for layer in group.between:
         made = made * (scales(layer) if isinstance(layer, _BatchNorm) else rows(layer))
@@ -81,7 +82,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def cut(groups: Mapping[str, Group], moments: Sequence[Moments], keep: float, by: Importance) -> dict[str, int]:
-    """Removes the least important units of each group, and adds their means to the biases that follow; returns the numbers of those left.
+    """Removes the least important units of each group, with what they contributed refitted; returns the numbers of those left.
 
     moments: of the inputs of each consumer of each group, in order.
     """
@@ -92,7 +93,8 @@ def cut(groups: Mapping[str, Group], moments: Sequence[Moments], keep: float, by
         order = importance_of(group, own[0], by).argsort(descending=True, stable=True)
         count = kept_count(group.units, keep)
         if count < group.units:
-            group.replace(order[count:].sort().values, [one.mean.cpu() for one in own])
-            group.keep(order[:count].sort().values)
+            kept, removed = order[:count].sort().values, order[count:].sort().values
+            refit(group, kept, removed, own)
+            group.keep(kept)
             widths[name] = count
     return widths

@@ -16,8 +16,7 @@ from fusion.errors import UserError
 from fusion.predictor import Predictor, model_of, on_device
 from fusion.runs.bundle import MODEL, of_checkpoint, read_bundle, write_bundle
 from fusion.runs.checkpoint_files import read_checkpoint
-from fusion.scoring import split_of
-from fusion.settings.reading import data_of, inputs_for, reading_of
+from fusion.scoring import run_rows
 
 RECIPE = "recipe.yaml"
 
@@ -43,11 +42,7 @@ class Source:
 
     def train_table(self) -> Table:
         """The samples of the run's training split. Raises UserError if its data isn't there any more."""
-        data = data_of(self.run)
-        data.issues = DataIssues("drop")
-        data.columns, data.format = reading_of(self.run, [])
-        inputs = inputs_for(self.predictor, data.columns, self.run)
-        return split_of(self.run, data, inputs, self.predictor.processor.task, "train")
+        return run_rows(self.run, self.predictor, "train", DataIssues("drop"))
 
     def samples(self, table: Table, most: int) -> Iterator[dict[str, Any]]:
         """The model's inputs for at most so many samples that have all of them, spread over a table; one at a time, without padding."""

@@ -1,4 +1,4 @@
-"""Means and variances of the inputs of layers, over samples of a run."""
+"""Means and covariances of the inputs of layers, over samples of a run."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -11,24 +11,32 @@ from fusion.model import FusionModel
 
 
 class Moments:
-    """Mean and variance (C,) of each input channel of a layer, over all positions of all batches."""
+    """Mean (C,) and covariance (C, C) of the input channels of a layer, over all positions of all batches, in float64."""
 
     def __init__(self) -> None:
-        self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
+        self.count, self.total, self.products = 0, torch.zeros(()), torch.zeros(())
+        self.origin: Tensor | None = None  # the first batch's mean: sums of differences from it lose no digits to a large mean
 
     def add(self, x: Tensor) -> None:
         """x: (..., C)."""
-        flat = x.flatten(0, -2).double()
+        flat = x.flatten(0, -2).float()
+        if self.origin is None:
+            self.origin = flat.mean(0)
+        centred = flat - self.origin
         self.count += len(flat)
-        self.total, self.squares = self.total + flat.sum(0), self.squares + flat.square().sum(0)
+        self.total, self.products = self.total + centred.double().sum(0), self.products + (centred.T @ centred).double()
 
     @property
     def mean(self) -> Tensor:
-        return self.total / max(self.count, 1)
+        return self.total / max(self.count, 1) + (0 if self.origin is None else self.origin)
 
     @property
-    def variance(self) -> Tensor:
-        return (self.squares / max(self.count, 1) - self.mean**2).clamp(min=0)
+    def covariance(self) -> Tensor:
+        """Not below zero on its diagonal, whatever the rounding."""
+        mean = self.total / max(self.count, 1)
+        covariance = self.products / max(self.count, 1) - torch.outer(mean, mean)
+        covariance.diagonal().clamp_(min=0)
+        return covariance
 
 
 @torch.inference_mode()

@@ -77,7 +77,8 @@ def prune(
 ) -> Pruned:
     """Removes units from the blocks of a run's model: feed-forward units, attention heads, channels of convolutions.
 
-    What a removed unit contributed on average is added to the bias that follows. `fine_tune` then trains a run from the result.
+    What a removed unit contributed on average is added to the bias that follows, and what is linear in the kept ones to their weights
+    (`refit`). `fine_tune` then trains a run from the result.
 
     Args:
         run: run folder.
@@ -87,7 +88,7 @@ def prune(
         vocabulary: whether word embeddings of tokens that no training text has are removed, where the tokenizer allows it.
         skip: patterns of names of groups that are left as they are, or parts: "image", "text.*attention*".
         by: importance of a unit: "variance", or "magnitude" of its weights alone (`importance_of`).
-        samples: number of training samples from which means and variances come.
+        samples: number of training samples from which means and covariances come.
         checkpoint: best or last.
 
     Raises UserError for a run without checkpoint or data, a ratio out of range, and a model without anything to remove.
