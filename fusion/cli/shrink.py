@@ -4,18 +4,25 @@ import argparse
 from collections.abc import Sequence
 
 from fusion.cli.options import Options, above_zero
+from fusion.cli.shrink_pruned import pruned, sparse
 from fusion.deploy.comparison import ratios, table
 from fusion.deploy.shrinking import shrink_to_int8
+from fusion.settings.parser import words
 
-METHODS = ("int8",)
+METHODS = ("int8", "prune", "sparse")
+HELP = "int8: 8 bits, for ONNX Runtime on CPUs; prune: without its least important units, trained on; sparse: with weights of zero"
 
 
 def shrink(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    description = "Make a run's model smaller, and print size, latency and scores before and after."
+    method = next((word for is_value, word in words(arguments, "--method") if is_value), "int8")
+    if method in ("prune", "sparse"):
+        return (pruned if method == "prune" else sparse)(arguments)
+    description = "Make a run's model smaller, and print size, latency and scores before and after. The options of the other "
+    description += "methods: --method=prune --help, --method=sparse --help."
     parser = Options("fusion shrink", description)
     parser.add_argument("--run", required=True, help="run folder printed by fit")
-    parser.add_argument("--method", required=True, choices=METHODS, help="int8: 8 bits, for ONNX Runtime on CPUs")
+    parser.add_argument("--method", required=True, choices=METHODS, help=HELP)
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--checkpoint", default="best", help="best or last")
     parser.add_argument("--calibration_split", default="val", help="its samples calibrate activations and choose layers; never test")

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from fusion.console import aligned
+from fusion.deploy.exporting import graph_of
 from fusion.deploy.graph import Graph
 from fusion.deploy.latency import Latency, first_samples, latencies
 from fusion.deploy.split_arrays import SplitArrays
 from fusion.packages.runtimes import Runtime
+from fusion.predictor import Predictor, model_of
+from fusion.runs.bundle import WEIGHTS
 
 BATCHES = (1, 32)  # samples of a call
 
@@ -48,13 +51,17 @@ def compare(models: Mapping[str, tuple[Runtime, int]], splits: Mapping[str, Spli
         splits: by name, the samples that they are scored on; those of the first are timed.
         seconds: of timing for each model and number of samples.
     """
-    timed = next(iter(splits.values()))
+    return compare_each({name: (model, size, splits) for name, (model, size) in models.items()}, seconds=seconds)
+
+
+def compare_each(models: Mapping[str, tuple[Runtime, int, Mapping[str, SplitArrays]]], *, seconds: float = 2.0) -> dict[str, Compared]:
+    """As `compare`, of models that preprocess the samples in different ways: each with its own."""
     times: dict[int, dict[str, Latency]] = {}
     for batch in BATCHES:
-        arrays = first_samples(timed.batches, batch)
-        times[batch] = latencies({name: partial(model, arrays) for name, (model, _) in models.items()}, seconds=seconds)
+        arrays = {name: first_samples(next(iter(splits.values())).batches, batch) for name, (_, _, splits) in models.items()}
+        times[batch] = latencies({name: partial(model, arrays[name]) for name, (model, _, _) in models.items()}, seconds=seconds)
     compared = {}
-    for name, (model, size) in models.items():
+    for name, (model, size, splits) in models.items():
         scores = {}
         for split, samples in splits.items():
             values = samples.values(model)
@@ -62,6 +69,30 @@ def compare(models: Mapping[str, tuple[Runtime, int]], splits: Mapping[str, Spli
             scores[split] = (samples.score(values, monitor), *samples.interval(values, monitor))
         compared[name] = Compared(size, {batch: times[batch][name] for batch in BATCHES}, scores)
     return compared
+
+
+def compare_runs(
+    runs: Mapping[str, tuple[str | Path, str]], splits: Sequence[str], *, samples: int | None = 2000, seconds: float = 2.0
+) -> dict[str, Compared]:
+    """Measures the models of runs beside each other, in PyTorch on the CPU.
+
+    Args:
+        runs: by name, the folder of a run and which checkpoint of it.
+        splits: names of those that they are scored on; the first one's samples are timed.
+        samples: number of samples of each split that are scored; None for all.
+        seconds: of timing for each model and number of samples.
+
+    Raises UserError for a task or an input of which no graph can be made.
+    """
+    models: dict[str, tuple[Runtime, int, Mapping[str, SplitArrays]]] = {}
+    for name, (run, checkpoint) in runs.items():
+        path, _ = model_of(run, checkpoint)
+        predictor = Predictor.from_file(path, device="cpu")
+        graph = graph_of(predictor)
+        own = {split: SplitArrays.of(Path(run), predictor, graph.preprocessors, split, samples) for split in splits}
+        size = sum(weight.numel() * weight.element_size() for weight in predictor.model.state_dict().values())
+        models[name] = in_eager(graph), size_of(path / WEIGHTS) if path.is_dir() else size, own
+    return compare_each(models, seconds=seconds)
 
 
 def table(compared: Mapping[str, Compared], score: str) -> str:

@@ -1,6 +1,7 @@
 """Runs that begin from a pruned model: smaller, rebuilt from plain data, trained and resumed like any other."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import fusion
 from fusion.cli.evaluate import evaluate
+from fusion.cli.shrink import shrink
 from fusion.console import printing
 from fusion.deploy.exporting import export
 from fusion.deploy.pruning import structured
@@ -185,6 +187,62 @@ def test_a_model_of_classes_in_another_order_starts_from_a_pruned_one_by_name(ru
     assert "of another shape" not in printed
 
 
+# The command
+
+
+def test_the_command_prunes_trains_and_compares(run, tmp_path, capsys):
+    out = tmp_path / "small"
+    words = ["--run", str(run.folder), "--method", "prune", "--out", str(out), "--keep=0.5", "--calibration_samples=8", "--epochs=1"]
+    assert shrink([*words, "--seconds=0.05", "--rate=0.1", "--data.batch_size", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"text: +feed-forward units +64 +to 32", printed)
+    assert "times fewer" in printed
+    report = json.loads((out / "shrink.json").read_text())
+    before, untrained, after = report["models"].values()
+    assert before["bytes"] > 1.3 * after["bytes"] > 1.2 * untrained["bytes"]
+    assert after["scores"]["test"][0] == pytest.approx(Run(0, out).results()["test"]["accuracy"], abs=1e-6)
+    assert before["scores"]["test"][0] == pytest.approx(run.results()["test"]["accuracy"], abs=1e-6)
+    assert report["method"] == "prune"
+    settings = recipe_of(out)
+    assert settings["model"]["optimizer"]["init_args"]["lr"] == pytest.approx(0.005)
+    assert (settings["data"]["batch_size"], settings["trainer"]["max_epochs"]) == (8, 1)
+    assert settings["init_from"] == str(out / "start")
+
+
+def test_the_command_makes_a_sparse_run_and_says_that_it_is_no_faster(run, tmp_path, capsys):
+    words = ["--run", str(run.folder), "--method=sparse", "--out", str(tmp_path / "s"), "--share=0.75", "--epochs=1", "--seconds=0.05"]
+    assert shrink(words) == 0
+    assert "This makes nothing faster by itself, and the file no smaller" in capsys.readouterr().out
+    report = json.loads((tmp_path / "s/shrink.json").read_text())
+    weights = matrices(fusion.load(tmp_path / "s").model).values()
+    assert sum(zeros for _, zeros in report["zeros"].values()) == sum(int((weight == 0).sum()) for weight in weights)
+
+
+def test_the_command_without_training_writes_a_run_that_evaluate_takes(run, tmp_path, capsys):
+    out = tmp_path / "small"
+    assert shrink(["--run", str(run.folder), "--method=prune", "--out", str(out), "--epochs=0", "--seconds=0.05"]) == 0
+    assert list(json.loads((out / "shrink.json").read_text())["models"]) == ["before", "after"]
+    assert evaluate(["--run", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--epochs=-1"], "--epochs is -1; expected at least 1, or 0"),
+        (["--epochs=0", "--data.batch_size=8"], "nothing is trained; leave out --data.batch_size"),
+        (["--rate=0"], "--rate is 0; expected a number above 0"),
+        (["--kep=0.5"], "unknown option --kep. Did you mean keep"),
+        (["--share=0.5"], "unknown option --share"),  # of another method
+        (["--keep=2"], "--keep is 2; expected a ratio above 0"),
+        (["--model.heda=Gated", "--keep=0.5"], "unknown key 'model.heda'|unknown option --model.heda"),
+    ],
+)
+def test_mistakes_in_the_commands_options_are_rejected_in_one_line(run, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        shrink(["--run", str(run.folder), "--method=prune", "--out", str(tmp_path / "small"), *words])
+    assert not (tmp_path / "small").exists()
+
+
 # Vocabulary
 
 
@@ -303,7 +361,7 @@ def test_the_smallest_weights_of_all_layers_together_become_zero():
         ({"keep": 0.5, "times": 2.0}, "either --keep .* or --times"),
         ({"times": 500.0}, "--times: .* still has .* parameters"),
         ({"by": "luck"}, "--by is luck; expected variance or magnitude"),
-        ({"samples": 0}, "--samples is 0"),
+        ({"samples": 0}, "--calibration_samples is 0"),
         ({"keep": 1.0}, "no unit would be removed"),
         ({"skip": ["txt"]}, "--skip: nothing that could be removed matches 'txt'"),
         ({"skip": ["image", "text", "head"]}, "nothing to remove"),

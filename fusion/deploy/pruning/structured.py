@@ -136,7 +136,7 @@ def check_options(keep: float | None, times: float | None, by: str, samples: int
     if by not in ("variance", "magnitude"):
         raise UserError(f"--by is {by}; expected variance or magnitude")
     if samples < 1:
-        raise UserError(f"--samples is {samples}; expected at least 1")
+        raise UserError(f"--calibration_samples is {samples}; expected at least 1")
 
 
 def skipped(name: str, pattern: str) -> bool:
