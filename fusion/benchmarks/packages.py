@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fusion.benchmarks.package_memory import package_peak_mib
 from fusion.benchmarks.processes import in_new_process, memory_mib
 from fusion.console import aligned
 from fusion.deploy.comparison import BATCHES, in_eager
@@ -37,8 +38,9 @@ def benchmark_packages(run: Path, seconds: float) -> int:
         rng = np.random.default_rng(0)
         batches = {count: flat_arrays(example_batch(graph.preprocessors, count, rng)) for count in BATCHES}
         times = {b: latencies({name: partial(model, batches[b]) for name, model in models.items()}, seconds=seconds) for b in BATCHES}
-        places = {EAGER: run, COMPILED: run} | {to: Path(folder) / to for to in RUNTIMES}
-        peaks = {name: in_new_process(peak_mib, name, place, batches[BATCHES[-1]], threads) for name, place in places.items()}
+        largest = batches[BATCHES[-1]]
+        peaks = {name: in_new_process(peak_mib, name == COMPILED, run, largest, threads) for name in (EAGER, COMPILED)}
+        peaks |= {to: in_new_process(package_peak_mib, Path(folder) / to, largest, threads) for to in RUNTIMES}
     titles = [f"{quantile} ms ({b})" for b in BATCHES for quantile in ("p50", "p99")]
     lines = [["", *titles, *(f"/ {EAGER} ({b})" for b in BATCHES), "peak MiB", "export s"]]
     for name in models:
@@ -61,13 +63,10 @@ def compiled(run: Path) -> Runtime:
     return call
 
 
-def peak_mib(name: str, place: Path, arrays: Mapping[str, np.ndarray], threads: int) -> float:
-    """Peak memory of a process that loads a model and answers a few batches."""
-    if name in RUNTIMES:
-        model = Package.load(place, threads=threads).runtime
-    else:
-        torch.set_num_threads(threads)
-        model = compiled(place) if name == COMPILED else in_eager(graph_of(Predictor.load(place, device="cpu")))
+def peak_mib(compile: bool, run: Path, arrays: Mapping[str, np.ndarray], threads: int) -> float:
+    """Peak memory of a new process that loads a run and answers a batch three times."""
+    torch.set_num_threads(threads)
+    model = compiled(run) if compile else in_eager(graph_of(Predictor.load(run, device="cpu")))
     for _ in range(3):
         model(arrays)
     return memory_mib("VmHWM")
