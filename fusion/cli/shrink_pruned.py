@@ -27,7 +27,7 @@ def pruned(arguments: Sequence[str]) -> int:
     """fusion shrink --method=prune; returns the exit status."""
     parser = options_of("prune", "Remove the least important units of a run's model, and train what is left by the run's recipe.")
     parser.add_argument(
-        "--keep", type=float, help="share of the units of each group that are kept; 0.5 if neither this nor --times is given"
+        "--keep", type=float, help="share of the units of each group that are kept; 0.6 if neither this nor --times is given"
     )
     parser.add_argument("--times", type=float, help="instead: how many times fewer parameters the model shall have")
     parser.add_argument("--skip", action="append", default=[], help="part or pattern of names that is left as it is; may be repeated")

@@ -10,7 +10,7 @@ from fusion.deploy.pruning.source import RECIPE
 from fusion.errors import UserError
 from fusion.session import train
 
-EPOCHS, RATE = 3, 0.2
+EPOCHS, RATE = 5, 0.5
 
 
 def fine_tune(start: str | Path, out: str | Path, *, epochs: int = EPOCHS, rate: float = RATE, options: Sequence[str] = ()) -> int:

@@ -23,6 +23,7 @@ from fusion.pruning.groups import Group
 from fusion.rebuilding import class_of
 from fusion.runs.bundle import PRUNED
 
+KEEP = 0.6
 SAMPLES = 256  # of train, from which the means of removed units come
 
 
@@ -83,7 +84,7 @@ def prune(
     Args:
         run: run folder.
         out: folder to write; it must not have anything in it.
-        keep: ratio of the units of each group that are kept, above 0; half of them if neither this nor `times` is given.
+        keep: ratio of the units of each group that are kept, above 0; 0.6 if neither this nor `times` is given.
         times: instead, how many times fewer parameters the model shall have.
         vocabulary: whether word embeddings of tokens that no training text has are removed, where the tokenizer allows it.
         skip: patterns of names of groups that are left as they are, or parts: "image", "text.*attention*".
@@ -93,7 +94,7 @@ def prune(
 
     Raises UserError for a run without checkpoint or data, a ratio out of range, and a model without anything to remove.
     """
-    keep = 0.5 if keep is None and times is None else keep
+    keep = KEEP if keep is None and times is None else keep
     check_options(keep, times, by, samples)
     folder = Path(out).expanduser()
     check_free(folder)
