@@ -35,9 +35,14 @@ HEAD = {("head", "feed-forward units")}  # between Concat's two layers
 VOCABULARY = ["[PAD]", "[unused]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefgh")]
 
 
+TRAINED = []  # one run for all tests, which only read it
+
+
 @pytest.fixture
 def run(tiny, fit_here):
-    return fit_here("--recipe", tiny(dropout=0.2), *SHORT)
+    if not TRAINED:
+        TRAINED.append(fit_here("--recipe", tiny(dropout=0.2), *SHORT))
+    return TRAINED[0]
 
 
 @pytest.fixture
@@ -271,6 +276,7 @@ def test_the_vocabulary_is_trimmed_to_that_of_train_and_training_texts_are_answe
     assert [one for one in again.removed if one.kind == "tokens"] == []
 
 
+@pytest.mark.slow
 def test_the_vocabulary_stays_where_that_is_asked(tiny, fit_here, text_folder, tmp_path):
     text = [f"--model.text.init_args.name_or_path={text_folder}", "--model.text.init_args.config=null"]
     run = fit_here("--recipe", tiny(), *text, *SHORT)
@@ -281,7 +287,7 @@ def test_the_vocabulary_stays_where_that_is_asked(tiny, fit_here, text_folder, t
 # Sparse
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_weights_that_are_set_to_zero_stay_zero_in_training(run, tmp_path, accumulate):
     sparse = sparsify(run.folder, tmp_path / "start", share=0.6)
     (total, zeros) = (sum(numbers) for numbers in zip(*sparse.by_part.values(), strict=True))
@@ -426,6 +432,7 @@ def test_widths_are_removed_before_the_model_is_trained_from_scratch_too(tiny, f
     assert {n: p.shape for n, p in whole.named_parameters()} == {n: p.shape for n, p in fusion.load(small.folder).model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_the_same_pruning_twice_gives_the_same_run(run, tmp_path):
     for name in ("a", "b"):
         prune(run.folder, tmp_path / name / "start", keep=0.5, samples=8)
