@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fusion.deploy.pruning.structured import SAMPLES, Pruned, prune
 from fusion.deploy.shrinking import REPORT, has_split
 from fusion.errors import UserError
 from fusion.predictor import Predictor, model_of
+from fusion.settings.reading import reading_options
 
 START = "start"  # folder of the untrained model in that of the run
 OF_FIT = ("--trainer.", "--data.", "--model.", "--checkpoint.")
@@ -93,17 +93,7 @@ def own_and_fit(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     >>> own_and_fit(["--run", "r", "--data.batch_size", "8", "--trainer.max_steps=5"])
     (['--run', 'r'], ['--data.batch_size', '8', '--trainer.max_steps=5'])
     """
-    own: list[str] = []
-    of_fit: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        if not word.startswith(OF_FIT):
-            own.append(word)
-            continue
-        of_fit.append(word)
-        if "=" not in word:
-            of_fit += islice(words, 1)
-    return own, of_fit
+    return reading_options(arguments, OF_FIT)
 
 
 def shrink_by(make: Callable[[Path], tuple[dict[str, Any], str]], options: Any, of_fit: Sequence[str]) -> int:

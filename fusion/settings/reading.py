@@ -22,8 +22,8 @@ PREFIXES = ("--data.columns.", "--data.format.")
 HELP = "--data.columns.NAME and --data.format.NAME, as in fit, describe a manifest whose columns or format differ from the run's own."
 
 
-def reading_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command's own arguments, and those that say how a manifest is read.
+def reading_options(arguments: Sequence[str], prefixes: tuple[str, ...] = PREFIXES) -> tuple[list[str], list[str]]:
+    """The command's own arguments, and those that begin with one of the prefixes: by default those that say how a manifest is read.
 
     >>> reading_options(["--run", "r", "--data.columns.text", "question", "--data.format.separator=;"])
     (['--run', 'r'], ['--data.columns.text', 'question', '--data.format.separator=;'])
@@ -32,7 +32,7 @@ def reading_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     reading: list[str] = []
     words = iter(arguments)
     for word in words:
-        if not word.startswith(PREFIXES):
+        if not word.startswith(prefixes):
             own.append(word)
             continue
         reading.append(word)
