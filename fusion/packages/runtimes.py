@@ -79,7 +79,9 @@ class TorchRuntime:
 
     def load(self, torch: Any, path: Path) -> Any:
         try:
-            return torch.export.load(os.fspath(path)).module().to(self.device)
+            model = torch.export.load(os.fspath(path)).module().to(self.device)
+            give_short_paths(model, torch.Tensor)
+            return model
         except Exception as error:  # of any type
             raise UserError(f"torch {torch.__version__} can't load {path} ({first_line(error)})") from error
 
@@ -103,6 +105,18 @@ class CompiledRuntime(TorchRuntime):
 
 
 RUNTIMES: dict[str, type[OnnxRuntime] | type[TorchRuntime]] = {"onnx": OnnxRuntime, "torch": TorchRuntime, "aot": CompiledRuntime}
+
+
+def give_short_paths(model: Any, tensor: type) -> None:
+    """Gives a graph's weights names at its top. Looked up through all modules at every call, they take a third of a small model's time."""
+    for i, node in enumerate(node for node in model.graph.nodes if node.op == "get_attr"):
+        value = model
+        for name in node.target.split("."):
+            value = getattr(value, name)
+        if isinstance(value, tensor):
+            node.target = f"constant_{i}"
+            setattr(model, node.target, value)
+    model.recompile()
 
 
 def torch_for(what: str) -> Any:

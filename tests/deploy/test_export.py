@@ -18,7 +18,7 @@ from fusion.errors import UserError
 from fusion.heads import HEADS, Concat, CrossAttention, DualEncoder, FusionHead, JointTransformer, LevelWeighted, PerTask
 from fusion.model import FusionModel
 from fusion.packages.package import flat_arrays
-from fusion.packages.runtimes import RUNTIMES
+from fusion.packages.runtimes import RUNTIMES, TorchRuntime
 from fusion.processing.image import ImagePreprocessor
 from fusion.processing.images import ImageSpec
 from fusion.processing.preprocessor import Preprocessor
@@ -150,6 +150,16 @@ def test_families_of_image_encoders_are_exported(family: str, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_compiled_package_differs_as_little(tmp_path: Path) -> None:
     assert_exports(graph(of("CrossAttention")), "aot", tmp_path)
+
+
+def test_no_weight_of_a_program_is_looked_up_through_several_modules(tmp_path: Path) -> None:
+    exported = graph(partial(Concat, dim=8))
+    write_graph(exported, "torch", tmp_path / "model.pt2")
+    runtime = TorchRuntime(tmp_path / "model.pt2", exported.names)
+    paths = [node.target for node in runtime.model.graph.nodes if node.op == "get_attr"]
+    assert len(paths) >= len(list(exported.parameters()))
+    assert not any("." in path for path in paths)
+    assert largest_difference(exported, runtime)[0] <= TOLERANCE
 
 
 @pytest.mark.slow
