@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 LOG = logging.getLogger("fusion")
 EVERY_S = 30.0
@@ -55,14 +55,22 @@ def printing() -> Iterator[None]:
 
 
 @contextmanager
-def silent() -> Iterator[None]:
-    """Suppresses the output of training runs inside the block."""
-    level = LOG.level
-    LOG.setLevel(logging.WARNING)
+def log_level(level: int, *names: str) -> Iterator[None]:
+    """Sets the level of these loggers inside the block; "" is the root."""
+    loggers = [logging.getLogger(name) for name in names]
+    earlier = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(level)
     try:
         yield
     finally:
-        LOG.setLevel(level)
+        for logger, own in zip(loggers, earlier, strict=True):
+            logger.setLevel(own)
+
+
+def silent() -> AbstractContextManager[None]:
+    """Context without the output of training runs."""
+    return log_level(logging.WARNING, LOG.name)
 
 
 @contextmanager

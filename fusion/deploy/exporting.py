@@ -1,9 +1,10 @@
 """Export of a run: its model as one graph for a runtime, checked against the run on every pattern of missing inputs."""
 
+import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fusion.console import log_level
 from fusion.deploy.card import card_of
 from fusion.deploy.graph import Graph, checked_batches
 from fusion.errors import UserError, first_line, nearest
@@ -26,6 +28,16 @@ Target = Literal["onnx", "torch", "aot"]
 TOLERANCE = 1e-5
 OPSET, OLDEST_OPSET = 18, 18
 CPU_LEVEL = "x86-64-v3"  # AVX2: every server and laptop of the last ten years
+# What logs progress, a missing GPU compiler, and that the code is compiled for an older CPU than this one.
+EXPORTERS = (
+    "onnxscript",
+    "torch.onnx",
+    "torch.export",
+    "torch.export.pt2_archive._package",
+    "torch.utils.cpp_extension",
+    "torch._dynamo",
+    "torch._inductor",
+)
 
 
 @dataclass(frozen=True)
@@ -180,18 +192,8 @@ def write_package(folder: Path, predictor: Predictor, graph: Graph, about: Mappi
 
 
 @contextmanager
-def quiet() -> Any:
+def quiet() -> Iterator[None]:
     """Context without the exporters' warnings and progress."""
-    import logging
-
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "torch._inductor", "torch._dynamo")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with log_level(logging.ERROR, *EXPORTERS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -9,13 +9,14 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusion.console import log_level
 from fusion.errors import UserError
 
 RANGES = "ranges.json"  # of activations
@@ -214,13 +215,6 @@ def libraries() -> tuple[Any, Any]:
     return quantization, onnx
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """Context without the advice that ONNX Runtime logs."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
+    return log_level(logging.ERROR, "")

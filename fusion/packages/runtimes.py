@@ -1,5 +1,6 @@
 """Runtimes of exported models: named arrays in, values out."""
 
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from fusion.console import log_level
 from fusion.errors import UserError, first_line, nearest
 
 
@@ -99,7 +101,9 @@ class CompiledRuntime(TorchRuntime):
 
         reject_older_cpu()
         try:
-            return torch._inductor.aoti_load_package(os.fspath(path))
+            # A newer CPU than the package was compiled for is no reason for a warning.
+            with log_level(logging.ERROR, "torch.export.pt2_archive._package"):
+                return torch._inductor.aoti_load_package(os.fspath(path))
         except Exception as error:  # of any type
             raise UserError(f"torch {torch.__version__} can't load {path} ({first_line(error)})") from error
 

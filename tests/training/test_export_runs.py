@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import subprocess
 import sys
 
@@ -46,8 +47,21 @@ def assert_same(found, expected):
     assert {name: mask.tolist() for name, mask in found.present.items()} == {n: mask.tolist() for n, mask in expected.present.items()}
 
 
+@pytest.fixture
+def torch_log(monkeypatch):
+    """The warnings of torch's loggers during the test."""
+    records = []
+
+    def handle(_, record):
+        if record.name.startswith("torch") and record.levelno >= logging.WARNING:
+            records.append(record.getMessage())
+
+    monkeypatch.setattr(logging.Logger, "handle", handle)
+    return records
+
+
 @pytest.mark.parametrize("to", ["onnx", pytest.param("torch", marks=pytest.mark.slow), pytest.param("aot", marks=pytest.mark.slow)])
-def test_a_package_answers_raw_samples_like_the_run(run, raw, tmp_path, capsys, to):
+def test_a_package_answers_raw_samples_like_the_run(run, raw, tmp_path, capsys, to, torch_log):
     assert export_command(["--run", str(run.folder), "--to", to, "--out", str(tmp_path / "p")]) == 0
     assert "values differ from the run's by at most" in capsys.readouterr().out
     loaded, model = fusion.load(tmp_path / "p"), fusion.load(run.folder)
@@ -56,6 +70,7 @@ def test_a_package_answers_raw_samples_like_the_run(run, raw, tmp_path, capsys, 
     assert_same(loaded.predict(**raw, batch_size=1), model.predict(**raw))
     card = (tmp_path / "p" / "README.md").read_text()
     assert f"accuracy {run.results()['test']['accuracy']:.4f}" in card
+    assert not torch_log  # of the GPU that is missing, of a CPU newer than the package needs
 
 
 def test_what_a_package_can_not_read_it_refuses_as_the_run_does(run, package, raw, tmp_path):

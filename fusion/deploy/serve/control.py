@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import urlencode
 from urllib.request import ProxyHandler, Request, build_opener
 
 from starlette.requests import Request as Received
@@ -134,8 +135,6 @@ def send_command(url: str, words: list[str], token: str | None = None, opener: C
     if name not in COMMANDS or len(words) > 2:
         raise UserError(f"unknown command '{' '.join(words)}'. {nearest(name, COMMANDS)}")
     headers = {HEADER: "1"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    from urllib.parse import urlencode
-
     query = f"?{urlencode({'argument': argument})}" if argument else ""
     try:
         request = Request(f"{url.rstrip('/')}/control/{name}{query}", headers=headers, method="GET" if name == "status" else "POST")
