@@ -1,5 +1,6 @@
 """fusion benchmark packages: latency and memory of a run's packages, beside PyTorch operator by operator and compiled."""
 
+import logging
 import tempfile
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import torch
 
 from fusion.benchmarks.package_memory import package_peak_mib
 from fusion.benchmarks.processes import in_new_process, memory_mib
-from fusion.console import aligned
+from fusion.console import aligned, log_level
 from fusion.deploy.comparison import BATCHES, in_eager
 from fusion.deploy.exporting import export, graph_of
 from fusion.deploy.graph import example_batch
@@ -52,9 +53,15 @@ def benchmark_packages(run: Path, seconds: float) -> int:
 
 
 def compiled(run: Path) -> Runtime:
-    """The run's model by torch.compile, for any number of samples."""
+    """The run's model by torch.compile, for any number of samples and tokens, as packages are."""
     graph = graph_of(Predictor.load(run, device="cpu"))
-    model = torch.compile(graph, dynamic=True)
+    model = torch.compile(graph)
+    tensors, dynamic = graph.trace_inputs()
+    for tensor, dims in zip(tensors, dynamic, strict=True):
+        # Not dynamic=True, by which the size of images would be too, whose padding takes minutes to compile.
+        torch._dynamo.mark_dynamic(tensor, list(dims))
+    with log_level(logging.ERROR, "torch.utils.cpp_extension"), torch.inference_mode():  # which misses a GPU
+        model(*tensors)
 
     @torch.inference_mode()
     def call(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
