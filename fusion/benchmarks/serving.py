@@ -21,7 +21,7 @@ from urllib.request import ProxyHandler, build_opener
 
 from fusion.benchmarks.load import Measured
 from fusion.benchmarks.processes import free_port, in_new_process
-from fusion.benchmarks.serving_samples import Requests, model_rate, write_requests
+from fusion.benchmarks.serving_samples import ModelRate, Requests, model_rate, write_requests
 from fusion.console import aligned, print_rank_zero
 from fusion.errors import UserError
 
@@ -69,7 +69,7 @@ def benchmark_serving(setting: Setting, against: str | None) -> int:
         wanted = Requests(setting.path, setting.batch_size, setting.pixels)
         described = in_new_process(write_requests, wanted, {name: str(requests_of(folder, name)) for name in servers})
         samples: dict[str, list[Sample]] = {name: [] for name in servers}
-        alone: dict[str, list[float]] = {}
+        alone: dict[str, list[ModelRate]] = {}
         for i in range(setting.rounds):
             for name, command in servers.items():
                 samples[name].append(measure(command, setting, requests_of(folder, name)))
@@ -83,17 +83,21 @@ def benchmark_serving(setting: Setting, against: str | None) -> int:
     return 0
 
 
-def print_table(setting: Setting, described: str, samples: Mapping[str, Sequence[Sample]], alone: Mapping[str, Sequence[float]]) -> None:
+def print_table(
+    setting: Setting, described: str, samples: Mapping[str, Sequence[Sample]], alone: Mapping[str, Sequence[ModelRate]]
+) -> None:
     """Medians over the rounds, with the lowest and highest rate."""
-    best = max(alone.values(), key=statistics.median)
+    best = max(alone.values(), key=lambda rates: statistics.median(own.per_second for own in rates))
     lines = [["", "requests/s", "p50 ms", "p99 ms", "CPU ms a request", "+ of the load", "of the model's own", "failed"]]
     for name, each in samples.items():
-        ratios = [one.load.per_second / own for one, own in zip(each, best, strict=True)]
+        ratios = [one.load.per_second / own.per_second for one, own in zip(each, best, strict=True)]
         entries = [spread([one.load.per_second for one in each], ",.0f")]
         entries += [f"{statistics.median(one.load.latencies_ms[place] for one in each):.1f}" for place in ("p50", "p99")]
         entries += [f"{statistics.median(one.cpu_ms for one in each):.2f}", f"{statistics.median(one.load_cpu_ms for one in each):.3f}"]
         lines.append([name, *entries, spread(ratios, ".2f"), f"{sum(one.load.failed for one in each):,}"])
-    lines += [[name, spread(own, ",.0f")] for name, own in alone.items()]
+    for name, rates in alone.items():
+        cpu = statistics.median(own.cpu_ms for own in rates)
+        lines.append([name, spread([own.per_second for own in rates], ",.0f"), "", "", f"{cpu:.2f}"])
     for name, each in samples.items():
         for one in each:
             if one.load.first_failure:

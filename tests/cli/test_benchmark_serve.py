@@ -82,7 +82,7 @@ def test_the_table_compares_the_servers_with_the_model_alone(here: Run, tmp_path
     assert done.returncode == 0, done.stderr
     rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
     assert re.search(r"fusion serve +[\d,]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +0$", rows["fusion serve"])
-    assert any(name.startswith("model alone") for name in rows)
+    assert re.search(r"at once, \d+ threads? each +[\d,]+ +[\d.]+$", done.stdout, re.MULTILINE)
     if importlib.util.find_spec("litserve"):
         assert re.search(r"LitServe +[\d,]+ .* 0$", rows["LitServe"])
     else:
