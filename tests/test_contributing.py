@@ -49,6 +49,7 @@ def project(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_head_a_task_and_a_kind_of_input_are_a_file_each(project):
     with open(project / "bicycles.csv", "w", newline="") as file:
         writer = csv.writer(file)

@@ -69,6 +69,7 @@ def test_max_steps_ends_it_earlier(drawn, capsys):
     assert "7 in all" in told
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_read_enough_is_no_mistake(world):
     words = [sys.executable, str(ROOT / "scripts/schedule.py"), *TINY]
     environment = os.environ | {"FUSION_CACHE": str(world / "cache")}

@@ -113,6 +113,7 @@ def test_mistakes_raise_and_leave_nothing_behind(arguments, message, tmp_path, m
         fusion.Run(tmp_path)
 
 
+@pytest.mark.slow
 def test_importing_fusion_takes_no_longer_than_torch_plus_a_little():
     """Three times each, in turns: the shortest is the least disturbed."""
     code = "import sys, time; began = time.perf_counter(); import {}; print(time.perf_counter() - began)"

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -19,15 +20,26 @@ from fusion.deploy.exporting import export
 from fusion.errors import UserError
 from fusion.packages.package import Package
 
-
-@pytest.fixture
-def run(tiny, fit_here):
-    return fit_here("--recipe", tiny(), *SHORT)
+MADE = []  # a run and its package, for all tests, which only read them
 
 
 @pytest.fixture
-def package(run, tmp_path):
-    return export(run.folder, "torch", tmp_path / "package").folder
+def made(tiny, fit_here, tmp_path_factory):
+    if not MADE:
+        run = fit_here("--recipe", tiny(), *SHORT)
+        MADE.extend([run, export(run.folder, "torch", tmp_path_factory.mktemp("torch") / "package").folder])
+    return MADE
+
+
+@pytest.fixture
+def run(made):
+    return made[0]
+
+
+@pytest.fixture
+def package(made, tmp_path):
+    """A copy, which may be altered."""
+    return shutil.copytree(made[1], tmp_path / "package")
 
 
 @pytest.fixture

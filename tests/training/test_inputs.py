@@ -133,7 +133,8 @@ def test_a_run_over_inputs_that_is_killed_ends_where_an_undisturbed_one_does(of_
     assert " updates\n" in output  # a checkpoint that the run went on from
 
 
-@every_set_slowly
+@pytest.mark.slow
+@every_set
 def test_two_ranks_train_what_one_does(of_inputs, fit_here, fit_on_two, inputs):
     recipe = of_inputs(inputs)
     one, (two, _) = fit_here("--recipe", recipe, runs="one"), fit_on_two(recipe, runs="two")

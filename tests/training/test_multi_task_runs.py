@@ -52,6 +52,7 @@ def test_any_division_of_an_update_trains_the_same(several, fit_here, fit_on_two
         assert len(set(whole.column("weights/answer"))) > 2
 
 
+@pytest.mark.slow
 def test_an_alignment_beside_other_tasks_is_right_over_ranks_and_accumulation(several, fit_here, fit_on_two):
     recipe = several()
     whole = fit_here("--recipe", recipe, *options(ALIGNED), runs="whole")

@@ -102,6 +102,7 @@ def test_the_batches_of_an_update_are_not_held_at_once(parts, pairs, monkeypatch
     assert max(most) <= 3  # the first of the update, the one that Lightning fetches in advance, and the one that is looked at
 
 
+@pytest.mark.slow
 def test_any_division_of_an_update_trains_the_same(pairs, fit_here, fit_on_two):
     recipe = pairs()
     whole = fit_here("--recipe", recipe, *PAIRS, runs="whole")

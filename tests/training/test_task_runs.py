@@ -69,7 +69,8 @@ def test_a_run_that_was_interrupted_goes_on_to_the_bit(of_task, assert_resumes_t
     assert_resumes_to_the_bit("--recipe", of_task(task), task, "--model.balance=OGMGE", "--model.modality_dropout=0.2")
 
 
-@pytest.mark.parametrize("task", slow_except([LABELS, NUMBER], LABELS))
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [LABELS, NUMBER])
 def test_two_ranks_and_accumulated_batches_train_what_one_does(of_task, fit_here, fit_on_two, task):
     recipe = of_task(task)
     one = fit_here("--recipe", recipe, task, runs="one")
