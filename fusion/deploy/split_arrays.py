@@ -1,6 +1,5 @@
 """A split's samples as arrays, on which exported models are scored and calibrated."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from fusion.data.issues import DataIssues
 from fusion.errors import UserError
+from fusion.evaluation.intervals import wilson_interval
 from fusion.evaluation.scores import score
 from fusion.packages.package import flat_arrays
 from fusion.packages.runtimes import Runtime
@@ -89,7 +89,7 @@ class SplitArrays:
         """A 95 % interval of a score over the drawing of samples: Wilson's for a share of right samples, which also holds near 0 and 1; for
         others the percentile bootstrap, always with the same 200 resamples."""
         if name in SHARES:
-            return wilson(self.score(values, name), len(self))
+            return wilson_interval(self.score(values, name), len(self))
         rng, target = np.random.default_rng(0), torch.from_numpy(self.task.encode(self.cells))
         found = []
         for _ in range(RESAMPLES):
@@ -99,17 +99,6 @@ class SplitArrays:
             found.append(float(self.task.scores(metrics).get(name, torch.tensor(float("nan")))))
         low, high = np.nanquantile(found, [0.025, 0.975])
         return float(low), float(high)
-
-
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval (1927) of a share of `count` samples, by default of 95 %.
-
-    >>> [round(end, 4) for end in wilson(1.0, 100)]
-    [0.963, 1.0]
-    """
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def lost(task: Task, before: float, after: float) -> float:

@@ -1,4 +1,4 @@
-"""Confidence intervals of a mean over a few seeds."""
+"""Confidence intervals: of a mean over a few seeds, and of a share of samples."""
 
 import math
 from collections.abc import Sequence
@@ -34,3 +34,14 @@ def t_quantile(probability: float, degrees: int) -> float:
     steps = (density[1:] + density[:-1]) / 2
     reached = np.concatenate([[0.0], steps.cumsum()]) / steps.sum() / 2 + 0.5
     return math.sqrt(degrees) * math.tan(float(np.interp(probability, reached, angles)))
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval (1927) of a share of `count` samples, by default of 95 %.
+
+    >>> [round(end, 4) for end in wilson_interval(1.0, 100)]
+    [0.963, 1.0]
+    """
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
