@@ -34,6 +34,8 @@ UPRIGHT = {
 }
 NUMBERS = "uint8, uint16, or floats in 0..1"
 RGB_ARRAY = "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+MAX_SIDE = 65_535  # pixels, of a JPEG; resizing keeps coefficients for each pixel of a side
+START_OF_SCAN, MAX_SCANS = b"\xff\xda", 100  # of a JPEG; libtiff has the same limit
 NUMPY = b"\x93NUMPY"  # how a .npy file begins
 
 
@@ -204,9 +206,10 @@ def from_file(file: IO[bytes], max_megapixels: float, at_least: tuple[int, int] 
 
 def opened_image(file: IO[bytes]) -> ImageFile.ImageFile:
     """Image.open without its limit on pixels, since max_megapixels is checked instead: Pillow's limit is global to the process, and its
-    warning can't be silenced in one thread only. EPS is excluded: it is a program, which Pillow would run by Ghostscript."""
+    warning can't be silenced in one thread only. EPS is excluded: it is a program, which Pillow would run by Ghostscript; and IPTC, which
+    may contain an EPS, or an image of any size."""
     prefix = file.read(16)
-    tried = {"EPS"}
+    tried = {"EPS", "IPTC"}
     recognised = False
     for load_plugins in (Image.preinit, Image.init):  # the common formats first, then all
         load_plugins()
@@ -217,14 +220,26 @@ def opened_image(file: IO[bytes]) -> ImageFile.ImageFile:
                 accepted = accept is None or accept(prefix)
                 if accepted and not isinstance(accepted, str):  # a string is a message about a missing library
                     file.seek(0)
-                    return factory(file, "")
+                    return with_few_scans(factory(file, ""), file)
             except (SyntaxError, IndexError, TypeError, struct.error):  # plugins raise these for files of another format
                 recognised = recognised or accept is not None
-            except MemoryError:
+            except (MemoryError, ImageError):
                 raise
             except Exception as error:
                 raise ImageError(reason_of(error)) from error
     raise ImageError("corrupt header" if recognised else "not an image")
+
+
+def with_few_scans(image: ImageFile.ImageFile, file: IO[bytes]) -> ImageFile.ImageFile:
+    """Raises ImageError for a JPEG of so many scans that a small file would take minutes to decode. Encoders write about ten."""
+    if image.format in ("JPEG", "MPO"):
+        position = file.tell()
+        file.seek(0)
+        scans = file.read().count(START_OF_SCAN)
+        file.seek(position)
+        if scans > MAX_SCANS:
+            raise ImageError(f"{scans:,} scans, limit {MAX_SCANS}")
+    return image
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -266,6 +281,8 @@ def reject_size(size: tuple[int, ...], max_megapixels: float) -> None:
         raise ImageError("no pixels")
     if megapixels > max_megapixels:
         raise ImageError(f"{megapixels:.1f} megapixels, limit {max_megapixels:g}")
+    if max(size) > MAX_SIDE:
+        raise ImageError(f"{' x '.join(map(str, size))} pixels, limit {MAX_SIDE:,} a side")
 
 
 # Conversion to RGB
@@ -344,5 +361,5 @@ def read_array(file: IO[bytes], max_megapixels: float, channels: Collection[int]
         return np.load(file, allow_pickle=False)
     except ImageError:
         raise
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # NumPy raises errors of many types for corrupt headers
         raise ImageError(reason_of(error)) from error

@@ -574,3 +574,32 @@ def test_scaled_decoding_is_faster():
         taken[hint] = time.perf_counter() - begun
     print({hint: f"{200 / seconds:.0f} images/s" for hint, seconds in taken.items()})
     assert taken[224, 224] < taken[None]
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded():
+    whole = saved(smooth(64, 64), "JPEG", progressive=True)
+    assert seen(whole).shape == (64, 64, 3)
+    last, end = whole.rindex(b"\xff\xda"), whole.rindex(b"\xff\xd9")
+    many = whole[:end] + 200 * whole[last:end] + whole[end:]
+    assert refusal(many) == f"{200 + whole.count(bytes([255, 218]))} scans, limit 100"
+
+
+def test_what_may_contain_a_program_is_not_opened(monkeypatch):
+    def field(record, number, content):
+        return bytes([0x1C, record, number]) + struct.pack(">H", len(content)) + content
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("run"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    numbers = [field(3, 60, b"\x01\x00"), field(3, 20, b"\x00\x0a"), field(3, 30, b"\x00\x0a"), field(3, 120, b"\x05")]
+    assert refusal(b"".join(numbers) + field(8, 10, eps)) == "not an image"
+
+
+def test_a_side_of_millions_of_pixels_is_refused_by_the_header():
+    assert refusal(png_header(25_000_000, 1)).endswith("pixels, limit 65,535 a side")
+    assert refusal(np.broadcast_to(np.uint8(0), (1, 100_000))).endswith("pixels, limit 65,535 a side")
+
+
+@pytest.mark.parametrize("header", [b"{", b"(" * 500, b"{'descr': 1}", b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 'a')}"])
+def test_a_corrupt_array_is_refused_whatever_numpy_raises(header):
+    with pytest.raises(ImageError):
+        decode(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
