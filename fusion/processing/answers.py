@@ -131,7 +131,7 @@ class Numbers(Answering):
         offset = np.repeat(np.array(self.mean)[:, None], self.width, axis=1)
         if self.spread_place is not None:
             offset[:, self.spread_place] = 0
-        return (scaled + offset).reshape(len(values), -1)
+        return (scaled + offset).reshape(len(values), len(self.names) * self.width)
 
     def state(self) -> dict[str, Any]:
         names = ("names", "mean", "deviation", "width", "answer_place", "spread_place")

@@ -86,5 +86,6 @@ def column(values: Iterable[Any], name: str, single_ndim: int = 0) -> list[Any]:
                 raise UserError(f"{name} is an Arrow column of {values.type.extension_name}; expected texts, numbers or times")
             return column_values(name, values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values]), {})
     if hasattr(values, "to_numpy"):  # iterating over a data frame's column would turn narrow floats into Python's
-        values = values.to_numpy()
+        integers = getattr(getattr(values, "dtype", None), "kind", "") in ("i", "u")  # with missing ones, they would become floats
+        values = values.to_numpy(dtype=object) if integers else values.to_numpy()
     return list(values)

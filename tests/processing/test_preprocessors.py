@@ -7,6 +7,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from fusion.processing.answers import Classes, Labels, Numbers, OrderedClasses, 
 from fusion.processing.image import ImagePreprocessor
 from fusion.processing.images import ImageSpec
 from fusion.processing.preprocessor import Preprocessor
+from fusion.processing.raw_columns import text_column
 from fusion.processing.table import TablePreprocessor, scale_of, scaled
 from fusion.processing.text import TextPreprocessor
 from fusion.processing.tokenizer import Tokenizer
@@ -120,3 +122,16 @@ def test_processing_needs_neither_torch_nor_arrow() -> None:
         "print([name for name in ('torch', 'pyarrow', 'transformers', 'lightning', 'pandas') if name in sys.modules])\n"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60).stdout == "[]\n"
+
+
+def test_large_integers_of_a_column_with_missing_ones_keep_their_digits() -> None:
+    for dtype in ("Int64", "int64[pyarrow]", "UInt64"):
+        column = pd.Series([1234567890123456789, None], dtype=dtype)
+        assert text_column(column, "id") == ["1234567890123456789", None]
+    assert text_column(pd.Series([3, 4]), "id") == ["3", "4"]
+
+
+def test_no_samples_are_answered_by_no_answers() -> None:
+    answering = Numbers(["price", "weight"], [10.0, 1.0], [2.0, 1.0], 3, 1)
+    assert answering.answers(np.zeros((0, 6), np.float32)) == []
+    assert answering.in_units(np.zeros((0, 6), np.float32)).shape == (0, 6)
