@@ -48,7 +48,8 @@ def teacher_outputs(predictor: Predictor, model_digest: str, split: Split, featu
     for name in names:
         kind = split.table.kinds[name]
         for cell in split.table.inputs[name]:
-            key.update(f"{kind.digest(cell) or kind.local(cell, '')}\n".encode(errors="surrogatepass"))
+            # By repr, since a text may be "None", or have several lines.
+            key.update(f"{kind.digest(cell) or kind.local(cell, '')!r}\n".encode(errors="surrogatepass"))
     path = cache / f"teacher-{key.hexdigest()}.safetensors"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def read(kind: Kind, table: Table, name: str, rows: Sequence[int]) -> Any:
         return made
     places = {cell: place for place, cell in enumerate(distinct)}
     index = torch.tensor([places[cell] for cell in cells])
-    return made._replace(present=made.present[index], image_index=index)
+    return made._replace(present=made.present[index], image_index=index, image_mask=None)
 
 
 def reject_not_finite(values: Tensor, table: Table, rows: Sequence[int] | np.ndarray, what: str) -> None:

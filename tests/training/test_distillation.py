@@ -2,19 +2,24 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from host_waits import CountReads
+from PIL import Image
 from tiny_world import BERT, NO_VALIDATION, ROUNDING, SHORT, furthest_weights, rows_and_predictions
 
 import fusion
 import fusion.session as command
+from fusion.data.kinds import ImageInput
+from fusion.encoders import TimmImage
 from fusion.errors import UserError
 from fusion.heads import FusionOutput
 from fusion.inputs import Mixture
 from fusion.predictor import Predictor
+from fusion.processing.images import ImageSpec
 from fusion.session import fit
 from fusion.settings.parser import FusionCLI
 from fusion.tasks import Classification, MultiLabel, MultiTask, Ordinal, Regression, SubTask
@@ -130,6 +135,32 @@ def test_the_teacher_is_asked_once_for_the_same_model_and_samples(tiny, parts, t
     for options in ([], ["--data.train_samples=50"], [FEATURES]):
         given(parts, of(teacher), *options)
     assert len(asked) == 4
+
+
+def test_a_missing_text_is_not_taken_from_the_cache_of_the_text_none(parts, write_manifest, teacher, monkeypatch):
+    asked, compute = [], teacher_outputs.compute
+    monkeypatch.setattr(teacher_outputs, "compute", lambda *given: asked.append(1) or compute(*given))
+    for text in ("None", "", "a\nb"):
+        given(parts, of(teacher), manifest=write_manifest(change=lambda i, row, text=text: row | {"text": text} if i < 9 else row))
+    assert len(asked) == 3
+
+
+def test_a_teacher_of_several_images_reads_samples_that_share_one(tmp_path):
+    kind = ImageInput()
+    kind.spec, kind.max_images = ImageSpec((8, 8)), 2
+    paths = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+    cells = [paths[1], paths[0], paths[1], None]
+    table = SimpleNamespace(inputs={"image": cells}, files=["m"] * 4, rows=range(4))
+    found = teacher_outputs.read(kind, table, "image", range(4))
+    assert found.present.tolist() == [True, True, True, False]
+    assert found.pixels[found.image_index[:3], 0, 0, 0].tolist() == [1, 0, 1]
+    encoder = TimmImage("test_vit", pretrained=False, image_size=32).eval()
+    features = encoder(found._replace(pixels=torch.rand(len(found.pixels), 3, 32, 32)))
+    assert features.indices.tolist() == found.image_index.tolist()
+    assert features.mask[:3].all()
+    assert not features.mask[3].any()
 
 
 def test_a_student_starts_from_the_weights_that_it_has_without_a_teacher(parts, teacher):
