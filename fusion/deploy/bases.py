@@ -40,7 +40,7 @@ def pretrained_bases(recipe: Mapping[str, Any], names: Sequence[str], look_up: C
         elif kind == "TimmImage" and ":" not in source:
             bases[name] = timm_base(source)
         else:
-            repository = source.partition(":")[2] or source
+            repository = (source.partition(":")[2] or source).partition("@")[0]
             bases[name] = Base(repository, cached_licence(repository) or look_up(repository) or UNKNOWN)
     return bases
 

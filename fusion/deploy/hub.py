@@ -63,7 +63,7 @@ def push_run(
     about, weights = read_bundle(run / MODEL)
     bases = pretrained_bases(recipe, list(about["encoders"]), licence_on_hub)
     parameters = sum(weight.numel() for weight in weights.values())
-    facts = Facts(repository, about, without_paths(recipe), results, bases, parameters, licence, data_sets)
+    facts = Facts(repository, about, recipe, results, bases, parameters, licence, data_sets)
     shared = {**about, "encoders": without_paths(about["encoders"])}
     described = (json.dumps(shared, indent=1, ensure_ascii=False) + "\n").encode()
     sums = {ABOUT: hashlib.sha256(described).hexdigest(), WEIGHTS: sha256(run / MODEL / WEIGHTS)}
@@ -98,7 +98,8 @@ def licence_on_hub(repository: str) -> str | None:
             card: Any = hub.HfApi().model_info(repository).card_data
     except UserError:  # no network, or not on this hub: the card then says that the licence is unknown
         return None
-    return None if card is None else card.get("license")
+    licence = None if card is None else card.get("license")
+    return licence if isinstance(licence, str) else None
 
 
 def load_from_hub(name: str, *, device: str | torch.device | None = None, trusted: Sequence[str] = ()) -> Predictor:

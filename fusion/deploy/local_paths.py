@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-LOCAL_PATH = re.compile(r"[/~\\]\S|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file:")
+LOCAL_PATH = re.compile(r"[/~\\]\S|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file:|local-dir:")
 
 
 def is_local(text: str) -> bool:

@@ -8,7 +8,7 @@ import yaml
 
 from fusion.console import figure
 from fusion.deploy.bases import UNKNOWN, Base, encoder_settings
-from fusion.deploy.local_paths import base_name, is_local
+from fusion.deploy.local_paths import base_name, is_local, without_paths
 from fusion.evaluation.bounds import bound_title
 from fusion.tasks import MultiTask, Task
 
@@ -28,10 +28,10 @@ PIPELINES = {
 class Facts:
     """What a model card is written from.
 
-    repository: USER/NAME. about: the content of model.json. recipe: the run's settings. results: those of results.json, {} for a run
-    without. bases: by input, what its encoder started from; None where it was trained from scratch, or from a local folder. parameters:
-    their number. licence: of the model; None: that of its bases, if they have one in common. data_sets: the ids on the hub of those it was
-    trained on.
+    repository: USER/NAME. about: the content of model.json. recipe: the run's settings, with local paths. results: those of results.json,
+    {} for a run without. bases: by input, what its encoder started from; None where it was trained from scratch, or from a local folder.
+    parameters: their number. licence: of the model; None: that of its bases, if they have one in common. data_sets: the ids on the hub of
+    those it was trained on.
     """
 
     repository: str
@@ -55,8 +55,10 @@ class Facts:
 
     @property
     def own_licence(self) -> str:
-        """The licence given, or that of all the pretrained encoders; "unknown" where they differ, or there are none."""
+        """The licence given, or that of all the pretrained encoders; "unknown" where they differ, there are none, or one is a local
+        folder."""
         found = {base.licence for base in self.bases.values() if base is not None}
+        found |= {UNKNOWN for name, base in self.bases.items() if base is None and local_source(self.recipe, name)}
         return self.licence or (found.pop() if len(found) == 1 else UNKNOWN)
 
 
@@ -106,8 +108,8 @@ def usage(facts: Facts) -> str:
     return (
         f'```python\nimport fusion\n\nmodel = fusion.load("hf://{facts.repository}"{trusted})\nanswer = model.predict({arguments})\n'
         "answer.answers, answer.values, answer.present\n```\n\n"
-        "Needs `fusion` with its extra `hub`. `None` stands for an input that a sample lacks. The files are weights (safetensors) and "
-        f"JSON; {executes}."
+        "Needs `fusion` with its extras `hub` and `train`. `None` stands for an input that a sample lacks. The files are weights "
+        f"(safetensors) and JSON; {executes}."
     )
 
 
@@ -165,7 +167,8 @@ def inputs(facts: Facts) -> str:
 
 
 def recipe_summary(facts: Facts) -> str:
-    data, trainer, model = (facts.recipe.get(part) or {} for part in ("data", "trainer", "model"))
+    recipe = without_paths(facts.recipe)
+    data, trainer, model = (recipe.get(part) or {} for part in ("data", "trainer", "model"))
     preparer = data.get("preparer")
     source = preparer["class_path"] if isinstance(preparer, Mapping) else preparer
     if isinstance(preparer, Mapping) and (path := (preparer.get("init_args") or {}).get("path")):
@@ -177,7 +180,7 @@ def recipe_summary(facts: Facts) -> str:
         ["updates made", f"{facts.results['updates']:,}" if "updates" in facts.results else UNKNOWN],
         ["optimizer", code(class_and_options(model.get("optimizer")))],
         ["schedule", code(class_and_options(model.get("schedule")))],
-        ["seed", str(facts.recipe.get("seed_everything"))],
+        ["seed", str(recipe.get("seed_everything"))],
     ]
     return (
         f"Every setting is in `recipe.yaml`, which is itself a recipe; local paths are reduced to names.\n\n{markdown([['', ''], *lines])}"
@@ -186,11 +189,17 @@ def recipe_summary(facts: Facts) -> str:
 
 def started(recipe: Mapping[str, Any], name: str) -> str:
     """How an encoder started that no hub has."""
-    options = encoder_settings(recipe, name).get("init_args") or {}
-    source = options.get("name_or_path") or options.get("name")
-    if source and options.get("pretrained", True) and is_local(source):
+    source = local_source(recipe, name)
+    if source:
         return f"a local folder, `{base_name(source)}`"
     return "weights of another run" if recipe.get("init_from") else "scratch"
+
+
+def local_source(recipe: Mapping[str, Any], name: str) -> str:
+    """The folder of this machine that an encoder's pretrained weights came from; "" if they came from none."""
+    options = encoder_settings(recipe, name).get("init_args") or {}
+    source = str(options.get("name_or_path") or options.get("name") or "")
+    return source if options.get("pretrained", True) and is_local(source) else ""
 
 
 def architecture(options: Mapping[str, Any]) -> str:

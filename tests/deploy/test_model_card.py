@@ -107,13 +107,18 @@ def test_the_licence_is_that_given_or_that_all_pretrained_encoders_have():
     assert licence("mit", "apache-2.0", given="other") == "other"
 
 
+def test_a_local_folder_of_unknown_licence_leaves_that_of_the_model_unknown():
+    recipe = {"model": {"text": {"init_args": {"name_or_path": "/home/ada/bert"}}}}
+    assert Facts("a/b", {}, recipe, {}, {"image": Base("org/i", "mit"), "text": None}, 0).own_licence == "unknown"
+
+
 def test_encoders_of_a_hub_are_bases_with_the_licence_of_their_source():
     recipe = {
         "model": {
             "image": {"class_path": "fusion.encoders.TimmImage", "init_args": {"name": "resnet18", "pretrained": True}},
             "text": {"class_path": "fusion.encoders.TransformersText", "init_args": {"name_or_path": "org/bert"}},
             "encoders": {
-                "scan": {"class_path": "fusion.encoders.TimmImage", "init_args": {"name": "hf-hub:org/scans"}},
+                "scan": {"class_path": "fusion.encoders.TimmImage", "init_args": {"name": "hf-hub:org/scans@v1"}},
                 "report": {"class_path": "fusion.encoders.PairText", "init_args": {"name_or_path": "org/clip", "pretrained": False}},
                 "local": {"class_path": "fusion.encoders.TransformersText", "init_args": {"name_or_path": "/home/ada/bert"}},
                 "facts": {"class_path": "fusion.encoders.TableColumns", "init_args": {"dim": 8}},
