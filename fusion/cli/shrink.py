@@ -28,9 +28,14 @@ def shrink(arguments: Sequence[str]) -> int:
     parser.add_argument("--calibration_split", default="val", help="its samples calibrate activations and choose layers; never test")
     parser.add_argument("--calibration_samples", type=above_zero, default=128, help="number of samples that calibrate")
     parser.add_argument("--samples", type=above_zero, default=2000, help="at most this many samples of each split are scored")
-    parser.add_argument("--most_lost", type=share, default=0.005, help="of the main score, there; layers that cost more stay float32")
-    parser.add_argument("--most_changed", type=share, default=0.02, help="of its samples' answers; likewise")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing, for each model and number of samples")
+    parser.add_argument(
+        "--most_lost",
+        type=share,
+        default=0.005,
+        help="largest loss of the main score on the calibration split; beyond it, layers stay in float32",
+    )
+    parser.add_argument("--most_changed", type=share, default=0.02, help="largest share of answers that may change there; likewise")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for which each model is timed, with 1 and with 32 samples each")
     parser.add_argument("--replace", action="store_true", help="replace an earlier package in that folder")
     options = parser.parse_args(arguments)
     shrunk = shrink_to_int8(

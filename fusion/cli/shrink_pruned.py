@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fusion.deploy.pruning.structured import SAMPLES, Pruned, prune
 from fusion.deploy.shrinking import REPORT, has_split
 from fusion.errors import UserError
 from fusion.predictor import Predictor, model_of
+from fusion.runs.bundle import MODEL, is_bundle
 from fusion.settings.reading import reading_options
 
 START = "start"  # folder of the untrained model in that of the run
@@ -31,10 +33,18 @@ def pruned(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--times", type=float, help="instead: how many times fewer parameters the model shall have")
     parser.add_argument("--skip", action="append", default=[], help="part or pattern of names that is left as it is; may be repeated")
-    parser.add_argument("--by", default="variance", choices=("variance", "magnitude"), help="importance of a unit")
+    parser.add_argument(
+        "--by",
+        default="variance",
+        choices=("variance", "magnitude"),
+        help="importance of a unit: what it adds to the output of its block, or its weights alone",
+    )
     parser.add_argument("--keep_vocabulary", action="store_true", help="keep embeddings of tokens that no training text has")
     parser.add_argument(
-        "--calibration_samples", type=above_zero, default=SAMPLES, help="training samples of which units are replaced by others"
+        "--calibration_samples",
+        type=above_zero,
+        default=SAMPLES,
+        help="training samples from which the importance of units and the refitted weights come",
     )
     own, of_fit = own_and_fit(arguments)
     options = parser.parse_args(own)
@@ -60,7 +70,9 @@ def pruned(arguments: Sequence[str]) -> int:
 def sparse(arguments: Sequence[str]) -> int:
     """fusion shrink --method=sparse; returns the exit status."""
     parser = options_of("sparse", "Set the smallest weights of a run's model to zero, and train the others by the run's recipe.")
-    parser.add_argument("--share", type=float, default=0.5, help="of the weights of linear layers and convolutions that are set to zero")
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="share of the weights of linear layers and convolutions that are set to zero"
+    )
     own, of_fit = own_and_fit(arguments)
     options = parser.parse_args(own)
 
@@ -80,10 +92,10 @@ def options_of(method: str, description: str) -> Options:
     parser.add_argument("--method", required=True, choices=(method,), help="the options of each method differ")
     parser.add_argument("--out", required=True, help="folder of the new run")
     parser.add_argument("--checkpoint", default="best", help="best or last, of the run")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of training; 0: none")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of training what is left; 0: none")
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate, relative to the recipe's")
     parser.add_argument("--samples", type=above_zero, default=2000, help="at most this many samples of each split are scored")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing, for each model and number of samples")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for which each model is timed, with 1 and with 32 samples each")
     return parser
 
 
@@ -112,6 +124,8 @@ def shrink_by(make: Callable[[Path], tuple[dict[str, Any], str]], options: Any, 
         report, note = make(start)
         if note:
             print(f"note: {note}")
+    else:
+        await_model(start)
     if options.epochs:
         try:
             status = fine_tune(start, out, epochs=options.epochs, rate=options.rate, options=of_fit)
@@ -131,6 +145,15 @@ def shrink_by(make: Callable[[Path], tuple[dict[str, Any], str]], options: Any, 
     compare_and_print(runs, out, report | {"method": options.method}, options)
     print(f"\nrun folder  {out}")
     return 0
+
+
+def await_model(start: Path, timeout_s: float = 1800.0) -> None:
+    """Waits until the first rank has written the model that training starts from. Raises UserError if it doesn't."""
+    end = time.monotonic() + timeout_s
+    while not is_bundle(start / MODEL):
+        if time.monotonic() > end:
+            raise UserError(f"the first rank has not written {start} within {timeout_s:g} s; see its output")
+        time.sleep(0.2)
 
 
 def compare_and_print(runs: Mapping[str, tuple[Path, str]], out: Path, report: Mapping[str, Any], options: Any) -> None:

@@ -13,6 +13,7 @@ from fusion.deploy.exporting import graph_of
 from fusion.deploy.graph import Graph
 from fusion.deploy.latency import Latency, first_samples, latencies
 from fusion.deploy.split_arrays import SplitArrays
+from fusion.errors import UserError
 from fusion.packages.runtimes import Runtime
 from fusion.predictor import Predictor, model_of
 from fusion.runs.bundle import WEIGHTS
@@ -82,8 +83,10 @@ def compare_runs(
         samples: number of samples of each split that are scored; None for all.
         seconds: of timing for each model and number of samples.
 
-    Raises UserError for a task or an input of which no graph can be made.
+    Raises UserError without splits, and for a task or an input of which no graph can be made.
     """
+    if not splits:
+        raise UserError("the run has neither validation nor test samples")
     models: dict[str, tuple[Runtime, int, Mapping[str, SplitArrays]]] = {}
     for name, (run, checkpoint) in runs.items():
         path, _ = model_of(run, checkpoint)

@@ -39,7 +39,9 @@ def latencies(calls: Mapping[str, Callable[[], object]], *, seconds: float = 2.0
 
 
 def first_samples(batches: Sequence[Mapping[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
-    """A batch of `count` samples, for models whose samples have at most one image: repeated where there are fewer."""
+    """A batch of `count` samples by the names of a graph's inputs: repeated where there are fewer."""
     first = batches[0]
-    available = len(next(iter(first.values())))
-    return {name: array[np.arange(count) % available] for name, array in first.items()}
+    of_several = {name.removesuffix("_image_index") for name in first if name.endswith("_image_index")}
+    pixels = {f"{name}_pixels" for name in of_several}  # as many as there are images, which the samples refer to
+    available = next(len(array) for name, array in first.items() if name not in pixels)
+    return {name: array if name in pixels else array[np.arange(count) % available] for name, array in first.items()}

@@ -12,6 +12,7 @@ import torch
 from fusion.deploy.comparison import Compared, compare, in_eager, size_of
 from fusion.deploy.exporting import about_of, graph_of, write_graph, write_package
 from fusion.deploy.int8 import RANGES, Quantised, Verdict, prepared, quantised_within
+from fusion.deploy.latency import first_samples
 from fusion.deploy.split_arrays import SplitArrays, lost
 from fusion.errors import UserError
 from fusion.packages.folder import check_free, new_folder, write_json
@@ -105,8 +106,8 @@ def shrink_to_int8(
             return Verdict(missing <= most_lost and changed <= most_changed, found, text)
 
         def difference_of(file: Path) -> float:
-            batch = {name: array[:SENSITIVITY_SAMPLES] for name, array in chosen.batches[0].items()}
-            return float(np.abs(load(file)(batch) - expected[:SENSITIVITY_SAMPLES]).mean())
+            count = min(SENSITIVITY_SAMPLES, len(chosen))
+            return float(np.abs(load(file)(first_samples(chosen.batches, count)) - expected[:count]).mean())
 
         calibration = first_batches(chosen, calibration_samples)
         quantised = quantised_within(ready, small, calibration, judge, difference_of, report)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,9 +82,9 @@ class SplitArrays:
         return score(self.task, torch.from_numpy(values), self.cells).get(name, float("nan"))
 
     def changed(self, values: np.ndarray, before: np.ndarray) -> float:
-        """The share of samples whose answer is another one than before; 0 for numbers, which always differ a little."""
+        """The share of samples of which a class or a set of labels is another one than before; numbers always differ a little."""
         now, then = self.task.answers(values), self.task.answers(before)
-        return 0.0 if isinstance(then[0], float) else float(np.mean([one != other for one, other in zip(now, then, strict=True)]))
+        return float(np.mean([without_numbers(one) != without_numbers(other) for one, other in zip(now, then, strict=True)]))
 
     def interval(self, values: np.ndarray, name: str) -> tuple[float, float]:
         """A 95 % interval of a score over the drawing of samples: Wilson's for a share of right samples, which also holds near 0 and 1; for
@@ -99,6 +100,18 @@ class SplitArrays:
             found.append(float(self.task.scores(metrics).get(name, torch.tensor(float("nan")))))
         low, high = np.nanquantile(found, [0.025, 0.975])
         return float(low), float(high)
+
+
+def without_numbers(answer: Any) -> Any:
+    """
+    >>> without_numbers({"tags": ["red"], "price": 1.5, "size": [1.0, 2.0]})
+    {'tags': ['red'], 'price': None, 'size': [None, None]}
+    """
+    if isinstance(answer, Mapping):
+        return {name: without_numbers(one) for name, one in answer.items()}
+    if isinstance(answer, list):
+        return [without_numbers(one) for one in answer]
+    return None if isinstance(answer, float) else answer
 
 
 def lost(task: Task, before: float, after: float) -> float:

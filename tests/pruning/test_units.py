@@ -1,6 +1,7 @@
 """Units that contribute nothing, or always the same, are removed without any change of the output, from every family of encoders."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from test_transformers_text import make
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
+from fusion.deploy.pruning.importance import cut
 from fusion.deploy.pruning.refit import RIDGE, refit
 from fusion.deploy.pruning.statistics import Moments, input_moments
+from fusion.deploy.pruning.structured import called
 from fusion.encoders import Images, Texts, TimmImage
 from fusion.encoders.adapters import add_adapters
 from fusion.errors import UserError
 from fusion.features import Features
-from fusion.heads import HEADS, Concat, CrossAttention, available
+from fusion.heads import HEADS, Concat, CrossAttention, DualEncoder, available
 from fusion.model import FusionModel, part_of
 from fusion.pruning.blocks import each_by_itself, find_groups, groups_of
 from fusion.pruning.groups import Consumer, Group, Producer
@@ -342,6 +345,17 @@ def test_moments_are_those_of_all_positions():
         (moments,) = input_moments(layer, [layer], [x[:1], x[1:]])
         assert torch.allclose(moments.mean, flat.double().mean(0))
         assert torch.allclose(moments.covariance, flat.double().T.cov(correction=0), atol=1e-6)
+
+
+def test_units_that_take_no_part_in_predictions_are_left():
+    head = partial(DualEncoder, matcher="CrossAttention", matcher_args=SMALL["CrossAttention"])
+    model = FusionModel.build({"image": TimmImage("test_vit", pretrained=False, image_size=64), "text": make("bert")}, head, 8)
+    groups = find_groups(model)
+    layers = [consumer.layer for group in groups.values() for consumer in group.consumers]
+    kept, moments = called(groups, input_moments(model, layers, [samples(model)]))
+    assert {name for name in groups if name.startswith("head.matcher")} == groups.keys() - kept.keys() != set()
+    assert all(one.count for one in moments)
+    assert cut(kept, moments, 0.5, "variance")
 
 
 def test_the_moments_are_those_in_evaluation_mode():

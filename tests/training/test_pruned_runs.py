@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 import fusion
 from fusion.cli.evaluate import evaluate
 from fusion.cli.shrink import shrink
+from fusion.cli.shrink_pruned import await_model
 from fusion.console import printing
 from fusion.deploy.exporting import export
 from fusion.deploy.pruning import structured
@@ -438,3 +441,21 @@ def test_the_same_pruning_twice_gives_the_same_run(run, tmp_path):
         prune(run.folder, tmp_path / name / "start", keep=0.5, samples=8)
         assert fine_tune(tmp_path / name / "start", tmp_path / name / "run", epochs=1, options=["--trainer.limit_train_batches=2"]) == 0
     assert_same_end(Run(0, tmp_path / "a/run"), Run(0, tmp_path / "b/run"))
+
+
+def test_the_other_ranks_wait_for_the_model_that_training_starts_from(tmp_path, run):
+    with pytest.raises(UserError, match=r"the first rank has not written .*start within 0.1 s"):
+        await_model(tmp_path / "start", timeout_s=0.1)
+    writing = threading.Timer(0.5, shutil.copytree, [run.folder, tmp_path / "start"])
+    writing.start()
+    await_model(tmp_path / "start", timeout_s=30)
+    writing.join()
+
+
+def test_without_validation_and_test_samples_there_is_no_table_and_that_is_said(tiny, fit_here, tmp_path, capsys):
+    source = fit_here(
+        "--recipe", tiny(), *SHORT, "--data.columns.split=null", "--data.val=0", "--data.test=0", "--trainer.limit_val_batches=0"
+    )
+    assert shrink([f"--run={source.folder}", "--method=prune", f"--out={tmp_path / 'out'}", "--epochs=0", "--keep=0.5"]) == 0
+    assert "there is no table of latency and scores: the run has neither validation nor test samples" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "shrink.json").read_text())["models"] == {}

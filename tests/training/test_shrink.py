@@ -12,12 +12,12 @@ from torch import nn
 import fusion
 from fusion.cli.shrink import shrink
 from fusion.deploy.int8 import Verdict, layers, prepared, quantised_within
-from fusion.deploy.latency import latencies
+from fusion.deploy.latency import first_samples, latencies
 from fusion.deploy.shrinking import shrink_to_int8
 from fusion.deploy.split_arrays import SplitArrays, lost
 from fusion.errors import UserError
 from fusion.packages.runtimes import OnnxRuntime
-from fusion.tasks import Classification, Regression
+from fusion.tasks import Classification, MultiTask, Regression, SubTask
 
 
 @pytest.fixture
@@ -73,6 +73,26 @@ class TwoLayers(nn.Module):
 
     def forward(self, x):
         return self.even(torch.tanh(self.outlier(torch.tanh(self.stem(x)) * self.scale)))
+
+
+def test_of_samples_with_several_images_the_timed_and_measured_ones_keep_theirs():
+    index = np.arange(6).reshape(3, 2)
+    batch = {"image_pixels": np.arange(6), "image_image_index": index, "image_image_mask": index >= 0, "text_ids": np.arange(3)}
+    for count in (1, 5):
+        first = first_samples([batch], count)
+        assert first["text_ids"].tolist() == [0, 1, 2, 0, 1][:count]
+        assert (first["image_pixels"][first["image_image_index"]] == index[first["text_ids"]]).all()
+        assert first["image_image_mask"].shape == (count, 2)
+
+
+def test_numbers_that_differ_a_little_are_no_changed_answers():
+    mixed = MultiTask([SubTask(Classification(), "mood"), SubTask(Regression(), "price")])
+    mixed.learn({"train": mixed.joined({"mood": ["a", "b", "a"], "price": ["1", "2", "5"]}, {}, {})}, column="", on_unseen="error")
+    values = np.array([[0.9, 0.1, 0.5], [0.2, 0.8, 0.5]], dtype=np.float32)
+    samples = SplitArrays(mixed, [], [None, None])
+    assert samples.changed(values + np.float32(1e-6), values) == 0
+    assert samples.changed(values[::-1], values) == 1
+    assert samples.changed(np.array([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5]], np.float32), values) == 0.5
 
 
 def test_the_layer_that_costs_is_left_in_32_bits_and_the_others_are_not(tmp_path):

@@ -13,7 +13,7 @@ from fusion.data.kinds import TextInput
 from fusion.data.table import Table
 from fusion.deploy.pruning.importance import Importance, cut, parameters, ratio_for
 from fusion.deploy.pruning.source import Source, check_free, state_bytes, write_start
-from fusion.deploy.pruning.statistics import input_moments
+from fusion.deploy.pruning.statistics import Moments, input_moments
 from fusion.encoders import Encoder, TransformersText
 from fusion.errors import UserError
 from fusion.model import FusionModel, part_of
@@ -78,8 +78,9 @@ def prune(
 ) -> Pruned:
     """Removes units from the blocks of a run's model: feed-forward units, attention heads, channels of convolutions.
 
-    What a removed unit contributed on average is added to the bias that follows, and what is linear in the kept ones to their weights
-    (`refit`). `fine_tune` then trains a run from the result.
+    Blocks that take no part in predictions, such as a retrieval head's matcher, are left as they are. What a removed unit contributed on
+    average is added to the bias that follows, and what is linear in the kept ones to their weights (`refit`). `fine_tune` then trains a run
+    from the result.
 
     Args:
         run: run folder.
@@ -109,11 +110,12 @@ def prune(
     tokens = trim_vocabularies(source, table, skip) if vocabulary else []
     if not chosen and not tokens:
         raise UserError(f"{source.run}: there is nothing to remove: {'; '.join(f'{n}: {why}' for n, why in untouched(model, {}).items())}")
-    keep = keep or ratio_for(model, chosen, int(before[0] / (times or 1)))
     layers = [consumer.layer for group in chosen.values() for consumer in group.consumers]
     moments = input_moments(model, layers, source.samples(table, samples))
     if layers and not moments[0].count:
         raise UserError(f"{source.run}: none of its training samples can be read, from which the means of removed units come")
+    chosen, moments = called(chosen, moments)
+    keep = keep or ratio_for(model, chosen, int(before[0] / (times or 1)))
     widths = cut(chosen, moments, keep, by)
     if not widths and not tokens:
         raise UserError(f"--keep {keep:g}: no unit would be removed; expected a smaller ratio")
@@ -125,6 +127,20 @@ def prune(
     after = parameters(model), state_bytes(model.state_dict())
     removed = by_part(groups, sizes) + tokens
     return Pruned(folder, keep, removed, untouched(model, groups), (before[0], after[0]), (before[1], after[1]), source.note)
+
+
+def called(groups: Mapping[str, Group], moments: Sequence[Moments]) -> tuple[dict[str, Group], list[Moments]]:
+    """The groups whose layers take part in predictions, as a retrieval head's matcher doesn't, and the moments of their inputs.
+
+    moments: of the inputs of each consumer of each group, in order.
+    """
+    remaining, kept, of_kept = list(moments), {}, []
+    for name, group in groups.items():
+        own = [remaining.pop(0) for _ in group.consumers]
+        if all(one.count for one in own):
+            kept[name] = group
+            of_kept += own
+    return kept, of_kept
 
 
 def check_options(keep: float | None, times: float | None, by: str, samples: int) -> None:
