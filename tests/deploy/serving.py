@@ -67,6 +67,7 @@ class Parity:
     def __init__(self, *, fails: Sequence[str] = (), inverted: bool = False, nan: bool = False) -> None:
         spec = ImageSpec((8, 8), interpolation="nearest", max_megapixels=1.0)
         self.preprocessors: dict[str, Any] = {"image": ImagePreprocessor(spec), "text": Characters()}
+        self.names = list(CLASSES)
         self.gate, self.began = threading.Event(), threading.Semaphore(0)
         self.gate.set()
         self.batches: list[list[str]] = []

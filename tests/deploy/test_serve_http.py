@@ -318,6 +318,7 @@ def test_the_interface_is_described_without_anything_from_elsewhere():
         ({}, None, 403),
         ({"x-fusion-control": "1", "x-forwarded-for": "10.0.0.1"}, None, 403),
         ({"x-fusion-control": "1", "host": "evil.example"}, None, 403),
+        ({"host": "public.example"}, "", 403),
         ({"x-fusion-control": "1"}, "secret", 403),
         ({"authorization": "Bearer wrong"}, "secret", 403),
         ({"authorization": "Bearer secret", "x-forwarded-for": "10.0.0.1"}, "secret", 200),

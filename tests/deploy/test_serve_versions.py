@@ -1,6 +1,7 @@
 """Versions side by side: routing, comparison, promotion, rollback by command and by limits, reload."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from fusion.cli.serve import serve
 from fusion.deploy.serve.answers import agree, answers_of
 from fusion.deploy.serve.canary import RollbackLimits, Watch
 from fusion.deploy.serve.control import canary_of
-from fusion.deploy.serve.limits import Limits
+from fusion.deploy.serve.limits import Limits, Rejected
 from fusion.deploy.serve.model import Loaded
+from fusion.deploy.serve.service import Job
 from fusion.deploy.serve.versions import Versions
 from fusion.errors import UserError
 from fusion.predictions import Predictions
@@ -61,6 +63,15 @@ def test_a_version_that_reads_other_inputs_is_rejected():
         versions.add_canary(version_of(other, "other"), 0.1)
     with pytest.raises(UserError, match="main is version main, which is already served"):
         versions.add_shadow(version_of(Parity(), "main"))
+
+
+def test_a_version_with_none_of_the_answers_is_rejected():
+    versions, other = versions_of(), Parity()
+    other.names = ["cat", "dog"]
+    with pytest.raises(UserError, match=r"other answers cat, dog, ...; this server's model answers .*: serve it on another port"):
+        versions.check(version_of(other, "other"))
+    other.names = ["even", "dog"]
+    versions.check(version_of(other, "other"))
 
 
 def test_a_version_that_cannot_run_is_rejected():
@@ -172,6 +183,22 @@ def test_a_failing_canary_costs_no_request_and_is_rolled_back():
     assert counted(service, "fusion_rollbacks_total", version="new", reason="errors") == 1
     assert counted(service, "fusion_failures_total", version="new") >= 5
     assert counted(service, "fusion_version_share", version="main", role="main") == 1
+
+
+def test_requests_that_are_wrong_or_shed_are_no_fault_of_a_version():
+    service = service_of(rollback=RollbackLimits(canary_least=5, canary_window=10))
+    put(service, Parity(), 0.5)
+    shed, wrong = Rejected(503, "overload", "too many images are being fetched"), Rejected(422, "unreadable", "corrupt")
+
+    async def ask(client):
+        for i, result in enumerate([shed, wrong] * 20):
+            job = Job(str(i), service.versions.canaries[0][0], b"", "", time.monotonic(), service.loop.create_future())
+            service.delivered([job], [result])
+            assert job.future.exception() is result
+
+    asked(service, ask)
+    assert len(service.versions.canaries) == 1
+    assert not counted(service, "fusion_failures_total", version="new")
 
 
 def test_a_canary_that_disagrees_is_rolled_back():

@@ -39,7 +39,8 @@ class Control:
     """
 
     def __init__(self, service: Service, load: Load, batch_size: int, token: str | None = None) -> None:
-        self.service, self.load, self.batch_size, self.token = service, load, batch_size, token
+        self.service, self.load, self.batch_size = service, load, batch_size
+        self.token = token or None  # an empty one is none
         self.one_at_a_time = asyncio.Lock()
 
     def routes(self) -> list[Route]:

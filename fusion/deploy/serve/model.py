@@ -35,12 +35,15 @@ class Reads(Protocol):
 class Model(Protocol):
     """A trained model.
 
-    preprocessors: of its inputs, by name. run: the output of a batch of their arrays. gather: predictions from outputs. confidence: (n,)
-    the probability of each answer, from values (n, K); None for numbers.
+    preprocessors: of its inputs, by name. names: of its answers: classes, labels, targets. run: the output of a batch of their arrays.
+    gather: predictions from outputs. confidence: (n,) the probability of each answer, from values (n, K); None for numbers.
     """
 
     @property
     def preprocessors(self) -> Mapping[str, Any]: ...
+
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def run(self, inputs: Mapping[str, Any]) -> Output: ...
 
@@ -62,6 +65,7 @@ class Served:
             else:
                 self.preprocessors[name], self.converters[name] = of_kind(reader)
         answering: Any = predictor.answering
+        self.names: list[str] = list(answering.names)
         self.answering = answering if not hasattr(answering, "answering") else made_by(answering)
 
     def run(self, inputs: Mapping[str, Any]) -> Output:

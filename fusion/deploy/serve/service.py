@@ -20,6 +20,7 @@ from fusion.deploy.serve.versions import Version, Versions
 from fusion.errors import first_line
 
 LOG = logging.getLogger("fusion")
+FAILED = "failed"  # the reason of rejections that are the model's fault
 RATE_S = 10.0  # over which the rate of answers is measured, for Retry-After
 Result = Answer | Rejected
 
@@ -215,7 +216,7 @@ class Service:
             self.ended.append(now)
             self.metrics.answered(result)
             job.future.set_result(result)
-        elif result.status >= 500 and job.version is not self.versions.main:
+        elif result.reason == FAILED and job.version is not self.versions.main:
             if job.twin is not None:  # there is nothing to compare any more
                 job.twin.twin = None
             job.version, job.twin = self.versions.main, None
@@ -225,7 +226,7 @@ class Service:
 
     def record(self, job: Job, version: Version, result: Result, now: float) -> None:
         """Adds an outcome to the version's watch, and rolls it back if it exceeds a limit."""
-        has_failed = isinstance(result, Rejected) and result.status >= 500
+        has_failed = isinstance(result, Rejected) and result.reason == FAILED
         if has_failed:
             self.metrics.count(self.metrics.failures, version.name)
         if version.watch is not None:
@@ -262,9 +263,9 @@ class Service:
 def failed(version: Version, error: Exception) -> Rejected:
     """The answer to a request for which the model failed; the error goes to the log alone."""
     LOG.warning("%s failed: %s: %s", version.name, type(error).__name__, first_line(error))
-    return Rejected(500, "failed", "the model failed for this sample")
+    return Rejected(500, FAILED, "the model failed for this sample")
 
 
 def not_finite(version: Version) -> Rejected:
     LOG.warning("%s failed: its output is not finite", version.name)
-    return Rejected(500, "failed", "the model's output for this sample is not finite")
+    return Rejected(500, FAILED, "the model's output for this sample is not finite")

@@ -35,6 +35,11 @@ class Version:
         return self.model.preprocessors
 
     @property
+    def answers_known(self) -> list[str]:
+        """The classes, labels or targets that it knows."""
+        return list(self.model.names)
+
+    @property
     def reads(self) -> dict[str, tuple[str, ...]]:
         """Its inputs, with their kinds and columns of a table."""
         return {name: (one.form, *(getattr(one, "names", ()) if one.form == "table" else ())) for name, one in self.inputs.items()}
@@ -120,6 +125,12 @@ class Versions:
         if version.reads != self.main.reads:
             reads = [", ".join(f"{name} ({' '.join(kind)})" for name, kind in one.reads.items()) for one in (version, self.main)]
             raise UserError(f"{version.path} reads {reads[0]}; this server's model reads {reads[1]}")
+        known = set(self.main.answers_known)
+        if known and version.answers_known and not known & set(version.answers_known):
+            listed = [", ".join(one.answers_known[:3]) for one in (version, self.main)]
+            raise UserError(
+                f"{version.path} answers {listed[0]}, ...; this server's model answers {listed[1]}, ...: serve it on another port"
+            )
         if version.name in {one.name for one, role in self.roles().items() if role != "previous"}:
             raise UserError(f"{version.path} is version {version.name}, which is already served")
         check_shares([*(one for _, one in self.canaries), share])
