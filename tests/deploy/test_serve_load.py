@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -70,11 +71,12 @@ def fault(address, kind):
 
 class Stages:
     """Requests in five parts, between which commands are sent: of each part, every other request waits for its command to be done, so that
-    some come while it is being done, and some surely after it."""
+    some come while it is being done, and some surely after it. A command waits for the answers of all parts before the last one."""
 
     def __init__(self, count):
         self.count, self.done = count, 0
         self.answers, self.shed = {}, 0
+        self.left = Counter(map(self.stage, range(count)))  # to be answered, by part
 
     def stage(self, i):
         return 5 * i // self.count
@@ -93,6 +95,7 @@ class Stages:
         assert answer.headers["x-request-id"] == answer.json()["id"] == id
         assert id not in self.answers
         self.answers[id] = answer.json()
+        self.left[self.stage(i)] -= 1
 
     async def all(self, url, sent, commands):
         """Sends all requests, by 32 clients, with commands and faults in the meantime."""
@@ -113,7 +116,8 @@ class Stages:
             if len(self.answers) == self.count:
                 return
             fault((host, int(port)), number % 5)
-            if self.done < len(commands) and len(self.answers) > self.count * (self.done + 1) // 5 - 16:
+            earlier = sum(self.left[stage] for stage in range(self.done))
+            if self.done < len(commands) and not earlier and len(self.answers) > self.count * (self.done + 1) // 5 - 16:
                 for command in commands[self.done]:
                     send_command(url, command)
                 self.done += 1
