@@ -126,7 +126,7 @@ def requests_of(folder: str, server: str) -> Path:
 
 
 def our_command(setting: Setting, port: int) -> list[str]:
-    options = {"port": port, "batch_size": setting.batch_size, "runs": setting.runs, "threads": setting.threads}
+    options = {"port": port, "batch_size": setting.batch_size, "parallel_batches": setting.runs, "threads": setting.threads}
     options |= {"max_queue": 2 * setting.connections, "timeout_s": 600}
     return ["-m", "fusion", "serve", str(setting.path), *(f"--{name}={value}" for name, value in options.items())]
 

@@ -45,7 +45,7 @@ def benchmark(arguments: Sequence[str]) -> int:
             "                                  [any option of fit]\n"
             "       fusion benchmark packages --run RUN [--seconds N]\n"
             "       fusion benchmark serve --run RUN_OR_PACKAGE [--against litserve] [--seconds N] [--rounds N] [--connections N]\n"
-            "                              [--batch_size N] [--pixels N] [--runs N] [--threads N]\n"
+            "                              [--batch_size N] [--pixels N] [--parallel_batches N] [--threads N]\n"
             "       fusion benchmark gpu [--scenes N]\n\n"
             "overhead: samples per second of the whole fit loop, of a bare PyTorch loop fed by the same loader, and of a bare loop\n"
             "over batches already in memory; same model and optimiser, alternating in one process.\n"
@@ -131,7 +131,8 @@ def serving(words: Sequence[str]) -> int:
     """Measure the server."""
     from fusion.deploy.serve.model import concurrency, has_gpu
 
-    numbers: dict[str, Any] = {"seconds": 20, "rounds": 3, "connections": 64, "batch_size": 32, "pixels": 0, "runs": 0, "threads": 0}
+    numbers: dict[str, Any] = {"seconds": 20, "rounds": 3, "connections": 64, "batch_size": 32, "pixels": 0}
+    numbers |= {"parallel_batches": 0, "threads": 0}
     options = own_options_alone(words, run="", against=None, **numbers)
     if not options.run:
         raise UserError("fusion benchmark serve: --run is missing; expected a run or a package")
@@ -139,7 +140,7 @@ def serving(words: Sequence[str]) -> int:
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")
     path = Path(options.run).expanduser().resolve()
-    spread = concurrency(options.runs or None, options.threads or None, gpu=not is_package(path) and has_gpu())
+    spread = concurrency(options.parallel_batches or None, options.threads or None, gpu=not is_package(path) and has_gpu())
     sizes = (options.seconds, options.rounds, options.connections, options.batch_size, options.pixels or None)
     return benchmark_serving(Setting(path, *sizes, spread.runs, spread.threads), options.against)
 

@@ -28,7 +28,10 @@ class Options(argparse.ArgumentParser):
 
 def above_zero(text: str) -> int:
     """argparse type: an integer of at least 1."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}; expected at least 1")
+        raise argparse.ArgumentTypeError(f"{text}; expected an integer of at least 1")
     return number

@@ -23,15 +23,18 @@ def serve(arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fusion"):
             raise
-        raise UserError(f'fusion serve needs packages that are not installed ({error.name}): pip install "fusion[serve]"') from error
+        raise UserError(
+            f"fusion serve needs packages that are not installed ({error.name}): install fusion with its extra serve"
+        ) from error
     parser = parser_of()
     options = parser.parse_args(list(arguments))
     if options.control:
         print(json.dumps(send_command(options.control, options.words, os.environ.get(TOKEN)), indent=1, ensure_ascii=False))
         return 0
-    if len(options.words) != 1:
-        raise UserError(f"fusion serve: expected one run or package, got {' and '.join(options.words) or 'none'}")
-    return run(options.words[0], options)
+    paths = [*options.words, *([options.run] if options.run else [])]
+    if len(paths) != 1:
+        raise UserError(f"fusion serve: expected one run or package, got {' and '.join(paths) or 'none'}")
+    return run(paths[0], options)
 
 
 def parser_of() -> Options:
@@ -47,30 +50,36 @@ def parser_of() -> Options:
         "progress and ends with status 0.",
     )
     parser.add_argument("words", nargs="*", metavar="PACKAGE_OR_RUN", help="what to serve; with --control, a command")
+    parser.add_argument("--run", metavar="PACKAGE_OR_RUN", help="the same by name, as for the other commands")
     parser.add_argument("--control", metavar="URL", help=f"send a command to the server there: {commands}")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all of this machine's")
     parser.add_argument("--port", type=int, default=8000, help="0 for any")
     parser.add_argument("--batch_size", type=above_zero, default=32, help="the largest batch")
     parser.add_argument("--wait_ms", type=float, default=5.0, help="the longest time for which a sample waits for others to fill a batch")
-    parser.add_argument("--device", help="cpu or cuda; None: the CPU, and for runs the GPU if there is one")
-    parser.add_argument("--runs", type=above_zero, help="batches that are run at once; None: on a CPU one per core, up to 4, on a GPU 1")
-    parser.add_argument("--threads", type=above_zero, help="threads of one batch; None: the cores divided by --runs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="None: the CPU, and for runs the GPU if there is one")
+    parser.add_argument("--parallel_batches", type=above_zero, help="batches run at once; None: on a CPU one per core, up to 4, on a GPU 1")
+    parser.add_argument("--threads", type=above_zero, help="threads of one batch; None: the cores divided by --parallel_batches")
     parser.add_argument("--pool", type=above_zero, help="threads that preprocess requests and run batches; None: the cores, up to 8")
     parser.add_argument(
         "--canary",
         action="append",
         default=[],
         metavar="PATH=SHARE",
-        help="another version for a share of the requests, as new=5%%",
+        help="another version for a share of the requests, as new=5%%; may be repeated",
     )
     parser.add_argument("--shadow", metavar="PATH", help="another version that gets a copy of each request and answers nobody")
-    parser.add_argument("--url_hosts", nargs="*", default=[], metavar="HOST", help="hosts from which images may be fetched by URL")
+    parser.add_argument(
+        "--url_host", action="append", default=[], metavar="HOST", help="host from which images may be fetched by URL; may be repeated"
+    )
     for settings in (Limits, RollbackLimits):
         described = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", settings.__doc__ or "", re.MULTILINE))
         for field in fields(settings):
             text = " ".join(described[field.name].split()).replace("%", "%%")
             parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=text)
-    parser.epilog = f"The environment variable {TOKEN}: a token that commands must carry; without it they are taken from this machine only."
+    parser.epilog = (
+        f"The environment variable {TOKEN}: a token that commands must carry. Without it they are taken from this machine only; set it "
+        "where a proxy on this machine passes on requests from others."
+    )
     return parser
 
 
@@ -93,7 +102,7 @@ def run(path: str, options: Any) -> int:
     check_shares([share for _, share in canaries])
     bound = bound_socket(options.host, options.port)
     on_gpu = options.device == "cuda" or (options.device is None and not is_package(path) and has_gpu())
-    spread = concurrency(options.runs, options.threads, options.pool, gpu=on_gpu)
+    spread = concurrency(options.parallel_batches, options.threads, options.pool, gpu=on_gpu)
     bound_embedded_images(limits.max_megapixels)
     load_one = partial(load, threads=spread.threads, max_megapixels=limits.max_megapixels, device=options.device)
     versions = Versions(ready(path, load_one, options.batch_size), rollback)
@@ -108,7 +117,7 @@ def run(path: str, options: Any) -> int:
         wait_ms=options.wait_ms,
         runs=spread.runs,
         threads=spread.pool,
-        url_hosts=options.url_hosts,
+        url_hosts=options.url_host,
     )
     control = Control(service, load_one, options.batch_size, os.environ.get(TOKEN))
     server = Server(app_of(service, control), service)

@@ -79,7 +79,7 @@ def test_a_port_in_use_is_reported_before_the_model_is_loaded(in_process: InProc
         (["a", "--max_queue=0"], "--max_queue is 0; expected a number above 0"),
         (["a", "--wait_ms=-1"], "--wait_ms is -1; expected 0 or more"),
         (["a", "--max_errors=2"], "--max_errors is 2.0; expected a share between 0 and 1"),
-        (["a", "--batch_size=0"], "argument --batch_size: 0; expected at least 1"),
+        (["a", "--batch_size=0"], "argument --batch_size: 0; expected an integer of at least 1"),
         (["a", "--prot=1"], "unknown option --prot. Did you mean port?"),
         (["--control", "http://127.0.0.1:1", "status"], "status: no server answers at http://127.0.0.1:1"),
         (["--control", "nonsense", "status"], "status: no server answers at nonsense"),
