@@ -29,4 +29,13 @@ def installed(what: str) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        raise UserError(f'{what} needs {package}, which is not installed: pip install "fusion[{EXTRAS[package]}]"') from error
+        raise UserError(f"{what} needs {package}, which is not installed: {install(package)}") from error
+
+
+def install(package: str) -> str:
+    """How to install a package of an extra: by its own name, since fusion may not be on the index that pip reads.
+
+    >>> install("onnxruntime")
+    'pip install onnxruntime, or fusion with its extra edge'
+    """
+    return f"pip install {package}, or fusion with its extra {EXTRAS[package]}"

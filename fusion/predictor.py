@@ -13,9 +13,10 @@ from fusion.data.kinds import Kind
 from fusion.data.processor import Processor
 from fusion.encoders import Encoder
 from fusion.encoders.adapters import add_adapters
-from fusion.errors import UserError
+from fusion.errors import UserError, first_line
 from fusion.heads import FusionHead
 from fusion.model import FusionModel
+from fusion.packages.folder import is_package
 from fusion.predictions import Output, RawPredictor
 from fusion.pruning.widths import narrow
 from fusion.rebuilding import class_of, importing_only, rebuilt
@@ -31,7 +32,10 @@ class Predictor(RawPredictor):
     """
 
     def __init__(self, model: FusionModel, processor: Processor, device: str | torch.device = "cpu") -> None:
-        self.model, self.processor, self.device = model.eval().to(device), processor, torch.device(device)
+        try:
+            self.model, self.processor, self.device = model.eval().to(device), processor, torch.device(device)
+        except (RuntimeError, AssertionError) as error:  # unknown, missing, or without enough memory
+            raise UserError(f"the model can't be moved to device {device}: {first_line(error)}") from error
 
     @classmethod
     def load(
@@ -115,9 +119,18 @@ def model_of(run: str | Path, which: str) -> tuple[Path, str]:
         which, note = "last", f"{run} has no best checkpoint, since it wasn't validated; its last one is used"
     if (which == "best" or note) and is_bundle(path / MODEL):
         return path / MODEL, note
+    if is_package(path):
+        raise UserError(f"{path} is an exported package; expected the run that it was exported from")
+    if not available and (inside := newest_inside(path)):
+        raise UserError(f"{path} holds several runs; expected one, such as {inside}")
     if which not in available:
         raise UserError(f"{path} has no checkpoint '{which}'; it has {', '.join(available) or 'none: is it a run folder?'}")
     return path / "checkpoints" / f"{which}.ckpt", note
+
+
+def newest_inside(path: Path) -> Path | None:
+    """The newest run in a folder of runs; None if it isn't one."""
+    return max((one.parent for one in path.glob("*/recipe.yaml")), default=None)
 
 
 def on_device(inputs: Any, device: torch.device) -> Any:

@@ -73,7 +73,9 @@ def on_ray(job: Job, options: Any) -> int:
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     except ImportError as error:
-        raise UserError(f"fusion launch --engine ray needs Ray ({error}). Install it with: pip install 'fusion[ray]'") from error
+        raise UserError(
+            f"fusion launch --engine ray needs Ray ({error}): pip install 'ray[train]', or fusion with its extra ray"
+        ) from error
 
     try:
         ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR)

@@ -13,7 +13,7 @@ def push(arguments: Sequence[str]) -> int:
     description = "Upload a finished run's model (weights and JSON), its recipe and a model card to the Hugging Face Hub."
     parser = Options("fusion push", description)
     parser.add_argument("--run", required=True, help="run folder printed by fit")
-    parser.add_argument("--to", required=True, help="USER/NAME, which is made if there is none")
+    parser.add_argument("--to", required=True, help="repository USER/NAME, created if there is none")
     parser.add_argument("--private", action="store_true", help="make a repository that only its owners can read")
     parser.add_argument("--message", default="", help="message of the commit; the run's name if not given")
     parser.add_argument("--license", help="of the model, as the hub spells it (apache-2.0); that of its pretrained encoders if not given")

@@ -8,9 +8,9 @@ from typing import Any
 from fusion.predictor import Predictor
 
 USE = {
-    "onnx": 'pip install "fusion[edge]"     # ONNX Runtime, tokenizers, NumPy, Pillow; no torch',
-    "torch": "pip install fusion torch        # a program of torch.export",
-    "aot": "pip install fusion torch        # compiled for x86-64 CPUs with AVX2",
+    "onnx": 'pip install "REPOSITORY_OF_FUSION[edge]"        # ONNX Runtime, tokenizers, NumPy, Pillow; no torch',
+    "torch": 'pip install "REPOSITORY_OF_FUSION[edge]" torch  # a program of torch.export: load only what you trust',
+    "aot": 'pip install "REPOSITORY_OF_FUSION[edge]" torch  # compiled for x86-64 CPUs with AVX2: load only what you trust',
 }
 
 

@@ -18,6 +18,7 @@ from fusion.console import log_level
 from fusion.deploy.card import card_of
 from fusion.deploy.graph import Graph, checked_batches
 from fusion.errors import UserError, first_line, nearest
+from fusion.extras import install
 from fusion.packages.folder import CARD, FORMAT, PACKAGE, PROCESSOR, check_free, new_folder, write_json
 from fusion.packages.package import flat_arrays
 from fusion.packages.runtimes import RUNTIMES, Runtime
@@ -113,6 +114,8 @@ def write_graph(graph: Graph, to: Target, file: Path, opset: int = OPSET) -> Non
     except OSError:  # the disk
         raise
     except Exception as error:  # of any type, from within the exporter or a model's own code
+        if "InvalidCxxCompiler" in str(error):
+            raise UserError("exporting to aot needs a C++ compiler: install g++, or set CXX") from error
         parts = ", ".join(f"{name}: {type(encoder).__name__}" for name, encoder in graph.model.encoders.items())
         reason = first_line(error)[:300]
         raise UserError(
@@ -125,7 +128,7 @@ def write_onnx(program: Any, graph: Graph, tensors: tuple[torch.Tensor, ...], fi
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError('exporting to onnx needs onnx and onnxscript: pip install "fusion[export]"') from error
+        raise UserError(f"exporting to onnx needs onnx and onnxscript: {install('onnxscript')}") from error
     torch.onnx.export(
         program,
         tensors,

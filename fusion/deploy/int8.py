@@ -18,6 +18,7 @@ import numpy as np
 
 from fusion.console import log_level
 from fusion.errors import UserError
+from fusion.extras import install
 
 RANGES = "ranges.json"  # of activations
 STATIC, DYNAMIC = ("Conv",), ("MatMul", "Gemm", "Gather")
@@ -211,7 +212,7 @@ def libraries() -> tuple[Any, Any]:
         import onnx
         from onnxruntime import quantization
     except ImportError as error:
-        raise UserError('INT8 needs onnx and onnxruntime: pip install "fusion[export]"') from error
+        raise UserError(f"INT8 needs onnx and onnxruntime: {install('onnx')}") from error
     return quantization, onnx
 
 

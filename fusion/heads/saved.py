@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ def save(head: FusionHead, folder: str | os.PathLike[str]) -> None:
         with tempfile.TemporaryDirectory(dir=target, prefix=".") as temporary:
             save_file(weights, Path(temporary, WEIGHTS), metadata={"format": "pt"})
             Path(temporary, CONFIG).write_text(config, encoding="utf-8")
+            shutil.copymode(Path(temporary, CONFIG), Path(temporary, WEIGHTS))  # which safetensors lets its owner alone read
             for name in (WEIGHTS, CONFIG):
                 os.replace(Path(temporary, name), target / name)
     except (OSError, failed) as error:

@@ -26,6 +26,7 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
     replace: whether an earlier package there may be replaced. Raises UserError for a folder that can't be written or holds anything else.
     """
+    folder = folder.absolute()
     check_free(folder, replace=replace)
     temporary, earlier = (folder.with_name(f".{folder.name}-{what}-{os.getpid()}") for what in ("new", "old"))
     try:
@@ -36,12 +37,17 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         (temporary / SUMS).write_text(sums, encoding="utf-8")
         if folder.exists():
             os.replace(folder, earlier)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if earlier.exists():
+                os.replace(earlier, folder)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
     except OSError as error:
         raise UserError(f"can't write {folder} ({error.strerror or first_line(error)}); nothing of it is left") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def check_free(folder: Path, *, replace: bool) -> None:
@@ -50,7 +56,7 @@ def check_free(folder: Path, *, replace: bool) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; expected a folder to write")
-    if not is_package(folder):
+    if not is_package(folder) or {path.relative_to(folder).as_posix() for path in files_in(folder)} != listed_in(folder).keys():
         raise UserError(f"{folder} holds other files than a package; give another folder")
     if not replace:
         raise UserError(f"there is a package in {folder} already; replace it by --replace, or give another folder")
@@ -70,8 +76,7 @@ def verify(folder: Path) -> str:
 
     Raises UserError for a file that is missing, was altered or isn't listed.
     """
-    listed = read_text(folder / SUMS)
-    expected = {name: digest for digest, _, name in (line.partition("  ") for line in listed.splitlines())}
+    expected = listed_in(folder)
     found = {path.relative_to(folder).as_posix() for path in files_in(folder)}
     for name in sorted(found | set(expected)):
         if name not in found:
@@ -80,7 +85,12 @@ def verify(folder: Path) -> str:
             raise UserError(f"the package {folder} has a file that it was not written with: {name}")
         if digest_of(folder / name) != expected[name]:
             raise UserError(f"{folder / name} was altered after the export (its checksum differs): copy it again, or export it again")
-    return hashlib.sha256(listed.encode()).hexdigest()[:12]
+    return digest_of(folder / SUMS)[:12]
+
+
+def listed_in(folder: Path) -> dict[str, str]:
+    """The digests of a package's files by name, as they were written. Raises UserError for a folder without the list."""
+    return {name: digest for digest, _, name in (line.partition("  ") for line in read_text(folder / SUMS).splitlines())}
 
 
 def read_text(path: Path) -> str:

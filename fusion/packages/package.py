@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fusion.errors import UserError, nearest
-from fusion.packages.folder import PROCESSOR, is_package, read_about, read_json, verify
+from fusion.packages.folder import PROCESSOR, is_package, read_about, read_json, read_text, verify
 from fusion.packages.runtimes import RUNTIMES, Runtime
 from fusion.predictions import Output, RawPredictor
 from fusion.processing.answers import Answering, answering_of
@@ -43,12 +43,15 @@ class Package(RawPredictor):
 
     @classmethod
     def load(cls, folder: str | Path, *, threads: int | None = None, device: str = "cpu") -> "Package":
-        """Loads a package, verifying its checksums; nothing in it is executed but the model's graph.
+        """Loads a package, verifying its checksums, which find accidents, not intent.
+
+        A package of onnx has no code but its graph. Those of torch and aot are code, as torch.export and AOTInductor load them: only load
+        what comes from somebody you trust.
 
         Args:
             folder: the package.
             threads: number of threads of one run; None for one per core.
-            device: "cpu" or "cuda".
+            device: "cpu" or "cuda"; of aot, "cpu".
 
         Raises UserError for a folder that isn't a package, was altered, or is of another version, and for a runtime that isn't installed.
         """
@@ -83,11 +86,16 @@ class Package(RawPredictor):
         return np.asarray(values), {name: np.asarray(arrays.present) for name, arrays in inputs.items()}
 
     def predict_batch(self, columns: Mapping[str, Sequence[Any]], unreadable: dict[int, tuple[str, UserError]] | None = None) -> Output:
+        columns = dict(columns)
         for name, preprocessor in self.preprocessors.items():
             if isinstance(preprocessor, ImagePreprocessor) and preprocessor.max_images == 1:
-                several = next((i for i, cell in enumerate(columns[name]) if isinstance(cell, tuple)), None)
-                if several is not None:
-                    raise UserError(f"sample {several} has several images ({name}), but the run had one in every sample")
+                for i, cell in enumerate(columns[name]):
+                    if isinstance(cell, tuple):
+                        error = UserError("there are several images, but the run had one in every sample")
+                        if unreadable is None:
+                            raise error
+                        unreadable.setdefault(i, (name, error))
+                columns[name] = [None if isinstance(cell, tuple) else cell for cell in columns[name]]
         return super().predict_batch(columns, unreadable)
 
 
@@ -109,6 +117,8 @@ def preprocessor_of(folder: Path, state: Mapping[str, Any]) -> Preprocessor:
         raise UserError(f"{folder / PROCESSOR} has an input of kind '{form}'. {nearest(form, PREPROCESSORS)}")
     own = {key: value for key, value in state.items() if key != "form"}
     if "tokenizer_file" in own:
-        path = folder / own.pop("tokenizer_file")
-        own["tokenizer"] = own["tokenizer"] | {"backend": path.read_text(encoding="utf-8")}
+        file = own.pop("tokenizer_file")
+        if Path(file).name != file:  # elsewhere
+            raise UserError(f"{folder / PROCESSOR} has the tokenizer {file}; expected a file of the package")
+        own["tokenizer"] = own["tokenizer"] | {"backend": read_text(folder / file)}
     return PREPROCESSORS[form].of_state(own)

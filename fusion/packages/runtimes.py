@@ -11,6 +11,7 @@ import numpy as np
 
 from fusion.console import log_level
 from fusion.errors import UserError, first_line, nearest
+from fusion.extras import install
 
 
 class Runtime(Protocol):
@@ -36,7 +37,7 @@ class OnnxRuntime:
         try:
             import onnxruntime
         except ImportError as error:
-            raise UserError('a package of onnx needs onnxruntime: pip install "fusion[edge]"') from error
+            raise UserError(f"a package of onnx needs onnxruntime: {install('onnxruntime')}") from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -60,7 +61,7 @@ class OnnxRuntime:
 
 
 class TorchRuntime:
-    """A program of torch.export.
+    """A program of torch.export, which can contain any code: see `Package.load`.
 
     Args:
         path: the .pt2 file.
@@ -72,7 +73,7 @@ class TorchRuntime:
     file: ClassVar[str] = "model.pt2"
 
     def __init__(self, path: Path, names: list[str], threads: int | None = None, device: str = "cpu") -> None:
-        torch = torch_for("torch")
+        torch = torch_for(path)
         if threads is not None:
             torch.set_num_threads(threads)
         self.names, self.device = names, device
@@ -81,7 +82,12 @@ class TorchRuntime:
 
     def load(self, torch: Any, path: Path) -> Any:
         try:
-            model = torch.export.load(os.fspath(path)).module().to(self.device)
+            program = torch.export.load(os.fspath(path))
+            if self.device != "cpu":  # of which the program itself makes tensors
+                from torch.export.passes import move_to_device_pass
+
+                program = move_to_device_pass(program, self.device)
+            model = program.module()
             give_short_paths(model, torch.Tensor)
             return model
         except Exception as error:  # of any type
@@ -99,6 +105,8 @@ class CompiledRuntime(TorchRuntime):
     def load(self, torch: Any, path: Path) -> Any:
         import torch._inductor
 
+        if self.device != "cpu":
+            raise UserError(f"device {self.device}: a compiled package runs on CPUs; export --to torch, or use device cpu")
         reject_older_cpu()
         try:
             # A newer CPU than the package was compiled for is no reason for a warning.
@@ -123,11 +131,11 @@ def give_short_paths(model: Any, tensor: type) -> None:
     model.recompile()
 
 
-def torch_for(what: str) -> Any:
+def torch_for(path: Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"a package of {what} needs torch; install it, or export --to onnx") from error
+        raise UserError(f"{path} needs torch: {install('torch')}; a package that was exported --to onnx doesn't") from error
     return torch
 
 

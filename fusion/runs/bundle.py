@@ -43,6 +43,7 @@ def write_bundle(folder: Path, about: dict[str, Any], weights: Weights) -> None:
         # Cloned, since safetensors rejects tensors that share memory (tied weights).
         save_file({name: weight.detach().cpu().clone().contiguous() for name, weight in weights.items()}, temporary / WEIGHTS)
         (temporary / ABOUT).write_text(json.dumps(described(about), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        shutil.copymode(temporary / ABOUT, temporary / WEIGHTS)  # which safetensors lets its owner alone read
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:

@@ -1,8 +1,10 @@
 """Packages of whole runs: they answer raw samples like the run, without torch, or say in one line why not."""
 
 import errno
+import hashlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from fusion.deploy import exporting
 from fusion.deploy.exporting import export
 from fusion.errors import UserError
 from fusion.packages.package import Package
+from fusion.packages.runtimes import CompiledRuntime, TorchRuntime
 
 MADE = []  # a run and its package, for all tests, which only read them
 
@@ -150,6 +153,66 @@ def test_nothing_half_written_is_left(run, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_only_what_a_package_was_written_with_is_replaced(run, package, tmp_path, monkeypatch):
+    (package / "notes.txt").write_text("mine")
+    other = tmp_path / "app"
+    other.mkdir()
+    (other / "package.json").write_text('{"name": "my-app"}')
+    for folder in (package, other):
+        with pytest.raises(UserError):
+            export(run.folder, "torch", folder, replace=True)
+    assert (package / "notes.txt").read_text() == "mine"
+    assert [path.name for path in other.iterdir()] == ["package.json"]
+    (package / "notes.txt").unlink()
+    before, rename, moved = (package / "package.json").read_bytes(), os.replace, []
+
+    def fails_the_second_time(source, target):
+        moved.append(source)
+        if len(moved) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_the_second_time)
+    with pytest.raises(UserError, match="Input/output error"):
+        export(run.folder, "torch", package, replace=True)
+    assert len(moved) == 3
+    assert (package / "package.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["app", "package"]
+
+
+def test_a_package_reads_no_file_from_elsewhere(package, tmp_path):
+    (tmp_path / "outside.json").write_bytes((package / "text.tokenizer.json").read_bytes())
+    state = json.loads((package / "processor.json").read_text())
+    state["inputs"]["text"]["tokenizer_file"] = "../outside.json"
+    (package / "processor.json").write_text(json.dumps(state))
+    sums = (package / "SHA256SUMS").read_text().splitlines()
+    digest = hashlib.sha256((package / "processor.json").read_bytes()).hexdigest()
+    (package / "SHA256SUMS").write_text("".join(f"{digest if 'processor' in one else one[:64]}{one[64:]}\n" for one in sums))
+    with pytest.raises(UserError, match=r"has the tokenizer ../outside.json; expected a file of the package"):
+        Package.load(package)
+
+
+def test_several_images_are_named_by_the_sample_where_the_run_had_one(package, raw):
+    image = raw["images"][0]
+    with pytest.raises(UserError, match=r"sample 70: its image can't be read: there are several images, but the run had one"):
+        fusion.load(package).predict(images=[image] * 70 + [[image, image]])
+
+
+def test_a_program_is_moved_with_the_tensors_it_makes(package):
+    runtime = TorchRuntime(package / "model.pt2", json.loads((package / "package.json").read_text())["graph_inputs"], device="meta")
+    made = [node.kwargs["device"] for node in runtime.model.graph.nodes if node.kwargs.get("device") is not None]
+    assert {torch.device(one).type for one in made} <= {"meta"}
+    assert all(weight.is_meta for weight in runtime.model.parameters())
+
+
+def test_a_device_that_is_not_there_is_one_line(run, package):
+    for load in (lambda device: fusion.load(run.folder, device=device), lambda device: fusion.load(package, device=device)):
+        with pytest.raises(UserError, match="device"):
+            load("nonsense")
+    with pytest.raises(UserError, match="a compiled package runs on CPUs"):
+        CompiledRuntime(package / "model.pt2", [], device="cuda")
+
+
 def test_a_package_that_differs_is_not_written(run, tmp_path, monkeypatch):
     class Wrong(exporting.RUNTIMES["torch"]):
         def __call__(self, arrays):
@@ -173,6 +236,10 @@ def test_mistakes_are_named(run, package, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has no checkpoint 'best'; it has none: is it a run folder"):
         export(tmp_path / "empty", "torch", tmp_path / "p")
+    with pytest.raises(UserError, match=r"is an exported package; expected the run that it was exported from"):
+        export(package, "torch", tmp_path / "p")
+    with pytest.raises(UserError, match=rf"holds several runs; expected one, such as .*{run.folder.name}"):
+        export(run.folder.parent, "torch", tmp_path / "p")
     with pytest.raises(UserError, match=r"--to onxn: Did you mean onnx"):
         export(run.folder, "onxn", tmp_path / "p")
     with pytest.raises(UserError, match=r"is not a package; make one by: fusion export"):
