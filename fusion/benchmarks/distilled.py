@@ -26,11 +26,13 @@ class Scores(NamedTuple):
     parameters: int
 
 
-def benchmark_distilled(arguments: Sequence[str], seeds: int, teachers: int, teacher: str, given: Sequence[str]) -> int:
+def benchmark_distilled(
+    arguments: Sequence[str], seeds: int, teachers: int, teacher: str, given: Sequence[str], first_seed: int = 0
+) -> int:
     """Train the teachers, then the student of these options with every seed alone and by the teachers; print both and their differences.
 
     teachers: how many, each with another seed; their probabilities are averaged. teacher: the options in which they differ from the
-    student. given: finished runs to use instead.
+    student. given: finished runs to use instead. first_seed: of the students'.
     """
     if seeds < 2:
         raise UserError(f"--seeds is {seeds}; expected at least 2, from which an interval can be computed")
@@ -51,13 +53,13 @@ def benchmark_distilled(arguments: Sequence[str], seeds: int, teachers: int, tea
             print(f"teacher: {scores.parameters:,} parameters, {title} val {scores.val:.4f}, test {scores.test:.4f}", flush=True)
         ways = {"alone": alone, "distilled": [*arguments, f"--model.teacher.runs={json.dumps(runs)}"]}
         results: dict[str, list[Scores]] = {way: [] for way in ways}
-        for seed in range(seeds):
+        for seed in range(first_seed, first_seed + seeds):
             for way, options in ways.items():
                 run_folder = trained([*options, f"--seed_everything={seed}", f"--runs={folder}/students"])
                 results[way].append(scores_of(run_folder, name))
             val, test = ([getattr(found[-1], split) for found in results.values()] for split in SPLITS)
             print(f"seed {seed}: val {val[0]:.4f} alone, {val[1]:.4f} distilled; test {test[0]:.4f}, {test[1]:.4f}", flush=True)
-    print(f"\n{table(title, results)}")
+    print(f"\n{table(title, results, first_seed)}")
     return 0
 
 
@@ -82,7 +84,7 @@ def scores_of(run: Path, name: str) -> Scores:
     return Scores(results["val"][name], results["test"][name], parameters)
 
 
-def table(title: str, results: dict[str, list[Scores]]) -> str:
+def table(title: str, results: dict[str, list[Scores]], first_seed: int = 0) -> str:
     """A line for each seed and the mean, with the paired differences, and the interval of the mean difference by t over the seeds."""
     ways = list(results)
     lines = [[title, *(f"{split}: {column}" for split in SPLITS for column in (*ways, "difference"))]]
@@ -91,7 +93,7 @@ def table(title: str, results: dict[str, list[Scores]]) -> str:
         alone, distilled = ([getattr(one, split) for one in results[way]] for way in ways)
         columns += [alone, distilled, [b - a for a, b in zip(alone, distilled, strict=True)]]
     formats = ["{:.4f}", "{:.4f}", "{:+.4f}"] * len(SPLITS)
-    for seed, row in enumerate(zip(*columns, strict=True)):
+    for seed, row in enumerate(zip(*columns, strict=True), first_seed):
         lines.append([f"seed {seed}", *(form.format(value) for form, value in zip(formats, row, strict=True))])
     means = [t_interval(column) for column in columns]
     lines.append(["mean", *(form.format(mean) for form, (mean, *_) in zip(formats, means, strict=True))])

@@ -41,8 +41,8 @@ def benchmark(arguments: Sequence[str]) -> int:
             "                                   --recipe NAME [any option of fit]\n"
             "       fusion benchmark table [--rows N] [--rounds N]\n"
             "       fusion benchmark retrieval [--pairs N] [--chunk N] [--rounds N] --recipe NAME [any option of fit]\n"
-            "       fusion benchmark distilled [--seeds N] [--teachers N] [--teacher OPTIONS | --given RUN ...] --recipe NAME\n"
-            "                                  [any option of fit]\n"
+            "       fusion benchmark distilled [--seeds N] [--first_seed N] [--teachers N] [--teacher OPTIONS | --given RUN ...]\n"
+            "                                  --recipe NAME [any option of fit]\n"
             "       fusion benchmark packages --run RUN [--seconds N]\n"
             "       fusion benchmark serve --run RUN_OR_PACKAGE [--against litserve] [--seconds N] [--rounds N] [--connections N]\n"
             "                              [--batch_size N] [--pixels N] [--parallel_batches N] [--threads N]\n"
@@ -98,8 +98,8 @@ def benchmark(arguments: Sequence[str]) -> int:
         options, rest = own_options(words, heads="*", seeds=3, shares=["400", "2000", "all"], csv=None)
         return benchmark_pretrained(rest, options.heads, options.seeds, options.shares, options.csv and Path(options.csv))
     if words[0] == "distilled":
-        options, rest = own_options(words, seeds=6, teachers=1, teacher="", given=[])
-        return benchmark_distilled(rest, options.seeds, options.teachers, options.teacher, options.given)
+        options, rest = own_options(words, seeds=6, first_seed=0, teachers=1, teacher="", given=[])
+        return benchmark_distilled(rest, options.seeds, options.teachers, options.teacher, options.given, options.first_seed)
     if words[0] == "ranks":
         options, rest = own_options(words, ranks=2, rounds=1, compress=["fp16", "sign"], csv=None)
         return benchmark_ranks(rest, options.ranks, options.rounds, options.compress, options.csv and Path(options.csv))
