@@ -18,7 +18,7 @@ def export(arguments: Sequence[str]) -> int:
     parser.add_argument("--to", required=True, choices=list(RUNTIMES), help="ONNX Runtime, torch.export, or compiled by AOTInductor")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--checkpoint", default="best", help="best or last")
-    parser.add_argument("--opset", type=int, default=OPSET, help="version of ONNX's operators, for onnx; newer than the default: untested")
+    parser.add_argument("--opset", type=int, default=OPSET, help="version of ONNX's operators, for onnx: 18 to 22")
     parser.add_argument("--replace", action="store_true", help="replace an earlier package in that folder")
     options = parser.parse_args(arguments)
     exported = export_run(options.run, options.to, options.out, checkpoint=options.checkpoint, opset=options.opset, replace=options.replace)

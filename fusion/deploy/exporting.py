@@ -28,6 +28,7 @@ from fusion.processing.answers import state_of
 Target = Literal["onnx", "torch", "aot"]
 TOLERANCE = 1e-5
 OPSET, OLDEST_OPSET = 18, 18
+NEWEST_OPSET = 22  # 23 has an operator of attention, which ONNX Runtime can't run with such masks
 CPU_LEVEL = "x86-64-v3"  # AVX2: every server and laptop of the last ten years
 # What logs progress, a missing GPU compiler, and that the code is compiled for an older CPU than this one.
 EXPORTERS = (
@@ -73,6 +74,8 @@ def export(
         raise UserError(f"--to {to}: {nearest(to, RUNTIMES)}")
     if to == "onnx" and opset < OLDEST_OPSET:
         raise UserError(f"--opset {opset} is too old: attention with masks needs at least {OLDEST_OPSET}")
+    if to == "onnx" and opset > NEWEST_OPSET:
+        raise UserError(f"--opset {opset}: ONNX Runtime can't run its attention; expected {OLDEST_OPSET} to {NEWEST_OPSET}")
     folder = Path(out).expanduser()
     check_free(folder, replace=replace)
     path, note = model_of(run, checkpoint)

@@ -227,6 +227,8 @@ def test_a_package_that_differs_is_not_written(run, tmp_path, monkeypatch):
 def test_mistakes_are_named(run, package, tmp_path):
     with pytest.raises(UserError, match=r"--opset 11 is too old: attention with masks needs at least 18"):
         export(run.folder, "onnx", tmp_path / "p", opset=11)
+    with pytest.raises(UserError, match=r"--opset 23: ONNX Runtime can't run its attention; expected 18 to 22"):
+        export(run.folder, "onnx", tmp_path / "p", opset=23)
     with pytest.raises(UserError, match=r"there is a package in .* already; replace it by --replace"):
         export(run.folder, "torch", package)
     with pytest.raises(UserError, match=r"holds other files than a package"):
