@@ -1,0 +1,148 @@
+"""What one connection may take: of memory, of time, and of the queue."""
+
+import contextlib
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from serving import Parity, answer_on, counted, exchange, listening, parity_of, post, service_of
+from test_serve_http import A, wait_for
+
+from fusion.deploy.serve.limits import Limits
+from fusion.deploy.serve.protocol import MAX_AHEAD
+
+HERE = Path(__file__).parent
+CHUNKED = post(b"", "transfer-encoding: chunked").replace(b"content-length: 0\r\n", b"")
+
+
+def text_of(size):
+    return b'{"text": "%s"}' % (b"a" * size)
+
+
+def all_of(connection):
+    """What comes until the server closes the connection."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while chunk := connection.recv(65536):
+            received += chunk
+    return received
+
+
+# Memory
+
+
+@pytest.mark.parametrize("trailers", [b"a: b\r\n" * 8000, b"a: " + b"b" * 500_000], ids=["many", "long"])
+def test_trailers_count_as_the_head_does(trailers):
+    with listening(service_of()) as address, socket.create_connection(address, timeout=5) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(CHUNKED + b"1\r\n{\r\n0\r\n" + trailers)
+        assert all_of(connection).startswith(b"HTTP/1.1 431")
+        assert exchange(address, A)[0] == 200
+
+
+def test_a_trailer_is_no_header():
+    with listening(service_of()) as address:
+        body = b'{"text": "a"}'
+        status, headers, _ = exchange(address, CHUNKED + b"%x\r\n%s\r\n0\r\nx-request-id: trailer\r\n\r\n" % (len(body), body))
+    assert (status, headers["x-request-id"] != "trailer") == (200, True)
+
+
+def test_of_the_requests_sent_ahead_only_a_few_are_kept():
+    model = Parity()
+    service = service_of(model)
+    with listening(service) as address, socket.create_connection(address, timeout=30) as connection:
+        model.gate.clear()
+        connection.sendall(A + b"GET /healthz HTTP/1.1\r\n\r\n" * 2000)
+        wait_for(lambda: counted(service, "fusion_rejections_total", reason="ahead") == 1)
+        assert service.depth == 1
+        model.gate.set()
+        received = all_of(connection)
+    assert received.count(b"HTTP/1.1 200") == received.count(b"HTTP/1.1") == 1 + MAX_AHEAD
+    assert received.count(b"connection: close") == 1
+
+
+# Requests sent ahead
+
+
+def test_a_head_sent_ahead_is_not_charged_for_the_body_before_it():
+    service = service_of(limits=Limits(max_text=100_000))
+    with listening(service) as address, socket.create_connection(address, timeout=30) as connection:
+        connection.sendall(post(text_of(50_000)) + A[:20])
+        assert answer_on(connection)[0] == 200
+        connection.sendall(A[20:])
+        assert answer_on(connection)[0] == 200
+
+
+def test_a_head_sent_ahead_has_its_time_once_the_requests_before_it_are_answered():
+    model = Parity()
+    service = service_of(model, limits=Limits(read_timeout_s=0.3))
+    with listening(service) as address, socket.create_connection(address, timeout=30) as connection:
+        model.gate.clear()
+        connection.sendall(A + A[:20])
+        model.wait_for_batch()
+        time.sleep(0.5)
+        assert service.depth == 1
+        connection.sendall(A[20:])
+        time.sleep(0.05)
+        model.gate.set()
+        received = b""
+        while received.count(b"HTTP/1.1 200") < 2 and (chunk := connection.recv(65536)):
+            received += chunk
+        assert received.count(b"HTTP/1.1 200") == received.count(b"HTTP/1.1") == 2
+
+
+@pytest.mark.parametrize(
+    "ahead",
+    [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"a" * 40_000 + b"\r\n\r\n", CHUNKED + b"nonsense"],
+    ids=["head", "large", "body"],
+)
+def test_a_wrong_request_sent_ahead_costs_the_one_before_it_nothing(ahead):
+    model = Parity()
+    service = service_of(model, limits=Limits(read_timeout_s=0.3))
+    with listening(service) as address, socket.create_connection(address, timeout=30) as connection:
+        model.gate.clear()
+        connection.sendall(A)
+        model.wait_for_batch()
+        connection.sendall(ahead)
+        wait_for(lambda: sum(counted(service, "fusion_rejections_total", reason=one) for one in ("malformed", "too_large")) == 1)
+        assert service.depth == 1
+        model.gate.set()
+        received = all_of(connection)
+        assert received.startswith(b"HTTP/1.1 200")
+        assert parity_of("a").encode() in received
+        assert b"connection: close" in received
+
+
+# Time
+
+
+@pytest.mark.parametrize(
+    ("request_", "more"),
+    [(A, b"\r\n"), (b"GET /healthz HTTP/1.1\r\ncontent-length: 5\r\n\r\n", b"1")],
+    ids=["line", "body"],
+)
+def test_a_byte_after_an_answer_keeps_no_connection_open(request_, more):
+    service = service_of(limits=Limits(read_timeout_s=0.2))
+    with listening(service) as address, socket.create_connection(address, timeout=5) as connection:
+        connection.sendall(request_)
+        assert b"HTTP/1.1 200" in connection.recv(65536)
+        time.sleep(0.1)
+        connection.sendall(more)
+        assert all_of(connection).count(b"HTTP/1.1") == 0
+        wait_for(lambda: service.connections == 0)
+
+
+@pytest.mark.parametrize("close", [b"", b"connection: close\r\n"], ids=["kept", "closed"])
+def test_a_client_that_never_reads_keeps_no_connection_open(close):
+    service = service_of(limits=Limits(read_timeout_s=0.3))
+    with listening(service) as address, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(0.05)
+        connection.connect(address)
+        wait_for(lambda: service.connections == 1)
+        end = time.monotonic() + 5
+        while service.connections and time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                connection.sendall(b"GET /docs HTTP/1.1\r\n\r\n" * MAX_AHEAD + (b"GET /docs HTTP/1.1\r\n%s\r\n" % close if close else b""))
+        assert service.connections == 0
