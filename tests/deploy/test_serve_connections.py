@@ -1,15 +1,17 @@
 """What one connection may take: of memory, of time, and of the queue."""
 
+import asyncio
 import contextlib
 import socket
 import time
 from pathlib import Path
 
 import pytest
-from serving import Parity, answer_on, counted, exchange, listening, parity_of, post, service_of
+from serving import JSON, Parity, answer_on, asked, counted, exchange, listening, parity_of, post, service_of, version_of
 from test_serve_http import A, wait_for
 
 from fusion.deploy.serve.limits import Limits
+from fusion.deploy.serve.predict import Predict
 from fusion.deploy.serve.protocol import MAX_AHEAD
 
 HERE = Path(__file__).parent
@@ -146,3 +148,94 @@ def test_a_client_that_never_reads_keeps_no_connection_open(close):
             with contextlib.suppress(OSError):
                 connection.sendall(b"GET /docs HTTP/1.1\r\n\r\n" * MAX_AHEAD + (b"GET /docs HTTP/1.1\r\n%s\r\n" % close if close else b""))
         assert service.connections == 0
+
+
+def test_a_client_that_does_not_read_its_answer_takes_no_place_in_the_queue():
+    service = service_of()
+
+    async def ask(_):
+        sending = asyncio.Event()
+
+        async def receive():
+            return {"type": "http.request", "body": b'{"text": "a"}'}
+
+        async def send(_):
+            sending.set()
+            await asyncio.Event().wait()
+
+        task = asyncio.create_task(Predict(service)({"headers": [(b"content-type", b"application/json")]}, receive, send))
+        await sending.wait()
+        found = service.depth, service.memory
+        task.cancel()
+        await asyncio.wait([task])
+        return found
+
+    assert asked(service, ask) == (0, 0)
+    assert (service.depth, service.memory) == (0, 0)
+
+
+# Clients that leave
+
+
+def test_a_client_that_leaves_after_a_large_body_is_noticed_and_its_body_forgotten():
+    model = Parity()
+    service = service_of(model, batch_size=1, threads=1, limits=Limits(max_text=1_000_000))
+    with listening(service) as address, contextlib.ExitStack() as stack:
+        model.gate.clear()
+        held = stack.enter_context(socket.create_connection(address, timeout=30))
+        held.sendall(A)
+        model.wait_for_batch()
+        leaving = [socket.create_connection(address, timeout=30) for _ in range(5)]
+        for one in leaving:
+            one.sendall(post(text_of(200_000)))
+        wait_for(lambda: service.depth == 6)
+        jobs = list(service.pool.jobs[False])
+        assert [len(job.body) for job in jobs] == [len(text_of(200_000))] * 5
+        for one in leaving:
+            one.close()
+        wait_for(lambda: service.depth == 1)
+        assert [job.body for job in jobs] == [b""] * 5
+        wait_for(lambda: service.memory == len(b'{"text": "a"}'))
+        model.gate.set()
+        assert answer_on(held)[0] == 200
+        assert model.batches == [["a"]]
+
+
+# Overload
+
+
+def test_a_large_body_is_read_before_it_is_shed():
+    model = Parity()
+    service = service_of(model, limits=Limits(max_queue=1))
+    with listening(service) as address, contextlib.ExitStack() as stack:
+        model.gate.clear()
+        held, shed = (stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(2))
+        held.sendall(A)
+        model.wait_for_batch()
+        for _ in range(3):  # over the same connection
+            shed.sendall(post(text_of(5_000_000)))
+            status, headers, _ = answer_on(shed)
+            assert (status, "retry-after" in headers, "connection" in headers) == (503, True, False)
+        assert service.memory == len(b'{"text": "a"}')
+        shed.sendall(post(text_of(5_000_000), "expect: 100-continue")[:-5_000_000])
+        status, headers, _ = answer_on(shed)
+        assert (status, headers["connection"]) == (503, "close")
+        model.gate.set()
+        assert answer_on(held)[0] == 200
+
+
+def test_copies_are_shed_by_the_memory_they_take():
+    shadow = Parity()
+    service = service_of(runs=2, limits=Limits(max_memory_mb=0.4, max_text=100_000))
+    service.versions.add_shadow(version_of(shadow, "new"))
+    shadow.gate.clear()
+
+    async def ask(client):
+        statuses = [(await client.post("/predict", content=text_of(60_000), headers=JSON)).status_code for _ in range(3)]
+        copied = service.copied
+        shadow.gate.set()
+        return statuses, copied
+
+    assert asked(service, ask) == ([200] * 3, len(text_of(60_000)))
+    assert counted(service, "fusion_rejections_total", reason="shadow") == 2
+    assert (len(shadow.batches), service.copied) == (1, 0)

@@ -1,6 +1,7 @@
 """POST /predict as an ASGI application: one sample in, its answer out."""
 
 import asyncio
+import contextlib
 import json
 import os
 import time
@@ -37,34 +38,36 @@ class Predict:
         job: Job | None = None
         body = Body(self.service, receive)
         try:
-            if len(id) > MAX_ID:
-                raise Rejected(400, "malformed", f"x-request-id has {len(id)} characters, limit {MAX_ID}")
-            self.service.admit()
-            content = await body.read(headers)
-            job = self.service.submit(id, content, headers.get(b"content-type", b"").decode("latin-1"))
-            if connection is not None:
-                connection.pending = job.future
-            answer = await self.answer(job)
-            sent = b'{"id": %s, %s' % (json.dumps(id).encode(), answer.json)
-            await respond(send, 200, id, sent)
-            self.count(200, job.version.name, began)
-        except Rejected as rejected:
-            await self.reject(send, rejected, id, close=not body.ended)
-            self.count(rejected.status, job.version.name if job else "", began)
+            try:
+                if len(id) > MAX_ID:
+                    raise Rejected(400, "malformed", f"x-request-id has {len(id)} characters, limit {MAX_ID}")
+                self.service.admit()
+                job = self.service.submit(id, await body.read(headers), headers.get(b"content-type", b"").decode("latin-1"))
+                try:
+                    answer = await self.answer(job, connection)
+                finally:  # before the answer is sent, so that a client that doesn't read it takes no place in the queue
+                    self.service.leave(job)
+                    body.release()
+                await respond(send, 200, id, b'{"id": %s, %s' % (json.dumps(id).encode(), answer.json))
+                self.count(200, job.version.name, began)
+            except Rejected as rejected:
+                await body.skip(headers, rejected)
+                await self.reject(send, rejected, id, close=not body.ended)
+                self.count(rejected.status, job.version.name if job else "", began)
         except Left:
             self.metrics.count(self.metrics.rejections, "left")
             self.count(LEFT, job.version.name if job else "", began)
         finally:
             body.release()
-            if connection is not None:
-                connection.pending = None
-            if job is not None:
-                self.service.leave(job)
 
-    async def answer(self, job: Job) -> Any:
+    async def answer(self, job: Job, connection: Any) -> Any:
         """The job's answer. Raises Rejected, and Left when the connection was lost, which cancels the future."""
         assert job.future is not None
         timeout_s = self.service.limits.timeout_s
+        if connection is not None:
+            connection.pending = job.future
+            if not connection.pipeline:  # after a large body nothing is read any more, not even that the client has left
+                connection.flow.resume_reading()
         try:
             async with asyncio.timeout(timeout_s):
                 return await job.future
@@ -74,6 +77,9 @@ class Predict:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise
             raise Left from None
+        finally:
+            if connection is not None:
+                connection.pending = None
 
     async def reject(self, send: Send, rejected: Rejected, id: str, *, close: bool) -> None:
         self.metrics.count(self.metrics.rejections, rejected.reason)
@@ -141,6 +147,20 @@ class Body:
         left = DISCARDED * self.service.limits.max_body
         while not self.ended and left > 0:
             left -= len(await self.chunk(kept=False))
+
+    async def skip(self, headers: dict[bytes, bytes], rejected: Rejected) -> None:
+        """Discards what the client still sends of a rejected request, since it may not read the answer before. Raises Left.
+
+        Not a body that was too slow or too large, and not one for which the client waits to be asked.
+        """
+        self.release()
+        announced = headers.get(b"content-length", b"")
+        is_large = announced.isdigit() and int(announced) > self.service.limits.max_body
+        if self.ended or is_large or rejected.status in (408, 413) or b"expect" in headers:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.service.limits.read_timeout_s):
+                await self.discard()
 
     def too_large(self) -> Rejected:
         return Rejected(413, "too_large", f"the body is too large, limit {self.service.limits.max_body_mb:g} MB")

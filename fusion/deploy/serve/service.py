@@ -29,7 +29,7 @@ Result = Answer | Rejected
 class Job:
     """A request on its way, or a copy of one for a comparison, which nobody waits for and which has no future.
 
-    twin: the copy, or of which it is one. result: once the version has answered.
+    body: empty once the request has ended. twin: the copy, or of which it is one. result: once the version has answered.
     """
 
     id: str
@@ -78,7 +78,7 @@ class Service:
         batcher = Batcher(lambda job: job.is_gone, batch_size=batch_size, wait_s=wait_ms / 1000)
         self.pool = Pool(self.decode, self.run, batcher, threads=threads, runs=runs)
         self.fetcher = Fetcher(url_hosts, limits)
-        self.depth = self.copies = self.memory = self.connections = 0
+        self.depth = self.copies = self.copied = self.memory = self.connections = 0  # copied: bytes of the copies in progress
         self.draining = False
         self.ended: deque[float] = deque(maxlen=1000)  # times of the last answers
         self.metrics.watch(lambda: self.depth, lambda: self.connections)
@@ -130,10 +130,12 @@ class Service:
 
     def copy(self, job: Job, version: Version) -> None:
         """Sends a copy to another version, which is the first thing to be shed: long before a request is."""
-        if self.depth > self.limits.max_queue // 2 or self.copies >= max(self.limits.max_queue // 4, 1):
+        too_many = self.depth > self.limits.max_queue // 2 or self.copies >= max(self.limits.max_queue // 4, 1)
+        if too_many or self.copied + len(job.body) > self.limits.max_memory // 4:
             self.metrics.count(self.metrics.rejections, "shadow")
             return
         self.copies += 1
+        self.copied += len(job.body)
         job.twin = Job(job.id, version, job.body, job.content_type, job.since, None, twin=job)
         self.pool.put(job.twin, second=True)
 
@@ -142,15 +144,17 @@ class Service:
         self.depth -= 1
         if job.future is not None and not job.future.done():
             job.future.cancel()
+        job.body = b""  # which the job keeps until a thread takes it
 
     # In the pool's threads
 
     def decode(self, job: Job) -> Waiting | None:
         """Preprocesses a request. None for one that has ended, or of which images are still to be fetched."""
+        body = job.body  # before it is asked whether the request has ended, which empties it
         if job.is_gone:
             return None
         try:
-            values = values_of(job.body, job.content_type, job.version.inputs, self.limits)
+            values = values_of(body, job.content_type, job.version.inputs, self.limits)
             return None if self.fetcher.start(values, partial(self.fetched, job)) else self.waiting(job, values)
         except Rejected as rejected:
             self.deliver([job], [rejected])
@@ -210,6 +214,7 @@ class Service:
         """Ends a job with its result; a request whose canary fails goes to the main version instead."""
         if job.future is None:
             self.copies -= 1
+            self.copied -= len(job.body)
         elif job.future.done():
             return
         elif isinstance(result, Answer):
