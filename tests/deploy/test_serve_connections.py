@@ -1,18 +1,26 @@
-"""What one connection may take: of memory, of time, and of the queue."""
+"""What one connection may take: of memory, of time, and of the queue; and the end of the process."""
 
 import asyncio
 import contextlib
+import math
+import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from serving import JSON, Parity, answer_on, asked, counted, exchange, listening, parity_of, post, service_of, version_of
+from serving import JSON, PATIENCE_S, Parity, answer_on, asked, counted, exchange, listening, parity_of, post, service_of, version_of
 from test_serve_http import A, wait_for
 
+from fusion.deploy.serve.app import app_of
+from fusion.deploy.serve.control import Control
 from fusion.deploy.serve.limits import Limits
 from fusion.deploy.serve.predict import Predict
 from fusion.deploy.serve.protocol import MAX_AHEAD
+from fusion.deploy.serve.server import CLOSE_S, Server
 
 HERE = Path(__file__).parent
 CHUNKED = post(b"", "transfer-encoding: chunked").replace(b"content-length: 0\r\n", b"")
@@ -239,3 +247,61 @@ def test_copies_are_shed_by_the_memory_they_take():
     assert asked(service, ask) == ([200] * 3, len(text_of(60_000)))
     assert counted(service, "fusion_rejections_total", reason="shadow") == 2
     assert (len(shadow.batches), service.copied) == (1, 0)
+
+
+# The end of the process
+
+
+def test_a_drain_lasts_as_long_as_a_request_may():
+    limits = Limits(read_timeout_s=5.5, timeout_s=100)
+    service = service_of(limits=limits)
+    server = Server(app_of(service, Control(service, lambda path: pytest.fail("loaded"), 4)), service)
+    assert server.config.timeout_graceful_shutdown == math.ceil(5.5 + 100) + 1
+
+
+def test_the_container_is_given_the_time_of_a_drain():
+    service = service_of()
+    server = Server(app_of(service, Control(service, lambda path: pytest.fail("loaded"), 4)), service)
+    (grace,) = re.findall(r"stop_grace_period: (\d+)s", (HERE.parents[1] / "docker/compose.yaml").read_text())
+    assert int(grace) > server.config.timeout_graceful_shutdown + CLOSE_S
+
+
+HANGING = """
+import asyncio
+
+from serving import Parity, service_of
+
+from fusion.deploy.serve import server
+from fusion.deploy.serve.app import app_of
+from fusion.deploy.serve.control import Control
+from fusion.deploy.serve.limits import Limits
+
+server.CLOSE_S = 0.2
+model = Parity()
+model.gate.clear()
+service = service_of(model, limits=Limits(timeout_s={timeout_s}))
+bound = server.bound_socket("127.0.0.1", 0)
+server.listen(bound)
+print(bound.getsockname()[1], flush=True)
+one = server.Server(app_of(service, Control(service, None, 4)), service)
+asyncio.run(one.serve_until_signal(bound))
+"""
+
+
+@pytest.mark.parametrize(("signals", "timeout_s", "status"), [(1, 0.5, 503), (2, 60, 500)], ids=["one", "two"])
+def test_a_model_that_hangs_does_not_keep_the_process(signals, timeout_s, status):
+    """A second signal waits for nothing."""
+    words = [sys.executable, "-c", HANGING.format(timeout_s=timeout_s)]
+    with subprocess.Popen(words, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = "127.0.0.1", int(process.stdout.readline())
+            with socket.create_connection(address, timeout=30) as connection:
+                connection.sendall(A)
+                time.sleep(0.2)
+                for _ in range(signals):
+                    process.send_signal(signal.SIGTERM)
+                    time.sleep(0.2)
+                assert process.wait(PATIENCE_S / 2) == 0
+                assert all_of(connection).startswith(b"HTTP/1.1 %d" % status)
+        finally:
+            process.kill()

@@ -65,13 +65,14 @@ class Pool:
             if urgent and self.idle:
                 self.changed.notify()
 
-    def close(self) -> None:
-        """Do what is left to do, and end the threads."""
+    def close(self, wait_s: float | None = None) -> None:
+        """Do what is left to do, and end the threads. wait_s: for no longer than this; a model may hang."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
+        end = None if wait_s is None else time.monotonic() + wait_s
         for thread in self.threads:
-            thread.join()
+            thread.join(None if end is None else max(end - time.monotonic(), 0))
 
     def work(self) -> None:
         while (taken := self.take()) is not None:

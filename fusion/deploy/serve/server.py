@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import signal
 import socket
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ import uvicorn
 from starlette.applications import Starlette
 
 from fusion.console import print_rank_zero
+from fusion.deploy.serve.limits import Limits
 from fusion.deploy.serve.protocol import protocol_of
 from fusion.deploy.serve.service import Service
 from fusion.errors import UserError
 
 BACKLOG = 2048
-DRAIN_S = 30  # for requests in progress, when a signal has come
+CLOSE_S = 5  # for the threads to end, once no request is in progress
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -48,6 +50,11 @@ def no_port(error: OSError, host: str, port: int) -> UserError:
     return UserError(f"can't listen on port {port} of {host}: {error.strerror or error}")
 
 
+def drain_s(limits: Limits) -> int:
+    """The longest time in which a request that has begun is answered: it is read, and waits."""
+    return math.ceil(limits.read_timeout_s + limits.timeout_s) + 1
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which on SIGTERM and SIGINT answers what it has admitted and then ends with status 0."""
 
@@ -65,7 +72,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 timeout_keep_alive=int(service.limits.keep_alive_s),
-                timeout_graceful_shutdown=DRAIN_S,
+                timeout_graceful_shutdown=drain_s(service.limits),
                 backlog=BACKLOG,
             )
         )
@@ -80,7 +87,7 @@ class Server(uvicorn.Server):
         yield
 
     def drain(self, number: int) -> None:
-        """Take no more connections; a second signal doesn't wait for what is in progress."""
+        """Take no more connections; after a second signal, wait for nothing that is in progress."""
         if self.service.draining:
             self.force_exit = True
         else:
@@ -90,7 +97,7 @@ class Server(uvicorn.Server):
     async def serve_until_signal(self, bound: socket.socket) -> None:
         self.service.start()
         await self.serve(sockets=[bound])
-        await asyncio.to_thread(self.service.close)
+        await asyncio.to_thread(self.service.close, 0 if self.force_exit else CLOSE_S)
 
 
 def url_of(bound: socket.socket) -> str:

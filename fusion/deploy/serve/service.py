@@ -88,9 +88,9 @@ class Service:
         self.loop = asyncio.get_running_loop()
         self.pool.start()
 
-    def close(self) -> None:
-        """End all threads once they have done what was admitted."""
-        self.pool.close()
+    def close(self, wait_s: float | None = None) -> None:
+        """End all threads once they have done what was admitted, but wait for that no longer than this."""
+        self.pool.close(wait_s)
         self.fetcher.close()
 
     @property
