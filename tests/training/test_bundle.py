@@ -60,6 +60,7 @@ def test_a_models_folder_holds_weights_and_plain_data_alone(run):
     assert all((found[name] == weights[name]).all() for name in found)
     size = sum(weight.numel() * weight.element_size() for weight in weights.values())
     assert (folder / "model.safetensors").stat().st_size < size + 64 * 1024  # no state of an optimiser
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "model.json").stat().st_mode  # others may read it
     assert set(json.loads((folder / "model.json").read_text())) == {"format", "encoders", "head", "adapters", "processor"}
 
 
