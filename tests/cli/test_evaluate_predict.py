@@ -284,7 +284,7 @@ def test_every_option_that_an_error_advises_is_one_of_the_command(trained: Path,
     [
         (["--data.columns.txt=words"], "Did you mean data.columns.text"),
         (["--data.format.encoding=klingon"], "data.format.encoding is 'klingon'"),
-        (["--batch_size=0"], "expected at least 1"),
+        (["--batch_size=0"], "expected an integer of at least 1"),
         (["--out=folder.csv"], "--out folder.csv is a folder"),
     ],
 )

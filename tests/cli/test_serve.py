@@ -69,7 +69,7 @@ def test_a_port_in_use_is_reported_before_the_model_is_loaded(in_process: InProc
     ("arguments", "message"),
     [
         (["nowhere", "--port=0"], "there is no run or package nowhere"),
-        (["."], "has no checkpoint 'best'"),
+        (["/"], "has no checkpoint 'best'"),
         ([], "expected one run or package, got none"),
         (["--run=nowhere", "--port=0"], "there is no run or package nowhere"),
         (["a", "--run", "b"], "expected one run or package, got a and b"),
