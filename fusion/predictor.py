@@ -121,7 +121,7 @@ def model_of(run: str | Path, which: str) -> tuple[Path, str]:
         return path / MODEL, note
     if is_package(path):
         raise UserError(f"{path} is an exported package; expected the run that it was exported from")
-    if not available and (inside := newest_inside(path)):
+    if not available and not (path / "recipe.yaml").is_file() and (inside := newest_inside(path)):
         raise UserError(f"{path} holds several runs; expected one, such as {inside}")
     if which not in available:
         raise UserError(f"{path} has no checkpoint '{which}'; it has {', '.join(available) or 'none: is it a run folder?'}")

@@ -164,6 +164,7 @@ def test_only_what_a_package_was_written_with_is_replaced(run, package, tmp_path
     assert (package / "notes.txt").read_text() == "mine"
     assert [path.name for path in other.iterdir()] == ["package.json"]
     (package / "notes.txt").unlink()
+    beside = sorted(tmp_path.iterdir())
     before, rename, moved = (package / "package.json").read_bytes(), os.replace, []
 
     def fails_the_second_time(source, target):
@@ -177,7 +178,7 @@ def test_only_what_a_package_was_written_with_is_replaced(run, package, tmp_path
         export(run.folder, "torch", package, replace=True)
     assert len(moved) == 3
     assert (package / "package.json").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["app", "package"]
+    assert sorted(tmp_path.iterdir()) == beside
 
 
 def test_a_package_reads_no_file_from_elsewhere(package, tmp_path):
@@ -240,6 +241,11 @@ def test_mistakes_are_named(run, package, tmp_path):
         export(tmp_path / "empty", "torch", tmp_path / "p")
     with pytest.raises(UserError, match=r"is an exported package; expected the run that it was exported from"):
         export(package, "torch", tmp_path / "p")
+    (tmp_path / "unfinished" / "start").mkdir(parents=True)
+    for folder in (tmp_path / "unfinished", tmp_path / "unfinished" / "start"):
+        (folder / "recipe.yaml").touch()  # a run that began from a pruned model, and was stopped before its first checkpoint
+    with pytest.raises(UserError, match=r"unfinished has no checkpoint 'best'"):
+        export(tmp_path / "unfinished", "torch", tmp_path / "p")
     with pytest.raises(UserError, match=rf"holds several runs; expected one, such as .*{run.folder.name}"):
         export(run.folder.parent, "torch", tmp_path / "p")
     with pytest.raises(UserError, match=r"--to onxn: Did you mean onnx"):
