@@ -124,8 +124,10 @@ def shrink_by(make: Callable[[Path], tuple[dict[str, Any], str]], options: Any, 
         report, note = make(start)
         if note:
             print(f"note: {note}")
-    else:
+    elif options.epochs:
         await_model(start)
+    else:
+        return 0
     if options.epochs:
         try:
             status = fine_tune(start, out, epochs=options.epochs, rate=options.rate, options=of_fit)

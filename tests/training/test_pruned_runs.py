@@ -452,6 +452,13 @@ def test_the_other_ranks_wait_for_the_model_that_training_starts_from(tmp_path, 
     writing.join()
 
 
+def test_only_the_first_rank_makes_and_compares_a_model_that_is_not_trained(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fusion.cli.shrink_pruned.is_rank_zero", lambda: False)
+    assert shrink([f"--run={run.folder}", "--method=prune", f"--out={tmp_path / 'out'}", "--epochs=0", "--keep=0.5"]) == 0
+    assert not (tmp_path / "out").exists()
+    assert capsys.readouterr().out == ""
+
+
 def test_without_validation_and_test_samples_there_is_no_table_and_that_is_said(tiny, fit_here, tmp_path, capsys):
     source = fit_here(
         "--recipe", tiny(), *SHORT, "--data.columns.split=null", "--data.val=0", "--data.test=0", "--trainer.limit_val_batches=0"
